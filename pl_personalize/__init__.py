@@ -1,0 +1,20 @@
+"""Dual User-Adaptation for PyTorch Lightning: importances, merging and adaptation that personalise a model per user."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from pl_personalize.artifacts import ArtifactError
+from pl_personalize.importance import Importance, estimate_importance
+from pl_personalize.merging import merge, merge_prefixes
+
+try:
+    __version__ = version("pl-personalize")
+except PackageNotFoundError:  # a checkout that is on the path but not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "ArtifactError",
+    "Importance",
+    "estimate_importance",
+    "merge",
+    "merge_prefixes",
+]

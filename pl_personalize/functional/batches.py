@@ -1,0 +1,93 @@
+"""What a batch is: a tensor, a tuple or list whose first item is the input, or a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def batch_tensors(batch: Any) -> list[Tensor]:  # noqa: ANN401
+    """All tensors of a batch, in order."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
+
+
+def batch_size(batch: Any) -> int:  # noqa: ANN401
+    """Number of samples: the length of the batch's first tensor.
+
+    Raises:
+        ValueError: If the batch has no tensor with at least one dimension.
+    """
+    for tensor in batch_tensors(batch):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
+
+
+def batch_labels(batch: Any) -> Tensor:  # noqa: ANN401
+    """The labels of a batch: the second item of a tuple or list, or the entry of a dict named in ``LABEL_KEYS``.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and len(batch) > 1:
+        labels = batch[1]
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"The true labels are needed, and the batch ({type(batch).__name__}) has none: give (input, labels) or a "
+            f"dict with one of the keys {', '.join(LABEL_KEYS)}, or choose a kind that needs no labels."
+        )
+    return labels
+
+
+def call_model(model: torch.nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    """Call ``model`` on the input of ``batch``; a dict becomes keyword arguments, without its labels."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def as_logits(output: Any) -> Tensor:  # noqa: ANN401
+    """The logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not isinstance(output, Tensor):
+        output = output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise ValueError(
+            f"The model must return a tensor of logits with a batch dimension, or an object with `.logits`; it returned "
+            f"{type(output).__name__}. Pass forward=lambda model, batch: ... to say how logits are computed."
+        )
+    return output
+
+
+def split_batch(batch: Any, num_samples: int) -> list[Tensor]:  # noqa: ANN401
+    """The tensors of a batch that have one row for each sample."""
+    return [tensor for tensor in batch_tensors(batch) if tensor.dim() > 0 and tensor.shape[0] == num_samples]
+
+
+def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:  # noqa: ANN401
+    """``batch`` with the tensors of :func:`split_batch` replaced by ``rows``, in order."""
+    remaining: Iterator[Tensor] = iter(rows)
+
+    def replace(tensor: Tensor) -> Tensor:
+        return next(remaining) if tensor.dim() > 0 and tensor.shape[0] == num_samples else tensor
+
+    return apply_to_collection(batch, Tensor, replace)
+
+
+def slice_batch(batch: Any, num_samples: int, rows: slice) -> Any:  # noqa: ANN401
+    """The samples ``rows`` of a batch, still with a batch dimension."""
+    return join_batch(batch, num_samples, [tensor[rows] for tensor in split_batch(batch, num_samples)])

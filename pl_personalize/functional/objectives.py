@@ -1,0 +1,81 @@
+"""The objectives whose gradients make importances, as gradients with respect to the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def mas_cotangent(logits: Tensor) -> Tensor:
+    r"""Gradient of :math:`\|f(x)\|_2^2` with respect to the logits.
+
+    Args:
+        logits: (n, *).
+
+    Returns:
+        ``2 * logits``, (n, *). Aljundi et al., ECCV 2018, "Memory Aware Synapses", equation 2 with the squared norm.
+    """
+    return 2 * logits
+
+
+def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Gradient of :math:`-\log p(y | x)` with respect to the logits.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,), integers.
+
+    Returns:
+        ``softmax(logits) - onehot(labels)``, (n, classes).
+    """
+    return logits.softmax(1) - F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
+
+
+def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Draw labels from the model's own softmax.
+
+    Args:
+        logits: (n, classes).
+        draws: Number of independent draws.
+        generator: Source of randomness; drawn on its device.
+
+    Returns:
+        (n, draws), on the logits' device.
+    """
+    probabilities = logits.softmax(1)
+    if generator is not None:
+        probabilities = probabilities.to(generator.device)
+    return torch.multinomial(probabilities, draws, replacement=True, generator=generator).to(logits.device)
+
+
+def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> list[Tensor]:
+    """One direction per draw; the squares of their gradients sum to the mean over draws.
+
+    Args:
+        logits: (n, classes).
+        draws: Number of labels drawn for each sample.
+        generator: Source of randomness.
+
+    Returns:
+        ``draws`` tensors (n, classes).
+    """
+    labels = sample_labels(logits, draws, generator)
+    return [label_cotangent(logits, labels[:, k]) / draws**0.5 for k in range(draws)]
+
+
+def expected_fisher_cotangents(logits: Tensor) -> list[Tensor]:
+    r"""One direction per class; the squares of their gradients sum to the expectation under the softmax.
+
+    Args:
+        logits: (n, classes).
+
+    Returns:
+        For each class ``c``, the gradient of :math:`-\log p(c | x)` times :math:`\sqrt{p(c | x)}`, (n, classes).
+    """
+    probabilities = logits.softmax(1)
+    classes = range(logits.shape[1])
+    return [
+        label_cotangent(logits, torch.full_like(logits[:, 0], c, dtype=torch.long)) * probabilities[:, c : c + 1].sqrt()
+        for c in classes
+    ]

@@ -1,0 +1,313 @@
+"""Exact per-sample gradients for any network: closed forms where they hold, checked, and a fallback where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from pl_personalize.functional.batches import as_logits, join_batch, slice_batch, split_batch
+from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError
+from pl_personalize.functional.layer_rules import power_
+
+Forward = Callable[[nn.Module, Any], Any]
+Path = Literal["closed form", "layer", "model", "loop"]
+
+
+class _Network(nn.Module):
+    """Maps a batch to logits; a module, so that :func:`torch.func.functional_call` can swap its parameters."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401
+        return as_logits(self._forward(self.model, batch))
+
+
+class PerSamplePowerSums:
+    r"""Accumulates :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p`, exact per sample.
+
+    A context manager: inside, the model is in eval mode and none of its parameters needs a gradient; on leaving, modes
+    and ``requires_grad`` are as before, also after an error.
+
+    Each parameter takes the fastest path that gives the right result on the first two samples, taken one at a time
+    (``paths``): ``"closed form"``, a vectorised product of its ``"layer"`` alone, a vectorised gradient of the whole
+    ``"model"``, or a ``"loop"`` over samples.
+
+    Args:
+        model: The network. What it computes in eval mode for one sample must not depend on the others.
+        parameters: The parameters to sum for, by full name.
+        power: 1 for absolute values, 2 for squares.
+        forward: ``(model, batch) -> output``, see :func:`~pl_personalize.functional.batches.as_logits`.
+        max_scratch_bytes: Memory for per-sample gradients where these are needed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        power: int,
+        forward: Forward,
+        max_scratch_bytes: int,
+    ) -> None:
+        self._network = _Network(model, forward)
+        self._parameters = dict(parameters)
+        self._power = power
+        self._max_scratch_bytes = max_scratch_bytes
+        self._modes = {module: module.training for module in model.modules()}
+        self._needs_grad = {p: p.requires_grad for p in model.parameters()}
+        wanted = {id(p) for p in parameters.values()}
+        layers = [m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values())]
+        self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
+        self._layer_names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+        self._vectorised = True
+        self._samples_checked = 0
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums so far, by parameter name."""
+        return self._tape.sums
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """How each parameter's gradients are computed."""
+        whole: Path = "model" if self._vectorised else "loop"
+        paths: dict[str, Path] = dict.fromkeys(self._parameters, whole)
+        for layer, rule in self._tape.rules.items():
+            for _, name in self._tape.owned(layer).values():
+                if paths[name] != "layer":
+                    paths[name] = "layer" if rule is VJP_RULE else "closed form"
+        return paths
+
+    def __enter__(self) -> Self:
+        for module in self._modes:
+            module.training = False
+        for parameter in self._needs_grad:
+            parameter.requires_grad_(False)
+        self._tape.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tape.detach()
+        for module, training in self._modes.items():
+            module.training = training
+        for parameter, needs_grad in self._needs_grad.items():
+            parameter.requires_grad_(needs_grad)
+
+    def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:  # noqa: ANN401
+        """Add the sums over one batch.
+
+        Args:
+            batch: The batch, on the model's device.
+            num_samples: Its number of samples, n.
+            cotangents: From the (n, *) logits, one or more gradients of the objective with respect to them. The
+                powers are summed over them, too.
+
+        Raises:
+            ValueError: If samples of a batch influence each other, if the output is not finite, or if a layer is used
+                in a way that the check did not see.
+        """
+        if self._samples_checked < min(2, num_samples):
+            self._check(batch, num_samples)
+        try:
+            self._add(batch, num_samples, cotangents)
+        except TapeError as error:
+            raise ValueError(
+                f"{self._describe(error.layer)} was used differently in a later batch than in the first one: {error}. "
+                "Pass exclude=(its name,) or a smaller, more regular batch."
+            ) from error
+
+    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:  # noqa: ANN401
+        device = next(iter(self._parameters.values())).device
+        self._tape.start(num_samples, device)
+        try:
+            logits = self._network(batch)
+        finally:
+            self._tape.stop()
+        try:
+            if logits.shape[0] != num_samples:
+                raise ValueError(f"The model returned {logits.shape[0]} rows of logits for {num_samples} samples.")
+            if not torch.isfinite(logits).all():
+                raise ValueError("The model's output has NaN or infinite entries; its importances are not defined.")
+            directions = cotangents(logits.detach())
+            for k, direction in enumerate(directions):
+                self._tape.backward(logits, direction, last=k == len(directions) - 1)
+                self._add_whole_model(batch, num_samples, direction)
+        finally:
+            self._tape.clear()
+
+    # The slow paths
+
+    def _unrecorded(self) -> dict[str, nn.Parameter]:
+        recorded = set(self._tape.names.values())
+        return {name: p for name, p in self._parameters.items() if name not in recorded}
+
+    def _add_whole_model(self, batch: Any, num_samples: int, cotangent: Tensor) -> None:  # noqa: ANN401
+        parameters = self._unrecorded()
+        if not parameters:
+            return
+        if not self._vectorised:
+            for i in range(num_samples):
+                sample = slice_batch(batch, num_samples, slice(i, i + 1))
+                for name, gradient in self._one_sample(sample, cotangent[i : i + 1], parameters).items():
+                    self.sums[name].add_(power_(gradient, self._power))
+            return
+
+        def objective(values: dict[str, Tensor], rows: list[Tensor], direction: Tensor) -> Tensor:
+            sample = join_batch(batch, num_samples, [row.unsqueeze(0) for row in rows])
+            return (functional_call(self._network, values, (sample,)) * direction.unsqueeze(0)).sum()
+
+        values = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        chunk = max(1, self._max_scratch_bytes // size)
+        gradients = vmap(grad(objective), in_dims=(None, 0, 0))
+        tensors = split_batch(batch, num_samples)
+        for start in range(0, num_samples, chunk):
+            part = slice(start, start + chunk)
+            for name, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
+                self.sums[name.removeprefix("model.")].add_(power_(gradient, self._power).sum(0))
+
+    def _one_sample(self, sample: Any, cotangent: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # noqa: ANN401
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            logits = self._network(sample)
+            if not logits.requires_grad:
+                return {name: torch.zeros_like(p) for name, p in parameters.items()}
+            gradients = torch.autograd.grad(logits, list(parameters.values()), cotangent, materialize_grads=True)
+            return dict(zip(parameters, gradients, strict=True))
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+    # The check
+
+    def _check(self, batch: Any, num_samples: int) -> None:  # noqa: ANN401
+        """Choose each parameter's path on two samples, and refuse a model that mixes samples."""
+        count = min(2, num_samples)
+        before = {name: total.clone() for name, total in self.sums.items()}
+        pair = slice_batch(batch, num_samples, slice(0, count))
+        samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
+        with torch.no_grad():
+            together = self._network(pair)
+            apart = torch.cat([self._alone(sample) for sample in samples])
+        self._refuse_mixed_samples(pair, samples, together, apart)
+
+        # A fixed direction without symmetries: the sum of a softmax, for one, has no gradient.
+        direction = torch.arange(together.numel(), dtype=torch.float64).cos().view(together.shape).to(together)
+        reference = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        for i, sample in enumerate(samples):
+            for name, gradient in self._one_sample(sample, direction[i : i + 1], self._parameters).items():
+                reference[name].add_(power_(gradient, self._power))
+
+        while wrong := self._wrong_paths(pair, count, direction, reference):
+            self._take_slower_path(wrong)
+        for name, total in before.items():
+            self.sums[name].copy_(total)
+        self._samples_checked = count
+
+    def _wrong_paths(self, pair: Any, count: int, direction: Tensor, reference: Mapping[str, Tensor]) -> list[str]:  # noqa: ANN401
+        """The parameters for which the present paths do not give the reference, or a layer's at which a path broke."""
+        for total in self.sums.values():
+            total.zero_()
+        try:
+            self._add(pair, count, lambda logits: [direction])
+        except TapeError as error:
+            return [name for _, name in self._tape.owned(error.layer).values()]
+        except Exception:  # vmap cannot run this model: the loop can, and shows the error if there is a real one
+            if not self._vectorised or not self._unrecorded():
+                raise
+            return list(self._unrecorded())
+        tolerance = 1e-3 if direction.dtype in (torch.float32, torch.float64) else 5e-2
+        # Where the true gradient is zero, rounding leaves something of the size of the others times the precision.
+        noise = 1e-6**self._power * max(r.norm() / r.numel() ** 0.5 for r in reference.values())
+        return [
+            name
+            for name, right in reference.items()
+            if not (self.sums[name] - right).norm() <= tolerance * right.norm() + noise * right.numel() ** 0.5
+        ]
+
+    def _take_slower_path(self, names: Sequence[str]) -> None:
+        recorded = set(self._tape.names.values())
+        if not recorded.intersection(names):
+            if not self._vectorised:
+                raise ValueError(
+                    f"The gradient of {names[0]} differs from call to call: the model is random in eval mode, and "
+                    "importances per sample are not defined. Make it deterministic in eval mode."
+                )
+            self._vectorised = False
+            return
+        owners = {
+            name: [m for m in self._tape.rules if name in {full for _, full in self._tape.owned(m).values()}]
+            for name in recorded.intersection(names)
+        }
+        exhausted = [name for name, ms in owners.items() if all(self._tape.rules[m] is VJP_RULE for m in ms)]
+        for layer in {m for ms in owners.values() for m in ms}:
+            self._tape.rules[layer] = VJP_RULE
+        for name in exhausted:
+            del self._tape.names[id(self._parameters[name])]
+
+    def _alone(self, sample: Any) -> Tensor:  # noqa: ANN401
+        """The logits of one sample, or a refusal that names the module which cannot do without the others."""
+        entered: list[nn.Module] = []
+        handles = [
+            module.register_forward_pre_hook(lambda module, _: entered.append(module)) for module in self._layer_names
+        ]
+        try:
+            return self._network(sample)
+        except Exception as error:
+            culprit = self._describe(entered[-1]) if entered else "The model"
+            raise ValueError(
+                f"{culprit} works on a batch but fails on one of its samples alone ({error}), so it may mix the samples "
+                "of a batch, and importances per sample are not defined. Batch norm with track_running_stats=False "
+                "does this."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_mixed_samples(self, pair: Any, samples: Sequence[Any], together: Tensor, apart: Tensor) -> None:  # noqa: ANN401
+        if together.shape == apart.shape and _close(together, apart):
+            return
+        outputs: list[list[tuple[nn.Module, Any]]] = []
+        for inputs in (pair, *samples):
+            calls: list[tuple[nn.Module, Any]] = []
+            handles = [
+                module.register_forward_hook(lambda module, _, output, calls=calls: calls.append((module, output)))
+                for module in self._layer_names
+            ]
+            with torch.no_grad():
+                self._network(inputs)
+            for handle in handles:
+                handle.remove()
+            outputs.append(calls)
+        for (module, both), *ones in zip(*outputs, strict=False):
+            parts = [one for _, one in ones]
+            if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
+                rows = torch.cat(parts) if parts[0].dim() > 0 else both
+                if rows.shape == both.shape and not _close(both, rows):
+                    culprit = self._describe(module)
+                    break
+        else:
+            culprit = "The model"
+        raise ValueError(
+            f"{culprit} mixes the samples of a batch in eval mode: a sample's output alone differs from its output in "
+            "a batch, so importances per sample are not defined. Batch norm with track_running_stats=False does this."
+        )
+
+    def _describe(self, module: nn.Module) -> str:
+        return f"The module {self._layer_names.get(module, '?')!r} ({type(module).__name__})"
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny) if a.is_floating_point() else bool((a == b).all())

@@ -1,0 +1,416 @@
+"""How important each parameter of a model is for the data at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, cast, get_args
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pl_personalize.artifacts import load_tensors, save_tensors
+from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model
+from pl_personalize.functional.objectives import (
+    expected_fisher_cotangents,
+    fisher_cotangents,
+    label_cotangent,
+    mas_cotangent,
+    sample_labels,
+)
+from pl_personalize.functional.per_sample import Forward, Path, PerSamplePowerSums
+
+Kind = Literal["mas", "fisher", "empirical_fisher"]
+Reduction = Literal["sample", "batch"]
+_ARTIFACT_KIND = "importance"
+
+
+class Importance(Mapping[str, Tensor]):
+    """The importance of each parameter: non-negative tensors by parameter name, and how they came about.
+
+    Args:
+        values: Importance by parameter name, of the parameter's shape.
+        kind: ``"mas"``, ``"fisher"`` or ``"empirical_fisher"``.
+        num_samples: Number of samples that the mean is over.
+        reduction: ``"sample"``, or ``"batch"`` for the published code's estimate.
+        paths: How each parameter's gradients were computed (``"closed form"``, ``"layer"``, ``"model"``, ``"loop"``,
+            or ``"batch"``).
+
+    Raises:
+        ValueError: If a value is negative, NaN or infinite, or if ``num_samples`` is not positive.
+
+    Example:
+        >>> importance = Importance({"weight": torch.tensor([0.5, 2.0])}, kind="mas", num_samples=8)
+        >>> importance["weight"].tolist(), importance.num_samples
+        ([0.5, 2.0], 8)
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        kind: Kind,
+        num_samples: int,
+        reduction: Reduction = "sample",
+        paths: Mapping[str, str] | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"Importances need at least one sample; got num_samples={num_samples}.")
+        for name, value in values.items():
+            check_importance(name, value)
+        self._values = dict(values)
+        self.kind = kind
+        self.num_samples = num_samples
+        self.reduction = reduction
+        self.paths = dict(paths or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return (
+            f"Importance(kind={self.kind!r}, num_samples={self.num_samples}, reduction={self.reduction!r}, "
+            f"parameters={len(self)})"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Importance:  # noqa: ANN401
+        """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
+        return self._like({name: value.to(*args, **kwargs) for name, value in self.items()}, self.num_samples)
+
+    def relative_to(self, module: str) -> Importance:
+        """The part that lies below ``module``, with names relative to it.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        prefix = f"{module}."
+        values = {name.removeprefix(prefix): value for name, value in self.items() if name.startswith(prefix)}
+        if not values:
+            raise ValueError(f"No importance belongs to {module!r}; there are {', '.join(self) or 'none'}.")
+        paths = {name.removeprefix(prefix): path for name, path in self.paths.items() if name.startswith(prefix)}
+        return Importance(
+            values, kind=self.kind, num_samples=self.num_samples, reduction=self.reduction, paths=paths
+        )
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
+        return {
+            name: {"norm": float(value.norm()), "zeros": float((value == 0).float().mean())}
+            for name, value in self.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write a safetensors file, atomically, with a checksum.
+
+        Returns:
+            The path.
+        """
+        metadata = {
+            "kind": self.kind,
+            "num_samples": self.num_samples,
+            "reduction": self.reduction,
+            "paths": self.paths,
+        }
+        return str(save_tensors(path, self, kind=_ARTIFACT_KIND, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Importance:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If it is missing, broken, or holds something else.
+        """
+        values, metadata = load_tensors(path, kind=_ARTIFACT_KIND)
+        return cls(values, **metadata)
+
+    @classmethod
+    def combine(cls, importances: Iterable[Importance]) -> Importance:
+        """The importance over all the data of several: means weighted by their number of samples.
+
+        Raises:
+            ValueError: If there are none, or if they differ in kind, reduction, names or shapes.
+        """
+        parts = list(importances)
+        if not parts:
+            raise ValueError("Importance.combine needs at least one importance.")
+        first = parts[0]
+        for other in parts[1:]:
+            for what in ("kind", "reduction"):
+                if getattr(first, what) != getattr(other, what):
+                    raise ValueError(
+                        f"Importances of different {what} cannot be combined: "
+                        f"{getattr(first, what)!r} and {getattr(other, what)!r}."
+                    )
+            shapes = [{name: tuple(value.shape) for name, value in part.items()} for part in (first, other)]
+            if shapes[0] != shapes[1]:
+                wrong = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
+                raise ValueError(f"Importances of different parameters cannot be combined; they differ in {wrong}.")
+        total = sum(part.num_samples for part in parts)
+        values = {
+            name: sum((part[name] * (part.num_samples / total) for part in parts), torch.zeros_like(first[name]))
+            for name in first
+        }
+        return first._like(values, total)
+
+    def _like(self, values: Mapping[str, Tensor], num_samples: int) -> Importance:
+        return Importance(
+            values, kind=self.kind, num_samples=num_samples, reduction=self.reduction, paths=self.paths
+        )
+
+
+def check_importance(name: str, value: Tensor) -> None:
+    """Refuse what no importance can be.
+
+    Raises:
+        ValueError: If an entry is NaN, infinite or negative.
+    """
+    if value.numel() == 0:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (low >= 0 and high < float("inf")):
+        what = "NaN" if low != low or high != high else ("a negative entry" if low < 0 else "an infinite entry")
+        raise ValueError(f"The importance of {name!r} has {what}; importances are finite and not negative.")
+
+
+def estimate_importance(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    kind: Kind,
+    *,
+    reduction: Reduction = "sample",
+    module: str | None = None,
+    exclude: Sequence[str] = (),
+    draws: int | Literal["all"] = 1,
+    generator: torch.Generator | None = None,
+    forward: Forward | None = None,
+    max_scratch_mb: float = 256,
+    progress: bool = False,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Importance:
+    r"""Estimate how important each parameter is, exactly per sample.
+
+    * ``"mas"``: the mean over samples of :math:`|\partial \|f(x)\|_2^2 / \partial \theta|`
+      (Aljundi et al., ECCV 2018). Needs no labels.
+    * ``"fisher"``: the mean over samples of :math:`(\partial \log p(\hat y | x) / \partial \theta)^2` with
+      :math:`\hat y` drawn from the model's own softmax: the diagonal of the Fisher information. Needs no labels.
+    * ``"empirical_fisher"``: the same with the true labels (as in Kirkpatrick et al., PNAS 2017).
+
+    The absolute value or square is taken for each sample, not for the mean over a batch: the result does not depend on
+    the batch size. It is computed in eval mode and without autocast, and the model is left as it was: modes,
+    ``requires_grad``, ``.grad``, buffers, hooks and the state of the random number generators.
+
+    Args:
+        model: Any module that maps an input to logits (N, classes); (N, \*) for ``"mas"``.
+        dataloader: Any iterable of batches. A batch is a tensor, a tuple whose first item is the input, or a dict
+            (keyword arguments of the model); every tensor's first dimension is the batch.
+        kind: See above.
+        reduction: ``"sample"``, or ``"batch"``: the estimate of the published DUA code, the mean over batches of
+            |gradient of the batch mean| (MAS) or its square (Fisher; for ``"fisher"`` plus 1e-8). It depends on the
+            batch size and the order, and is kept for comparison.
+        module: Name of the submodule whose parameters count; names in the result are relative to it.
+        exclude: Names of parameters, or of modules, that do not count. Relative to ``model``.
+        draws: For ``"fisher"``: labels drawn for each sample, or ``"all"`` for the exact expectation over the classes,
+            at the cost of one backward pass for each class.
+        generator: Source of the drawn labels. By default a copy of the global generator: the global one does not move,
+            so calls in a row draw the same.
+        forward: ``(model, batch) -> logits`` where calling the model on the input is not enough.
+        max_scratch_mb: Memory for per-sample gradients (in 2**20 bytes) where a layer has no closed form.
+        progress: Show a progress bar if it takes more than two seconds.
+        all_reduce: Sums a tensor over processes that each hold a part of the data; called for every sum, and last for
+            the number of samples (and batches).
+
+    Returns:
+        Importances by the names of ``model.named_parameters()`` that need a gradient, in float32 (float64 for float64
+        parameters), on the model's device.
+
+    Raises:
+        ValueError: If the options are wrong, no parameter needs a gradient, there are no batches, the batch has no
+            labels where needed, the output is not finite, or the model mixes the samples of a batch.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> batch = torch.tensor([[1.0, 2.0], [1.0, -4.0]])  # outputs 3 and -3; |2 f(x) x| = (6, 12) and (6, 24)
+        >>> estimate_importance(model, [batch], "mas")["weight"].tolist()
+        [[6.0, 18.0]]
+    """
+    _check_options(kind, reduction, draws, max_scratch_mb)
+    parameters = _select_parameters(model, module, exclude)
+    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    devices = {parameter.device for parameter in parameters.values()}
+    device = next(iter(devices))
+    batches = _batches(dataloader, device, progress)
+    estimate = _sums_per_sample if reduction == "sample" else _sums_per_batch
+    with (
+        isolate_rng(include_cuda=device.type == "cuda"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        try:
+            sums, counts, paths = estimate(
+                model,
+                parameters,
+                batches,
+                kind,
+                draws=draws,
+                generator=generator,
+                forward=forward or call_model,
+                max_scratch_bytes=int(max_scratch_mb * 2**20),
+            )
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers.values():
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+        if all_reduce is not None:
+            sums = {name: all_reduce(total) for name, total in sums.items()}
+            counts = all_reduce(counts)
+    num_samples, denominator = int(counts[0]), int(counts[-1])
+    if num_samples == 0:
+        raise ValueError("The dataloader has no samples; importances need at least one.")
+    floor = 1e-8 if (kind, reduction) == ("fisher", "batch") else 0.0
+    values = {name: total / denominator + floor for name, total in sums.items()}
+    importance = Importance(values, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
+    return importance if module is None else importance.relative_to(module)
+
+
+def _check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: float) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}.")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}.")
+    if draws != "all" and (not isinstance(draws, int) or draws < 1):
+        raise ValueError(f'draws must be a positive integer or "all"; got {draws!r}.')
+    if draws != 1 and (kind, reduction) != ("fisher", "sample"):
+        raise ValueError(f"draws={draws!r} has a meaning for kind='fisher' with reduction='sample' alone.")
+    if max_scratch_mb <= 0:
+        raise ValueError(f"max_scratch_mb must be positive; got {max_scratch_mb}.")
+
+
+def _select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in (*exclude, *([module] if module is not None else [])):
+        if not any(_below(parameter, name) for parameter in known):
+            raise ValueError(f"{name!r} is no parameter of the model and no module with parameters; it has {sorted(known)}.")
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (module is None or _below(name, module))
+        and not any(_below(name, excluded) for excluded in exclude)
+    }
+    if not chosen:
+        raise ValueError("No parameter needs a gradient (all are frozen or excluded), so there is nothing to estimate.")
+    return chosen
+
+
+def _below(parameter: str, name: str) -> bool:
+    name = name.removesuffix(".")
+    return parameter == name or parameter.startswith(f"{name}.")
+
+
+def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
+    def usable(tensor: Tensor) -> Tensor:  # a batch made in inference mode cannot be part of a graph
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    for batch in tqdm(dataloader, desc="Importance", unit="batch", delay=2, disable=not progress, leave=False):
+        yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
+
+
+def _class_logits(logits: Tensor) -> Tensor:
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"A Fisher information needs logits (N, classes) of at least two classes; got {tuple(logits.shape)}.")
+    return logits
+
+
+def _sums_per_sample(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterator[Any],
+    kind: Kind,
+    *,
+    draws: int | Literal["all"],
+    generator: torch.Generator | None,
+    forward: Forward,
+    max_scratch_bytes: int,
+) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Path]]:
+    def cotangents(batch: Any, logits: Tensor) -> list[Tensor]:  # noqa: ANN401
+        if kind == "mas":
+            return [mas_cotangent(logits)]
+        if kind == "empirical_fisher":
+            return [label_cotangent(_class_logits(logits), batch_labels(batch))]
+        if draws == "all":
+            return expected_fisher_cotangents(_class_logits(logits))
+        return fisher_cotangents(_class_logits(logits), draws, generator)
+
+    power = 1 if kind == "mas" else 2
+    engine = PerSamplePowerSums(
+        model, parameters, power=power, forward=forward, max_scratch_bytes=max_scratch_bytes
+    )
+    count = 0
+    with engine:
+        for batch in batches:
+            if kind == "empirical_fisher":
+                batch_labels(batch)  # before any work is done
+            num_samples = batch_size(batch)
+            if num_samples:
+                engine.add(batch, num_samples, lambda logits, batch=batch: cotangents(batch, logits))
+            count += num_samples
+        device = next(iter(parameters.values())).device
+        return engine.sums, torch.tensor([count], device=device), engine.paths
+
+
+def _sums_per_batch(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterator[Any],
+    kind: Kind,
+    *,
+    draws: int | Literal["all"],
+    generator: torch.Generator | None,
+    forward: Forward,
+    max_scratch_bytes: int,
+) -> tuple[dict[str, Tensor], Tensor, Mapping[str, str]]:
+    """The published code's estimates (De Lange et al., CVPR 2020): |mean gradient of a batch|, or its square."""
+    modes = {child: child.training for child in model.modules()}
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
+    count = num_batches = 0
+    try:
+        for child in modes:
+            child.training = False
+        for batch in batches:
+            num_samples = batch_size(batch)
+            if num_samples == 0:
+                continue
+            logits = as_logits(forward(model, batch))
+            if kind == "mas":
+                direction = mas_cotangent(logits.detach())
+            else:
+                chances = _class_logits(logits.detach())
+                labels = batch_labels(batch) if kind == "empirical_fisher" else sample_labels(chances, 1, generator)[:, 0]
+                direction = label_cotangent(chances, labels)
+            gradients = torch.autograd.grad(
+                logits, list(parameters.values()), direction / num_samples, materialize_grads=True
+            )
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total.add_(gradient.abs() if kind == "mas" else gradient.square())
+            count += num_samples
+            num_batches += 1
+    finally:
+        for child, training in modes.items():
+            child.training = training
+    counts = torch.tensor([count, num_batches], device=next(iter(parameters.values())).device)
+    return sums, counts, dict.fromkeys(parameters, "batch")

@@ -1,0 +1,243 @@
+"""Merging experts: state dicts in, state dict out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from pl_personalize.artifacts import shared_entries
+from pl_personalize.functional.merging import Zero, prefix_merges
+from pl_personalize.importance import check_importance
+
+Normalize = Literal["sum", "layer", "max"]
+StateDict = Mapping[str, Tensor]
+_BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def merge(
+    experts: Sequence[StateDict],
+    importances: Sequence[StateDict | None] | None = None,
+    *,
+    parameters: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    zero: Zero = "mean",
+    normalize: Normalize | None = None,
+) -> dict[str, Tensor]:
+    r"""Merge experts into one, each parameter entry weighted by its importance.
+
+    .. math::
+        \theta = \sum_k \frac{w_k \Omega_k}{\sum_j w_j \Omega_j} \theta_k
+
+    With importances from server data this is importance-weighted IMM, with a user's own it is RACL
+    (De Lange et al., CVPR 2020); without importances it is the plain mean (mean-IMM).
+
+    Parameters are merged one after the other, so experts may be lazily opened files
+    (:class:`~pl_personalize.artifacts.TensorFile`). Entries of a state dict that share storage are merged once and stay
+    shared. What is not merged comes from the last expert.
+
+    Args:
+        experts: At least one state dict; all with the same entries and shapes.
+        importances: One mapping for each expert, or ``None`` for the plain mean.
+        parameters: Names of the entries to merge; by default those of the importances, or without importances every
+            floating entry except batch-norm statistics.
+        weights: One positive factor for each expert; by default equal.
+        zero: What an entry becomes that is important to no expert: ``"mean"``, or ``"reference"`` for 0 as in the
+            published code.
+        normalize: Divide each expert's importances by their ``"sum"`` or their ``"max"`` over all merged parameters, or
+            by the largest of each parameter tensor (``"layer"``), so that their scales count no longer.
+
+    Returns:
+        A new state dict with the last expert's entries in the last expert's order.
+
+    Raises:
+        ValueError: If the numbers of experts, importances and weights differ, an entry or an importance is missing or
+            has another shape, or an importance is negative, NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> a, b = {"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}
+        >>> merge([a, b], [{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 0.0])}])["w"].tolist()
+        [0.75, 0.5]
+    """
+    plan = _Plan(experts, importances, parameters, weights, zero, normalize)
+    merged = {name: values[-1] for names, values in plan.run(keep_all=False) for name in names}
+    return {name: merged[name] if name in merged else experts[-1][name].clone() for name in experts[-1]}
+
+
+def merge_prefixes(
+    experts: Sequence[StateDict],
+    importances: Sequence[StateDict | None] | None = None,
+    *,
+    parameters: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    zero: Zero = "mean",
+    normalize: Normalize | None = None,
+) -> list[dict[str, Tensor]]:
+    """The merges of experts 1, 1..2, …, 1..T, as a server has them after each task, in one pass over the files.
+
+    The first is expert 1 itself; the last equals :func:`merge` of all. Arguments and errors are those of :func:`merge`.
+
+    Returns:
+        T state dicts. What is not merged comes from expert t in the t-th.
+    """
+    plan = _Plan(experts, importances, parameters, weights, zero, normalize)
+    merged: list[dict[str, Tensor]] = [{} for _ in experts]
+    for names, values in plan.run(keep_all=True):
+        for state, value in zip(merged, values, strict=True):
+            state.update(dict.fromkeys(names, value))
+    return [
+        {name: state[name] if name in state else expert[name].clone() for name in expert}
+        for state, expert in zip(merged, experts, strict=True)
+    ]
+
+
+class _Plan:
+    """Checked arguments of a merge: what is merged with what, before a tensor is computed."""
+
+    def __init__(
+        self,
+        experts: Sequence[StateDict],
+        importances: Sequence[StateDict | None] | None,
+        parameters: Sequence[str] | None,
+        weights: Sequence[float] | None,
+        zero: Zero,
+        normalize: Normalize | None,
+    ) -> None:
+        if not experts:
+            raise ValueError("There are no experts to merge.")
+        if zero not in get_args(Zero):
+            raise ValueError(f"zero must be one of {', '.join(get_args(Zero))}; got {zero!r}.")
+        if normalize is not None and normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be None or one of {', '.join(get_args(Normalize))}; got {normalize!r}.")
+        self.experts, self.zero, self.normalize = experts, zero, normalize
+        self.importances = self._check_importances(importances)
+        self.weights = self._check_weights(weights)
+        self.groups = self._groups(parameters)
+        self._check_entries()
+        self.scales = self._scales()
+
+    def run(self, *, keep_all: bool) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """For each merged tensor its names and its value after each expert, or (not ``keep_all``) after the last."""
+        for source, names in self.groups.items():
+            thetas = _Column(self.experts, source)
+            omegas = None if self.importances is None else _Column(self.importances, source, self._scaled)
+            start = 0 if keep_all else len(self.experts) - 1
+            yield names, list(prefix_merges(thetas, omegas, self.weights, self.zero, start=start))
+
+    def _check_importances(self, importances: Sequence[StateDict | None] | None) -> list[StateDict] | None:
+        if importances is None:
+            return None
+        if isinstance(importances, Mapping):
+            raise ValueError("importances must be a sequence with one mapping for each expert; got a single mapping.")
+        if len(importances) != len(self.experts):
+            raise ValueError(f"There are {len(self.experts)} experts but {len(importances)} importances.")
+        for k, importance in enumerate(importances):
+            if importance is None or len(importance) == 0:
+                raise ValueError(
+                    f"Expert {k + 1} of {len(self.experts)} has no importances. Give one mapping for each expert, or "
+                    "importances=None for the plain mean."
+                )
+        return [importance for importance in importances if importance is not None]
+
+    def _check_weights(self, weights: Sequence[float] | None) -> list[float]:
+        if weights is None:
+            return [1.0] * len(self.experts)
+        if len(weights) != len(self.experts):
+            raise ValueError(f"There are {len(self.experts)} experts but {len(weights)} weights.")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights must be positive and finite; got {list(weights)}.")
+        return [float(weight) for weight in weights]
+
+    def _groups(self, parameters: Sequence[str] | None) -> dict[str, list[str]]:
+        """The tensors to merge: the name that its importance has, and all the names that share its storage."""
+        last = self.experts[-1]
+        if isinstance(parameters, str):
+            raise ValueError(f"parameters must be a sequence of names; got the string {parameters!r}.")
+        if parameters is not None:
+            chosen = list(parameters)
+        elif self.importances is not None:
+            chosen = list(self.importances[0])
+        else:
+            chosen = [
+                name
+                for name, value in last.items()
+                if value.is_floating_point() and name.rpartition(".")[2] not in _BATCH_NORM_STATISTICS
+            ]
+        missing = [name for name in chosen if name not in last]
+        if missing:
+            raise ValueError(f"The experts have no entries {missing}; they have {list(last)}.")
+        if not chosen:
+            raise ValueError("There is nothing to merge: no parameter was chosen.")
+        shared = shared_entries(last)
+        storages = {shared.get(name, name) for name in chosen}
+        groups: dict[str, list[str]] = {}
+        for name in last:
+            if shared.get(name, name) in storages:
+                groups.setdefault(shared.get(name, name), []).append(name)
+        if self.importances is None:
+            return groups
+        known = self.importances[0]
+        return {next((name for name in names if name in known), first): names for first, names in groups.items()}
+
+    def _check_entries(self) -> None:
+        last = self.experts[-1]
+        for k, expert in enumerate(self.experts):
+            if different := sorted(set(expert) ^ set(last)):
+                raise ValueError(f"Expert {k + 1} and expert {len(self.experts)} have different entries: {different}.")
+        for source in self.groups:
+            shape = tuple(last[source].shape)
+            if not last[source].is_floating_point():
+                raise ValueError(f"{source!r} is {last[source].dtype} and cannot be averaged; leave it out.")
+            for k, expert in enumerate(self.experts):
+                if tuple(expert[source].shape) != shape:
+                    raise ValueError(
+                        f"{source!r} has shape {tuple(expert[source].shape)} in expert {k + 1} and {shape} in expert "
+                        f"{len(self.experts)}; only experts of one architecture can be merged."
+                    )
+            for k, importance in enumerate(self.importances or ()):
+                if source not in importance:
+                    raise ValueError(f"Expert {k + 1} has no importance for {source!r}; it has {list(importance)}.")
+                if tuple(importance[source].shape) != shape:
+                    raise ValueError(
+                        f"The importance of {source!r} for expert {k + 1} has shape {tuple(importance[source].shape)}; "
+                        f"the parameter has {shape}."
+                    )
+
+    def _scales(self) -> list[float] | None:
+        """Each expert's divisor for ``normalize="sum"`` and ``"max"``."""
+        if self.importances is None or self.normalize not in ("sum", "max"):
+            return None
+        scales = []
+        for importance in self.importances:
+            values = [importance[source].double() for source in self.groups]
+            total = sum(float(v.sum()) for v in values) if self.normalize == "sum" else max(float(v.max()) for v in values)
+            scales.append(total or 1.0)
+        return scales
+
+    def _scaled(self, k: int, source: str, importance: Tensor) -> Tensor:
+        try:
+            check_importance(source, importance)
+        except ValueError as error:
+            raise ValueError(f"Expert {k + 1}: {error}") from error
+        if self.normalize is None or importance.numel() == 0:
+            return importance
+        divisor = float(importance.max()) or 1.0 if self.scales is None else self.scales[k]
+        return importance / divisor
+
+
+class _Column(Sequence[Tensor]):
+    """One entry in several state dicts, read when asked for."""
+
+    def __init__(
+        self, rows: Sequence[StateDict], name: str, transform: Callable[[int, str, Tensor], Tensor] | None = None
+    ) -> None:
+        self._rows, self._name, self._transform = rows, name, transform
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, k: Any) -> Any:  # noqa: ANN401
+        value = self._rows[k][self._name]
+        return value if self._transform is None else self._transform(k, self._name, value)
