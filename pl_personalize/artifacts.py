@@ -110,9 +110,13 @@ def save_tensors(
 
 
 def shared_entries(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The entries that are the same storage as an earlier one (tied weights), each with that one's name."""
-    if isinstance(tensors, TensorFile):
-        return dict(tensors.aliases)
+    """The entries that are the same storage as an earlier one (tied weights), each with that one's name.
+
+    A mapping that reads its tensors from a file knows this itself, as its attribute ``aliases``.
+    """
+    known: dict[str, str] | None = getattr(tensors, "aliases", None)
+    if known is not None:
+        return known
     first: dict[Any, str] = {}
     shared: dict[str, str] = {}
     for name, tensor in tensors.items():

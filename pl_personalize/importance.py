@@ -26,7 +26,7 @@ from pl_personalize.functional.per_sample import Forward, Path, PerSamplePowerSu
 
 Kind = Literal["mas", "fisher", "empirical_fisher"]
 Reduction = Literal["sample", "batch"]
-_ARTIFACT_KIND = "importance"
+ARTIFACT_KIND = "importance"
 
 
 class Importance(Mapping[str, Tensor]):
@@ -121,7 +121,7 @@ class Importance(Mapping[str, Tensor]):
             "reduction": self.reduction,
             "paths": self.paths,
         }
-        return str(save_tensors(path, self, kind=_ARTIFACT_KIND, metadata=metadata))
+        return str(save_tensors(path, self, kind=ARTIFACT_KIND, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:
@@ -130,7 +130,7 @@ class Importance(Mapping[str, Tensor]):
         Raises:
             ArtifactError: If it is missing, broken, or holds something else.
         """
-        values, metadata = load_tensors(path, kind=_ARTIFACT_KIND)
+        values, metadata = load_tensors(path, kind=ARTIFACT_KIND)
         return cls(values, **metadata)
 
     @classmethod

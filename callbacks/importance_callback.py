@@ -1,0 +1,266 @@
+"""What the importance callbacks have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from typing_extensions import override
+
+from pl_personalize.functional.per_sample import Forward
+from pl_personalize.importance import Importance, Kind, estimate_importance
+
+Stage = Literal["train", "val", "test", "predict"]
+_SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+
+
+class ImportanceCallback(Callback):
+    """Estimates importances when ``fit`` ends, or over the data of a ``predict`` run; see the subclasses.
+
+    Subclasses set :attr:`kind`. Override :meth:`should_estimate` to decide when it runs.
+    """
+
+    kind: Kind
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any] | Stage | None = None,
+        *,
+        weights: Literal["best", "last"] = "best",
+        module: str | None = None,
+        exclude: Sequence[str] = (),
+        forward: Forward | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        reduction: Literal["sample", "batch"] = "sample",
+        max_scratch_mb: float = 256,
+        generator: torch.Generator | None = None,
+        draws: int | Literal["all"] = 1,
+    ) -> None:
+        super().__init__()
+        if isinstance(dataloader, str) and dataloader not in _SETUP_STAGES:
+            raise MisconfigurationException(
+                f"dataloader must be an iterable of batches or one of {', '.join(_SETUP_STAGES)}; got {dataloader!r}."
+            )
+        if weights not in ("best", "last"):
+            raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
+        self.dataloader, self.weights, self.module, self.forward = dataloader, weights, module, forward
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.filename = filename
+        self._options: dict[str, Any] = {
+            "exclude": tuple(exclude),
+            "reduction": reduction,
+            "max_scratch_mb": max_scratch_mb,
+            "generator": generator,
+            "draws": draws,
+        }
+        self.importance: Importance | None = None
+        self.path: str | None = None
+
+    def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether to estimate now, at the end of ``fit`` or ``predict``. Override to decide otherwise."""
+        return True
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before any training."""
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole parameters on every device; the strategy "
+                f"{type(trainer.strategy).__name__} shards them. Use ddp or a single device."
+            )
+        names = [name for name, _ in pl_module.named_parameters()]
+        for name in (*self._options["exclude"], *([] if self.module is None else [self.module])):
+            if not any(known == name or known.startswith(f"{name.removesuffix('.')}.") for known in names):
+                raise MisconfigurationException(
+                    f"{type(pl_module).__name__} has no parameters below {name!r}; its parameters are {names}."
+                )
+        if isinstance(self.dataloader, str) and stage == "fit":
+            self._hook_owner(trainer, pl_module, self.dataloader)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate with the best or the last weights, and write the file."""
+        if not self.should_estimate(trainer, pl_module):
+            return
+        loaders = self._fit_dataloaders(trainer, pl_module)
+        with _best_weights(trainer, pl_module, wanted=self.weights == "best"):
+            self._estimate(trainer, pl_module, loaders)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate over the data that was predicted, with the weights that predicted it, and write the file."""
+        if not self.should_estimate(trainer, pl_module):
+            return
+        given = self.dataloader if self.dataloader is not None and not isinstance(self.dataloader, str) else None
+        loaders = trainer.predict_dataloaders if given is None else given
+        self._estimate(trainer, pl_module, _as_list(loaders))
+
+    def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
+        strategy = trainer.strategy
+        limit = trainer.fast_dev_run if isinstance(trainer.fast_dev_run, int) and trainer.fast_dev_run else None
+        data = _Batches(trainer, [_unrepeated(loader, trainer) for loader in loaders], limit)
+        importance = estimate_importance(
+            pl_module,
+            data,
+            self.kind,
+            module=self.module,
+            forward=self.forward,
+            progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+            all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
+            **self._options,
+        )
+        self.importance = importance
+        path = self._resolve_path(trainer)
+        self.path = str(strategy.broadcast(str(path)))
+        if trainer.is_global_zero:
+            importance.save(self.path)
+            for logger in trainer.loggers:
+                _log_summary(logger, importance, trainer.global_step)
+        strategy.barrier("importance")
+
+    def _fit_dataloaders(self, trainer: Trainer, pl_module: LightningModule) -> list[Iterable[Any]]:
+        if self.dataloader is None:
+            return _as_list(trainer.train_dataloader)
+        if not isinstance(self.dataloader, str):
+            return _as_list(self.dataloader)
+        owner = self._hook_owner(trainer, pl_module, self.dataloader)
+        if isinstance(owner, LightningDataModule):
+            owner.setup(_SETUP_STAGES[self.dataloader])
+        return _as_list(getattr(owner, f"{self.dataloader}_dataloader")())
+
+    def _hook_owner(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LightningDataModule | LightningModule:
+        """Who provides the dataloader of a stage."""
+        hook = f"{stage}_dataloader"
+        datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
+        if datamodule is not None and _defines(datamodule, hook):
+            return datamodule
+        if _defines(pl_module, hook):
+            return pl_module
+        raise MisconfigurationException(
+            f"{type(self).__name__}(dataloader={stage!r}) needs a datamodule or a module with {hook}(); neither "
+            f"{type(datamodule).__name__} nor {type(pl_module).__name__} has one. Pass the dataloader itself."
+        )
+
+    def _resolve_path(self, trainer: Trainer) -> Path:
+        folder = self.dirpath
+        if folder is None:
+            folder = Path(trainer.default_root_dir)
+            if trainer.loggers and (save_dir := trainer.loggers[0].save_dir) is not None:
+                logger = trainer.loggers[0]
+                version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+                folder = Path(save_dir, str(logger.name), version)
+            folder = folder / "importances"
+        return folder / f"{self.filename or self.kind}.safetensors"
+
+
+class _Batches:
+    """Several loaders one after the other, each batch brought to the device as in a step of the Trainer."""
+
+    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: int | None) -> None:
+        self._trainer, self._loaders, self._limit = trainer, loaders, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self._trainer
+        for batch in chain.from_iterable(islice(iter(loader), self._limit) for loader in self._loaders):
+            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+
+    def __len__(self) -> int:
+        return sum(len(loader) for loader in self._loaders)  # type: ignore[arg-type]
+
+
+def _as_list(loaders: Any) -> list[Iterable[Any]]:  # noqa: ANN401
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+
+
+def _defines(owner: LightningDataModule | LightningModule, hook: str) -> bool:
+    base = LightningDataModule if isinstance(owner, LightningDataModule) else LightningModule
+    return getattr(type(owner), hook, None) is not getattr(base, hook)
+
+
+def _unrepeated(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
+    """The loader's data in order, each sample once, over all ranks; other iterables as they are."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes; give a DataLoader "
+                "with a map-style dataset."
+            )
+        return loader
+    dataset: Any = loader.dataset
+    inner = getattr(loader.sampler, "sampler", loader.sampler)
+    if isinstance(inner, SubsetRandomSampler):
+        dataset = Subset(dataset, sorted(inner.indices))
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+        sampler=range(trainer.global_rank, len(dataset), trainer.world_size),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+    )
+
+
+def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
+    summed: Tensor = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+    return summed
+
+
+@contextmanager
+def _best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) -> Iterator[None]:
+    """The weights of the best checkpoint inside, the present ones after."""
+    path = _best_checkpoint(trainer) if wanted else ""
+    if not path:
+        yield
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # after training, a file that cannot be read must not cost the whole result
+        rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); importances use the last weights.")
+        yield
+        return
+    present = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+    pl_module.load_state_dict(state)
+    try:
+        yield
+    finally:
+        pl_module.load_state_dict(present)
+
+
+def _best_checkpoint(trainer: Trainer) -> str:
+    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    return next((c.best_model_path for c in checkpoints if c.best_model_path), "")
+
+
+def _log_summary(logger: Logger, importance: Importance, step: int) -> None:
+    """Norm and share of zeros of each parameter, and histograms where the logger can."""
+    prefix = f"importance/{importance.kind}"
+    logger.log_metrics(
+        {f"{prefix}/{what}/{name}": v for name, values in importance.summary().items() for what, v in values.items()},
+        step=step,
+    )
+    nonzero = {name: value[value > 0].log10().flatten().cpu() for name, value in importance.items()}
+    nonzero = {f"{prefix}/log10/{name}": value.float() for name, value in nonzero.items() if value.numel()}
+    if isinstance(logger, TensorBoardLogger):
+        for name, value in nonzero.items():
+            logger.experiment.add_histogram(name, value, global_step=step)
+    elif isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.experiment.log({name: wandb.Histogram(value.tolist()) for name, value in nonzero.items()})

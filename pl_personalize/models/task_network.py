@@ -1,0 +1,74 @@
+"""Networks with a body that tasks share and a head for each task."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor, nn
+
+
+class TaskNetwork(nn.Module):
+    """A body and the head of one task: ``head(body(x))``.
+
+    Args:
+        body: Everything but the last linear layer; its parameters are shared, regularised and merged.
+        head: The last linear layer, (n, features) to (n, classes); each task has its own.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, classes) of the task."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+    def new_head(self, num_classes: int) -> nn.Linear:
+        """Replace the head by a freshly initialised one with ``num_classes`` outputs, and return it."""
+        self.head = nn.Linear(self.head.in_features, num_classes, bias=self.head.bias is not None)
+        return self.head
+
+
+class MultiHeadNetwork(nn.Module):
+    """A merged body with the heads of all tasks; the task is known when it is used.
+
+    Args:
+        body: As in :class:`TaskNetwork`.
+        heads: One for each task, in order.
+    """
+
+    def __init__(self, body: nn.Module, heads: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        """Logits (n, classes) of ``task``, counted from 0."""
+        logits: Tensor = self.heads[task](self.body(x))
+        return logits
+
+
+def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (100, 100)) -> TaskNetwork:
+    """A multi-layer perceptron with ReLU, the paper's ``MLP_cl_100_100`` by default.
+
+    Args:
+        input_shape: Shape of one image; it is flattened.
+        num_classes: Outputs of the head.
+        hidden: Widths of the hidden layers.
+
+    Example:
+        >>> network = mlp((3, 28, 28), num_classes=2)
+        >>> [name for name, _ in network.named_parameters()][::2]
+        ['body.hidden1.weight', 'body.hidden2.weight', 'head.weight']
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    features = prod(input_shape)
+    for k, width in enumerate(hidden, start=1):
+        layers[f"hidden{k}"] = nn.Linear(features, width)
+        layers[f"relu{k}"] = nn.ReLU()
+        features = width
+    return TaskNetwork(nn.Sequential(layers), nn.Linear(features, num_classes))

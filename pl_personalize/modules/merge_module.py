@@ -1,0 +1,161 @@
+"""Merging experts into one model for a user, and testing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from pl_personalize.artifacts import TensorFile, shared_entries
+from pl_personalize.functional.merging import Zero
+from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
+from pl_personalize.merging import Normalize, StateDict, merge, merge_prefixes
+from pl_personalize.models import TaskNetwork
+from pl_personalize.modules.sequence_evaluator import SequenceEvaluator
+
+EXPERT_KIND = "expert"
+Expert = StateDict | str | os.PathLike[str]
+Importances = Sequence[StateDict | str | os.PathLike[str]]
+
+
+class MergeModule(SequenceEvaluator):
+    """Merges the experts of tasks 1..t, for each t, and tests the merges on all tasks so far.
+
+    Importance-weighted IMM and RACL of De Lange et al., CVPR 2020: with importances from the server's data one model
+    serves everybody (IMM); with importances that each user computed on unlabelled images, each gets a model (RACL);
+    without importances it is the plain mean. Bodies are merged; heads are kept per task. The model after task 1 is
+    expert 1 itself.
+
+    Args:
+        network: The architecture; its own parameters are not used.
+        experts: One for each task: a state dict of a :class:`~pl_personalize.models.TaskNetwork`, or a file that
+            :func:`~pl_personalize.artifacts.save_tensors` wrote with kind ``"expert"``, which is read when needed.
+        importances: One mapping or importance file for each expert, with names relative to the body (or to the network:
+            ``body.…``); or for each user's name such a sequence; or ``None`` for the plain mean.
+        user: Whose importances to use, where there are several users; by default the datamodule's user.
+        zero: See :func:`~pl_personalize.merge`.
+        normalize: See :func:`~pl_personalize.merge`.
+        weights: See :func:`~pl_personalize.merge`.
+        models: ``"all"``, or ``"last"``: only the merge of all experts.
+
+    Raises:
+        MisconfigurationException: If experts and importances do not fit each other, or a user is not known.
+
+    Example:
+        >>> from pl_personalize.models import mlp
+        >>> experts = [mlp((4,), 2).state_dict() for _ in range(2)]
+        >>> sorted(MergeModule(mlp((4,), 2), experts).export())[-2:]
+        ['heads.1.bias', 'heads.1.weight']
+    """
+
+    def __init__(
+        self,
+        network: TaskNetwork,
+        experts: Sequence[Expert],
+        importances: Importances | Mapping[str, Importances] | None = None,
+        *,
+        user: str | None = None,
+        zero: Zero = "mean",
+        normalize: Normalize | None = None,
+        weights: Sequence[float] | None = None,
+        models: Literal["all", "last"] = "all",
+    ) -> None:
+        states = [_open_expert(expert) for expert in experts]
+        heads = [_Part(state, "head") for state in states]
+        super().__init__(network, [_Part(state, "body") for state in states], heads, models=models)
+        if isinstance(importances, Mapping):
+            for name, one in importances.items():
+                self._check_count(one, f" of user {name!r}")
+        elif importances is not None:
+            self._check_count(importances, "")
+        self.importances, self.user = importances, user
+        self._options = {"zero": zero, "normalize": normalize, "weights": weights}
+
+    def _check_count(self, importances: Importances, of_whom: str) -> None:
+        if len(importances) != self.num_tasks:
+            raise MisconfigurationException(
+                f"There are {self.num_tasks} experts but {len(importances)} importances{of_whom}; give one for each."
+            )
+
+    def importances_of(self, user: str | None = None) -> list[StateDict] | None:
+        """The importances that a merge for ``user`` takes, with names relative to the body."""
+        chosen = self.importances
+        if isinstance(chosen, Mapping):
+            name = user or self.user or self._user_of_the_datamodule()
+            if name not in chosen:
+                raise MisconfigurationException(
+                    f"There are importances for the users {', '.join(map(repr, chosen))}, and the user is {name!r}. "
+                    "Set user=, or give the Trainer a datamodule whose user is one of them."
+                )
+            chosen = chosen[name]
+        return None if chosen is None else [_open_importance(one) for one in chosen]
+
+    def _user_of_the_datamodule(self) -> str | None:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        name: str | None = getattr(datamodule, "user", None)
+        return name
+
+    @override
+    def load_bodies(self) -> Sequence[StateDict]:
+        """The merges of experts 1, 1..2, …, 1..T."""
+        importances = self.importances_of()
+        if self.models == "last":
+            return [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
+        return merge_prefixes(self.bodies, importances, **self._options)  # type: ignore[arg-type]
+
+    def export(self, user: str | None = None) -> dict[str, Tensor]:
+        """The merge of all experts with the heads of all tasks.
+
+        Args:
+            user: Whose, where there are several users.
+
+        Returns:
+            A state dict of :class:`~pl_personalize.models.MultiHeadNetwork`: ``body.…`` and ``heads.{task}.…``.
+        """
+        body = merge(self.bodies, self.importances_of(user), **self._options)  # type: ignore[arg-type]
+        state = {f"body.{name}": value for name, value in body.items()}
+        for i, head in enumerate(self.heads):
+            state.update({f"heads.{i}.{name}": value.clone() for name, value in head.items()})
+        return state
+
+
+class _Part(Mapping[str, Tensor]):
+    """The entries of a state dict below one module, with names relative to it; read when asked for."""
+
+    def __init__(self, state: StateDict, module: str) -> None:
+        self._state, self._prefix = state, f"{module}."
+        self._names = [name for name in state if name.startswith(self._prefix)]
+        if not self._names:
+            raise MisconfigurationException(
+                f"An expert has no entries below {module!r}; it must be a state dict of a TaskNetwork. It has {list(state)}."
+            )
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Entries that are the same storage, see :func:`~pl_personalize.artifacts.shared_entries`."""
+        inside = {name: first for name, first in shared_entries(self._state).items() if first in self._names}
+        return {a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open_expert(expert: Expert) -> StateDict:
+    return expert if isinstance(expert, Mapping) else TensorFile(expert, kind=EXPERT_KIND)
+
+
+def _open_importance(importance: StateDict | str | os.PathLike[str]) -> StateDict:
+    opened = importance if isinstance(importance, Mapping) else TensorFile(importance, kind=IMPORTANCE_KIND)
+    if opened and all(name.startswith("body.") for name in opened):
+        return {name.removeprefix("body."): value for name, value in opened.items()}
+    return opened

@@ -1,0 +1,115 @@
+"""Evaluation of a sequence of models on all the tasks that each has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.func import functional_call
+from typing_extensions import override
+
+from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
+from pl_personalize.models import TaskNetwork
+
+StateDict = Mapping[str, Tensor]
+
+
+class SequenceEvaluator(LightningModule):
+    """Tests models 1..T, each on tasks 1..t, with the head of the task: the lower triangle of the accuracy matrix.
+
+    One ``trainer.test(evaluator, datamodule=...)`` does it, with one test loader for each task, in order. It logs
+    ``test/acc/t{t}/task{i}`` (model t on task i, from 1), ``test/avg_acc``, ``test/forgetting`` (divided by T, as in the
+    tables of De Lange et al., CVPR 2020) and ``test/forgetting_cl`` (divided by T - 1), all in [0, 1]; ``matrix`` has
+    the whole. Models are state dicts that are swapped into one network.
+
+    Args:
+        network: The architecture; its own parameters are not used.
+        bodies: The body of each model 1..T, with names relative to the body.
+        heads: The head of each task 1..T, with names relative to the head.
+        models: ``"all"``, or ``"last"``: only the model after the last task, which has no forgetting.
+
+    Raises:
+        MisconfigurationException: If the numbers of bodies, heads and test loaders differ.
+    """
+
+    def __init__(
+        self,
+        network: TaskNetwork,
+        bodies: Sequence[StateDict],
+        heads: Sequence[StateDict],
+        *,
+        models: Literal["all", "last"] = "all",
+    ) -> None:
+        super().__init__()
+        if models not in ("all", "last"):
+            raise MisconfigurationException(f"models must be 'all' or 'last'; got {models!r}.")
+        if len(bodies) != len(heads) or not heads:
+            raise MisconfigurationException(f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task.")
+        self.network = network.requires_grad_(False)
+        self.bodies, self.heads, self.models = list(bodies), list(heads), models
+        self.accuracy = TaskAccuracyMatrix(len(heads))
+        self.matrix: Tensor | None = None
+        self._states: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.heads)
+
+    def load_bodies(self) -> Sequence[StateDict]:
+        """The bodies to test; called when a test starts."""
+        return self.bodies
+
+    @override
+    def on_test_start(self) -> None:
+        """Bring the models to the device and check that there is a test loader for each task."""
+        loaders = self.trainer.test_dataloaders
+        count = len(loaders) if isinstance(loaders, list | tuple) else 1
+        if count != self.num_tasks:
+            raise MisconfigurationException(
+                f"There are {count} test loaders for {self.num_tasks} tasks; give one for each task, in order."
+            )
+        bodies = self.load_bodies()
+        first = 0 if self.models == "all" else self.num_tasks - 1
+        moved = {
+            t: {f"body.{name}": value.to(self.device) for name, value in bodies[t].items()}
+            for t in range(first, self.num_tasks)
+        }
+        heads = [{f"head.{name}": value.to(self.device) for name, value in head.items()} for head in self.heads]
+        self._states = {(t, i): moved[t] | heads[i] for t in moved for i in range(t + 1)}
+        self.accuracy.reset()
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count what each model that has seen the loader's task predicts right."""
+        x, y = batch
+        for (t, i), state in self._states.items():
+            if i == dataloader_idx:
+                logits: Tensor = functional_call(self.network, state, (x,))
+                self.accuracy.update(logits.argmax(1), y, model=t, task=i)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the matrix and what is said of it."""
+        matrix = self.accuracy.compute().cpu()
+        self.matrix = matrix
+        results = {
+            f"test/acc/t{t + 1}/task{i + 1}": matrix[t, i]
+            for t in range(self.num_tasks)
+            for i in range(t + 1)
+            if not torch.isnan(matrix[t, i])
+        }
+        results["test/avg_acc"] = average_accuracy(matrix)
+        if self.models == "all":
+            results["test/forgetting"] = forgetting(matrix)
+            results["test/forgetting_cl"] = forgetting(matrix, "earlier")
+        self.log_dict(results, add_dataloader_idx=False)
+
+    @override
+    def on_test_end(self) -> None:
+        """Release the models."""
+        self._states = {}

@@ -1,0 +1,152 @@
+"""Training of one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics import Accuracy
+from typing_extensions import override
+
+from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
+from pl_personalize.functional.penalties import add_l2_gradient_
+from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.models import TaskNetwork
+
+
+class TaskLearner(LightningModule):
+    r"""Trains one expert: SGD on the cross-entropy of one task, pulled to the preceding expert.
+
+    The protocol of De Lange et al., CVPR 2020: momentum SGD, the schedule of
+    :class:`~pl_personalize.callbacks.PlateauSchedule`, and L2-transfer: the gradient of
+    :math:`\lambda \|\theta - \theta_\mathrm{prev}\|^2` for the body is added before the optimiser's step.
+
+    Randomness inside the network (dropout) is drawn from a seed that follows from ``seed``, ``task`` and the step, so a
+    run that was stopped in the middle of an epoch and resumed equals the uninterrupted one, bit for bit.
+
+    Logs ``train/loss``, ``val/loss`` and ``val/acc`` (in [0, 1]).
+
+    Args:
+        network: Body and head. It is trained in place.
+        lr: Learning rate.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        l2_transfer: λ. Without ``anchor`` it has no effect.
+        anchor: The preceding expert's body: its state dict, or the entries of its parameters.
+        seed: Seed of the run.
+        task: Number of the task, which the seeds of the steps depend on.
+        drop_after: See :class:`~pl_personalize.callbacks.PlateauSchedule`.
+        stop_after: See there.
+
+    Raises:
+        MisconfigurationException: If the anchor does not fit the body, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        network: TaskNetwork,
+        *,
+        lr: float = 0.001,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        l2_transfer: float = 0.001,
+        anchor: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        task: int = 0,
+        drop_after: int = 5,
+        stop_after: int = 11,
+    ) -> None:
+        super().__init__()
+        if l2_transfer < 0 or lr <= 0:
+            raise MisconfigurationException(f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}.")
+        self.save_hyperparameters(ignore=["network", "anchor"])
+        self.network = network
+        num_classes = network.head.out_features
+        self.val_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
+        self.test_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
+        self._anchor_names = self._register_anchor(anchor)
+
+    def _register_anchor(self, anchor: Mapping[str, Tensor] | None) -> list[str]:
+        if anchor is None:
+            return []
+        names = []
+        for name, parameter in self.network.body.named_parameters():
+            if name not in anchor or anchor[name].shape != parameter.shape:
+                found = tuple(anchor[name].shape) if name in anchor else "nothing"
+                raise MisconfigurationException(
+                    f"The anchor has {found} for the body's parameter {name!r}, which is {tuple(parameter.shape)}."
+                )
+            # Not in the checkpoint: the caller has it, and it would double the checkpoint's size.
+            self.register_buffer(f"anchor_{name.replace('.', '_')}_{len(names)}", anchor[name].detach().clone(), persistent=False)
+            names.append(name)
+        return names
+
+    @property
+    def anchors(self) -> dict[str, Tensor]:
+        """What each parameter of the body is pulled to, by its name in the body."""
+        return {
+            name: self.get_buffer(f"anchor_{name.replace('.', '_')}_{k}") for k, name in enumerate(self._anchor_names)
+        }
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """The schedule, unless the Trainer has one."""
+        return [PlateauSchedule("val/acc", drop_after=self.hparams["drop_after"], stop_after=self.hparams["stop_after"])]
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = {key: self.hparams[key] for key in ("lr", "momentum", "weight_decay")}
+        return torch.optim.SGD([p for p in self.network.parameters() if p.requires_grad], **options)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Reseed, so that the step's randomness does not depend on what ran before it in this process."""
+        torch.manual_seed(
+            derive_seed(self.hparams["seed"], self.hparams["task"], self.current_epoch, batch_idx, self.global_rank)
+        )
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train/loss", loss, on_step=True, on_epoch=False)
+        return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of L2-transfer."""
+        strength = self.hparams["l2_transfer"]
+        if self._anchor_names and strength:
+            anchors = self.anchors
+            parameters = dict(self.network.body.named_parameters())
+            add_l2_gradient_([parameters[name] for name in anchors], list(anchors.values()), strength)
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self.val_accuracy(logits, y)
+        self.log("val/loss", F.cross_entropy(logits, y), sync_dist=True)
+        self.log("val/acc", self.val_accuracy, prog_bar=True)
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        x, y = batch
+        self.test_accuracy(self(x), y)
+        self.log("test/acc", self.test_accuracy)
+
+    @override
+    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The logits of unlabelled images."""
+        logits: Tensor = self(batch)
+        return logits
