@@ -1,0 +1,7 @@
+"""LightningDataModules that encode task-incremental personalisation benchmarks."""
+
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule
+from pl_personalize.datamodules.digits import DigitsDataModule
+from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
+
+__all__ = ["DigitsDataModule", "LabelledImages", "TaskIncrementalDataModule", "TensorLoader", "tensor_loader"]

@@ -1,0 +1,253 @@
+"""What all task-incremental benchmarks have in common."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
+from pl_personalize.functional.seeding import derive_seed
+
+
+class LabelledImages(NamedTuple):
+    """Images (n, channels, height, width) and their class in the task (n,), from 0."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class TaskIncrementalDataModule(LightningDataModule):
+    """Data of a server and of its users, for a sequence of tasks.
+
+    A *task* is a group of classes that arrives together. The server has labelled data of each task, split into train
+    and val. Each *user* has images of each task of his own, split into ``adapt`` (used without labels, for importances
+    and batch norm) and ``eval``.
+
+    * ``train`` and ``val``: the server's data of ``task``; of all tasks, with labels counted through, for ``task=None``.
+    * ``predict``: the adapt images of ``user``, without labels; a list with one loader for each task for ``task=None``.
+    * ``test``: the eval images of ``user``: a list with one loader for each task.
+
+    A benchmark is a subclass with :meth:`load_server` and :meth:`load_user`.
+
+    Args:
+        tasks: Names of the tasks, in order.
+        classes: Names of the classes of each task.
+        users: Names of the users.
+        task: The present task, an index from 0 or a name; also an attribute that may be set before ``setup``.
+        user: The present user, likewise.
+        batch_size: For training.
+        eval_batch_size: For everything else.
+        seed: What the order of training data depends on.
+
+    Raises:
+        MisconfigurationException: If a task or user is not there, or a batch size is not positive.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        classes: Sequence[Sequence[str]],
+        users: Sequence[str],
+        *,
+        task: int | str | None = None,
+        user: int | str | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1:
+                raise MisconfigurationException(f"{name} must be at least 1; got {size}.")
+        self.tasks, self.users = tuple(tasks), tuple(users)
+        self.classes = tuple(tuple(names) for names in classes)
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._server: dict[int, tuple[LabelledImages, LabelledImages]] = {}
+        self._user: dict[tuple[int, int], tuple[LabelledImages, LabelledImages]] = {}
+        self.task = task  # type: ignore[assignment]
+        self.user = user  # type: ignore[assignment]
+
+    # What a benchmark defines
+
+    @abstractmethod
+    def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """The server's train and val split of a task."""
+
+    @abstractmethod
+    def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """A user's adapt and eval split of a task; no image in both."""
+
+    # Where we are
+
+    @property
+    def task(self) -> str | None:
+        """Name of the present task, or ``None``."""
+        return None if self._task is None else self.tasks[self._task]
+
+    @task.setter
+    def task(self, task: int | str | None) -> None:
+        self._task = None if task is None else self.task_index(task)
+
+    @property
+    def user(self) -> str | None:
+        """Name of the present user, or ``None``."""
+        return None if self._user_index is None else self.users[self._user_index]
+
+    @user.setter
+    def user(self, user: int | str | None) -> None:
+        self._user_index = None if user is None else self.user_index(user)
+
+    def task_index(self, task: int | str) -> int:
+        """The number of a task, from 0, by number or name.
+
+        Raises:
+            MisconfigurationException: If there is none.
+        """
+        return _index(task, self.tasks, "task")
+
+    def user_index(self, user: int | str) -> int:
+        """The number of a user, from 0, by number or name.
+
+        Raises:
+            MisconfigurationException: If there is none.
+        """
+        return _index(user, self.users, "user")
+
+    def num_classes(self, task: int | str | None = None) -> int:
+        """Number of classes of a task, or of all."""
+        return len(self.classes[self.task_index(task)]) if task is not None else sum(map(len, self.classes))
+
+    def view(self, *, task: int | str | None = None, user: int | str | None = None) -> Self:
+        """The same data, which is shared in memory, for another task and user."""
+        other = copy.copy(self)
+        other.trainer = None
+        other.task, other.user = task, user  # type: ignore[assignment]
+        return other
+
+    # Splits, each loaded once
+
+    def server_split(self, task: int | str) -> tuple[LabelledImages, LabelledImages]:
+        """The server's train and val split of a task."""
+        index = self.task_index(task)
+        if index not in self._server:
+            self._server[index] = self.load_server(index)
+        return self._server[index]
+
+    def user_split(self, user: int | str, task: int | str) -> tuple[LabelledImages, LabelledImages]:
+        """A user's adapt and eval split of a task."""
+        key = self.user_index(user), self.task_index(task)
+        if key not in self._user:
+            self._user[key] = self.load_user(*key)
+        return self._user[key]
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Load what the stage needs: the server's data for fit and validate, the user's for predict and test."""
+        present = range(len(self.tasks)) if self._task is None else [self._task]
+        if stage in ("fit", "validate"):
+            for task in present:
+                self.server_split(task)
+        elif stage == "predict":
+            for task in present:
+                self.user_split(self._need_user(), task)
+        else:
+            for task in range(len(self.tasks)):
+                self.user_split(self._need_user(), task)
+
+    # Loaders
+
+    @override
+    def train_dataloader(self) -> TensorLoader:
+        """The server's train split, shuffled."""
+        split = self._present_server_split(0)
+        seed = derive_seed(self.seed, -1 if self._task is None else self._task)
+        return tensor_loader(*split, batch_size=self.batch_size, shuffle=True, seed=seed, repeat=True)
+
+    @override
+    def val_dataloader(self) -> TensorLoader:
+        """The server's val split, in order."""
+        return tensor_loader(*self._present_server_split(1), batch_size=self.eval_batch_size, repeat=True)
+
+    @override
+    def test_dataloader(self) -> list[TensorLoader]:
+        """The user's eval split of each task."""
+        user = self._need_user()
+        splits = [self.user_split(user, task)[1] for task in range(len(self.tasks))]
+        return [tensor_loader(*split, batch_size=self.eval_batch_size) for split in splits]
+
+    @override
+    def predict_dataloader(self) -> TensorLoader | list[TensorLoader]:
+        """The user's adapt images, without labels."""
+        if self._task is not None:
+            return self.adapt_dataloader(self._task)
+        return [self.adapt_dataloader(task) for task in range(len(self.tasks))]
+
+    def adapt_dataloader(self, task: int | str, *, labels: bool = False) -> TensorLoader:
+        """The present user's adapt split of a task, in order; with labels if asked for.
+
+        Raises:
+            MisconfigurationException: If no user was chosen.
+        """
+        images, classes = self.user_split(self._need_user(), task)[0]
+        return tensor_loader(images, *([classes] if labels else []), batch_size=self.eval_batch_size)
+
+    def server_dataloader(self, task: int | str) -> TensorLoader:
+        """All the server's data of a task, train and val, in order."""
+        train, val = self.server_split(task)
+        return tensor_loader(*_concatenate([train, val]), batch_size=self.eval_batch_size)
+
+    def _present_server_split(self, which: int) -> LabelledImages:
+        if self._task is not None:
+            return self.server_split(self._task)[which]
+        parts, offset = [], 0
+        for task in range(len(self.tasks)):
+            images, labels = self.server_split(task)[which]
+            parts.append(LabelledImages(images, labels + offset))
+            offset += self.num_classes(task)
+        return _concatenate(parts)
+
+    def _need_user(self) -> int:
+        if self._user_index is None:
+            raise MisconfigurationException(
+                f"No user was chosen: set user= to one of {', '.join(map(repr, self.users))}, or to its index."
+            )
+        return self._user_index
+
+
+def _concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+    return LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+def _index(value: int | str, names: Sequence[str], what: str) -> int:
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, int) and 0 <= value < len(names):
+        return value
+    raise MisconfigurationException(
+        f"There is no {what} {value!r}; there are {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
+    )
+
+
+def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[LabelledImages, LabelledImages]:
+    """Divide at random into floor(share * n) samples and the rest.
+
+    Args:
+        data: What to divide.
+        share: Of the first part.
+        seed: What the division depends on.
+    """
+    count = len(data.labels)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*seed)))
+    first, rest = order[: int(share * count)], order[int(share * count) :]
+    return LabelledImages(data.images[first], data.labels[first]), LabelledImages(data.images[rest], data.labels[rest])

@@ -1,0 +1,132 @@
+"""Five tasks of two handwritten digits, for a user with a scanner and a user with a camera."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+from typing_extensions import override
+
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, random_split
+from pl_personalize.functional.seeding import derive_seed
+
+IMAGE_SHAPE = (3, 16, 16)
+
+
+class DigitsDataModule(TaskIncrementalDataModule):
+    """The 1797 handwritten digits of scikit-learn: tasks {0, 1}, {2, 3}, …, {8, 9}, and the users *scan* and *camera*.
+
+    The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
+    kind through a fixed change (:func:`photograph`): dark ink on coloured paper, uneven light, blur and low contrast.
+    The server has both kinds. No image is in two places: of each digit's images half go to the server, a half of these
+    photographed, and a quarter to each user. A user's images are halved into adapt and eval. Nothing is downloaded.
+
+    Args:
+        task: See :class:`TaskIncrementalDataModule`.
+        user: See there; ``"scan"`` (0) or ``"camera"`` (1).
+        batch_size: See there.
+        eval_batch_size: See there.
+        seed: What the order of training data depends on.
+        split_seed: What the division of the images depends on.
+
+    Example:
+        >>> data = DigitsDataModule(task=0, user="camera")
+        >>> data.tasks, data.users
+        (('0-1', '2-3', '4-5', '6-7', '8-9'), ('scan', 'camera'))
+    """
+
+    def __init__(
+        self,
+        *,
+        task: int | str | None = None,
+        user: int | str | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+        split_seed: int = 27,
+    ) -> None:
+        pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
+        super().__init__(
+            tasks=["-".join(pair) for pair in pairs],
+            classes=pairs,
+            users=["scan", "camera"],
+            task=task,
+            user=user,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
+        self.split_seed = split_seed
+
+    @override
+    def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """The server's scans and photographs, 80 % for training."""
+        parts = [self._part(task, part) for part in ("server scan", "server camera")]
+        both = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+        return random_split(both, 0.8, self.split_seed, task, "server")
+
+    @override
+    def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """The user's images, halved."""
+        evaluation, adapt = random_split(self._part(task, self.users[user]), 0.5, self.split_seed, task, user)
+        return adapt, evaluation
+
+    def _part(self, task: int, part: str) -> LabelledImages:
+        """The images of a task that belong to one owner, as that owner sees them."""
+        shares = {"server scan": (0.0, 0.25), "server camera": (0.25, 0.5), "scan": (0.5, 0.75), "camera": (0.75, 1.0)}
+        scans, digits = _scans()
+        images, labels = [], []
+        for label, name in enumerate(self.classes[task]):
+            chosen = (digits == int(name)).nonzero().squeeze(1)
+            order = torch.randperm(
+                len(chosen), generator=torch.Generator().manual_seed(derive_seed(self.split_seed, int(name)))
+            )
+            start, stop = (int(share * len(chosen)) for share in shares[part])
+            chosen = chosen[order[start:stop]]
+            seen = scans[chosen]
+            if part.endswith("camera"):
+                seen = torch.stack([photograph(scan, int(index)) for scan, index in zip(seen, chosen, strict=True)])
+            images.append(seen)
+            labels.append(torch.full((len(chosen),), label))
+        return LabelledImages((torch.cat(images) - 0.5) / 0.5, torch.cat(labels))
+
+
+def photograph(scan: Tensor, seed: int) -> Tensor:
+    """What a camera makes of a scan: dark ink on coloured paper, light from one side, blur, low contrast, noise.
+
+    Args:
+        scan: (3, height, width) in [0, 1], bright on black.
+        seed: Colours, light and noise depend on it; an image looks the same whenever it is made.
+
+    Returns:
+        (3, height, width) in [0, 1].
+    """
+    generator = torch.Generator().manual_seed(derive_seed("photograph", seed))
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    ink = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
+    paper_colour, ink_colour = uniform(0.45, 0.9, 3, 1, 1), uniform(0.0, 0.35, 3, 1, 1)
+    image = paper_colour * (1 - ink) + ink_colour * ink
+    height, width = scan.shape[1:]
+    rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
+    tilt = uniform(-0.25, 0.25, 2)
+    image = image * (0.8 + tilt[0] * rows + tilt[1] * columns)
+    image = image + 0.03 * torch.randn(image.shape, generator=generator)
+    return image.clamp(0, 1)
+
+
+def _scans() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MisconfigurationException(
+            "DigitsDataModule takes its images from scikit-learn: pip install 'pl-personalize[experiments]'."
+        ) from error
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images = F.interpolate(images, size=IMAGE_SHAPE[1:], mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    return images.contiguous(), torch.tensor(digits.target)

@@ -1,0 +1,134 @@
+"""A data loader over tensors in memory that a run can resume in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from pl_personalize.functional.seeding import derive_seed
+
+T = TypeVar("T")
+
+
+class TensorBatches(Dataset[Any]):
+    """Tensors of one length, of which whole batches are cut by index: a tuple, or for a single tensor the tensor.
+
+    Args:
+        tensors: Images, and labels if there are any; (n, …) each.
+
+    Raises:
+        ValueError: If there are none, or they differ in length.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        if not tensors or len({len(tensor) for tensor in tensors}) != 1:
+            raise ValueError(f"Tensors must be of one length; got {[tuple(tensor.shape) for tensor in tensors]}.")
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return self._cut(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self._cut(torch.as_tensor(indices))
+
+    def _cut(self, index: int | Tensor) -> Any:
+        rows = tuple(tensor[index] for tensor in self.tensors)
+        return rows if len(rows) > 1 else rows[0]
+
+
+class TaskSampler(DistributedSampler[Any]):
+    """The order of an epoch, as a function of the seed and the epoch alone; divided among processes.
+
+    It is a :class:`~torch.utils.data.DistributedSampler`, so that Lightning takes it as it is and tells it the epoch.
+
+    Args:
+        dataset: What is sampled.
+        shuffle: A new order for each epoch, else the dataset's.
+        seed: What the orders depend on.
+        repeat: Fill up, by repetition, so that all processes get the same number of samples. Training needs this;
+            what is counted or summed must not have it.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, shuffle: bool, seed: int, repeat: bool) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        replicas, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.repeat = repeat
+
+    def __iter__(self) -> Iterator[int]:
+        n: int = len(self.dataset)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
+        if self.repeat and n:
+            order += [order[k % n] for k in range(-n % self.num_replicas)]
+        return iter(order[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        n: int = len(self.dataset)  # type: ignore[arg-type]
+        count = n + (-n % self.num_replicas if self.repeat and n else 0)
+        return len(range(self.rank, count, self.num_replicas))
+
+
+class TensorLoader(DataLoader[Any]):
+    """Batches of a :class:`TensorBatches`, cut in this process; its place in an epoch is part of a checkpoint.
+
+    Lightning saves and loads the state with its own checkpoints. With a :class:`TaskSampler` a resumed epoch has the
+    rest of the batches that the interrupted one would have had, in the same order.
+    """
+
+    _position = 0
+    _resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: it reads the epoch when the first batch is asked for, after Lightning has set it.
+        start, resume = 0, self._resume
+        if resume is not None and resume["epoch"] == self._epoch and resume["position"] < len(self):
+            start = resume["position"]
+        self._resume = None
+        dataset: Any = self.dataset
+        for position, indices in enumerate(self.batch_sampler or ()):
+            if position < start:
+                continue
+            self._position = position + 1
+            yield dataset.__getitems__(indices)
+
+    @property
+    def _epoch(self) -> int:
+        return int(getattr(self.sampler, "epoch", 0))
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next pass, if it is of the same epoch, after the batches that were handed out."""
+        self._resume = {"epoch": int(state_dict["epoch"]), "position": int(state_dict["position"])}
+
+
+def as_is(batch: T) -> T:
+    """The collate function of data that comes as batches."""
+    return batch
+
+
+def tensor_loader(
+    *tensors: Tensor, batch_size: int, shuffle: bool = False, seed: int = 0, repeat: bool = False
+) -> TensorLoader:
+    """A :class:`TensorLoader` over ``tensors``; the last batch may be smaller.
+
+    Args:
+        tensors: See :class:`TensorBatches`.
+        batch_size: Samples in a batch, per process.
+        shuffle: See :class:`TaskSampler`.
+        seed: See there.
+        repeat: See there.
+    """
+    dataset = TensorBatches(*tensors)
+    sampler = TaskSampler(dataset, shuffle=shuffle, seed=seed, repeat=repeat)
+    return TensorLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=as_is)

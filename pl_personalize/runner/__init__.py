@@ -1,0 +1,1 @@
+"""Task by user by method: the stages of an experiment, resumable."""
