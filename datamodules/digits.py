@@ -19,7 +19,7 @@ class DigitsDataModule(TaskIncrementalDataModule):
     """The 1797 handwritten digits of scikit-learn: tasks {0, 1}, {2, 3}, …, {8, 9}, and the users *scan* and *camera*.
 
     The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
-    kind through a fixed change (:func:`photograph`): dark ink on coloured paper, uneven light, blur and low contrast.
+    kind through a fixed change (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy.
     The server has both kinds. No image is in two places: of each digit's images half go to the server, a half of these
     photographed, and a quarter to each user. A user's images are halved into adapt and eval. Nothing is downloaded.
 
@@ -94,7 +94,7 @@ class DigitsDataModule(TaskIncrementalDataModule):
 
 
 def photograph(scan: Tensor, seed: int) -> Tensor:
-    """What a camera makes of a scan: dark ink on coloured paper, light from one side, blur, low contrast, noise.
+    """What a camera makes of a scan: coloured chalk on a coloured board, light from one side, blur and noise.
 
     Args:
         scan: (3, height, width) in [0, 1], bright on black.
@@ -108,9 +108,9 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    ink = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
-    paper_colour, ink_colour = uniform(0.45, 0.9, 3, 1, 1), uniform(0.0, 0.35, 3, 1, 1)
-    image = paper_colour * (1 - ink) + ink_colour * ink
+    chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
+    board_colour, chalk_colour = uniform(0.1, 0.4, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
+    image = board_colour * (1 - chalk) + chalk_colour * chalk
     height, width = scan.shape[1:]
     rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
     tilt = uniform(-0.25, 0.25, 2)

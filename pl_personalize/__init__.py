@@ -2,18 +2,21 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pl_personalize.artifacts import ArtifactError
-from pl_personalize.importance import Importance, estimate_importance
-from pl_personalize.merging import merge, merge_prefixes
-
 try:
     __version__ = version("pl-personalize")
 except PackageNotFoundError:  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
 
+from pl_personalize.artifacts import ArtifactError
+from pl_personalize.importance import Importance, estimate_importance
+from pl_personalize.merging import merge, merge_prefixes
+from pl_personalize.modules import MergeModule, TaskLearner
+
 __all__ = [
     "ArtifactError",
     "Importance",
+    "MergeModule",
+    "TaskLearner",
     "estimate_importance",
     "merge",
     "merge_prefixes",

@@ -179,3 +179,102 @@ class Residual(nn.Module):
         y = self.conv(self.act(self.norm(x)))
         y += x
         return self.last(self.up(y).relu_().mean((2, 3)))
+
+
+class SharedBranches(nn.Module):
+    """One layer on three branches that are added: the gradients of its three outputs are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.shift, self.last = nn.Linear(6, 6), Shift(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (x, x.tanh(), x.relu())
+        return self.last(sum(self.shared(b) for b in branches).tanh() + sum(self.shift(b) for b in branches))
+
+
+class Shift(nn.Module):
+    """A raw parameter with a batch dimension of one: its gradient is the gradient of the output, the same tensor."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(1, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+class Recurrent(nn.Module):
+    """Token indices, a padding index, and a layer whose output is a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.recurrent, self.last = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(self.embed(x))[0][:, -1])
+
+
+class StandardisedLinear(nn.Linear):
+    """An instance of Linear that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+def subclassed() -> nn.Module:
+    return nn.Sequential(StandardisedLinear(6, 5), nn.ReLU(), StandardisedLinear(5, 3))
+
+
+def parametrised() -> nn.Module:
+    weight_norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.ReLU(), weight_norm(nn.Linear(5, 3)))
+
+
+def patched() -> nn.Module:
+    """Old-style surgery: a forward that was replaced on the instance."""
+    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    layer = network[0]
+    layer.forward = lambda x: F.linear(x, layer.weight.square(), layer.bias)
+    return network
+
+
+def logit_shift() -> nn.Module:
+    """The last layer's gradient is the objective's own, and other parameters are computed after it."""
+    return nn.Sequential(FunctionalUse(), Shift(3))
+
+
+# Each network and the shape of one input.
+NETWORKS = {
+    "mlp": (mlp, (12,)),
+    "alexnet": (alexnet_like, (3, 21, 21)),
+    "batch_norm": (batch_norm_network, (3, 14, 14)),
+    "twice_used": (TwiceUsed, (6,)),
+    "tied": (TiedWeights, (6,)),
+    "functional_use": (FunctionalUse, (6,)),
+    "shared_branches": (SharedBranches, (6,)),
+    "logit_shift": (logit_shift, (6,)),
+    "sequences": (Sequences, (5, 4)),
+    "raw": (RawParameter, (6,)),
+    "attention": (Attention, (5, 4)),
+    "time_first": (TimeFirst, (5, 4)),
+    "time_first_two_steps": (TimeFirst, (2, 4)),
+    "data_dependent": (DataDependent, (6,)),
+    "residual": (Residual, (3, 8, 8)),
+    "recurrent": (Recurrent, (6,)),
+    "parametrised": (parametrised, (6,)),
+    "patched": (patched, (6,)),
+    "subclassed": (subclassed, (6,)),
+}
+
+
+def make_network(name: str, num_samples: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    """A network with fixed weights, and inputs for it."""
+    factory, shape = NETWORKS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = factory().to(dtype)
+        if name == "recurrent":
+            return network, torch.randint(0, 7, (num_samples, *shape))
+        return network, torch.randn(num_samples, *shape, dtype=dtype)

@@ -25,6 +25,7 @@ RANKS = {
     "functional": 0,
     "artifacts": 1,
     "importance": 2,
+    "merging": 2,
     "metrics": 2,
     "models": 2,
     "callbacks": 3,

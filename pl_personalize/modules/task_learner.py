@@ -146,7 +146,7 @@ class TaskLearner(LightningModule):
         self.log("test/acc", self.test_accuracy)
 
     @override
-    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The logits of unlabelled images."""
-        logits: Tensor = self(batch)
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The logits of images, which may come with labels."""
+        logits: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
         return logits

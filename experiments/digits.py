@@ -1,0 +1,73 @@
+"""Personalised digits: merge five experts for a user with a scanner and a user with a camera.
+
+Compares MAS-RACL, FIM-RACL, MAS-IMM, FIM-IMM and mean-IMM on scikit-learn's handwritten digits. Nothing is downloaded.
+
+    python experiments/digits.py
+    python experiments/digits.py --seeds '[7]' --training.lr 0.02 --output_dir runs/mine
+    python experiments/digits.py --config experiments/configs/digits.yaml --wandb.mode online
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+
+from pl_personalize.datamodules import DigitsDataModule
+from pl_personalize.datamodules.digits import IMAGE_SHAPE
+from pl_personalize.models import mlp
+from pl_personalize.runner import (
+    MERGE_METHODS,
+    MethodName,
+    TrainerOptions,
+    TrainingOptions,
+    WandbOptions,
+    run_experiment,
+)
+
+
+def main(
+    seeds: list[int] = [1, 2, 3],  # noqa: B006
+    methods: list[MethodName] = list(MERGE_METHODS),  # noqa: B006
+    hidden: list[int] = [100, 100],  # noqa: B006
+    batch_size: int = 20,
+    split_seed: int = 27,
+    training: TrainingOptions = TrainingOptions(epochs=30, lr=0.01),
+    trainer: TrainerOptions = TrainerOptions(accelerator="cpu"),
+    wandb: WandbOptions = WandbOptions(),
+    num_threads: int = 1,
+    output_dir: Path = Path("runs/digits"),
+) -> None:
+    """Merge five experts on handwritten digits, for a user with a scanner and a user with a camera.
+
+    Args:
+        seeds: Seeds of initial parameters and of the order of the data; one run each.
+        methods: What is compared.
+        hidden: Widths of the hidden layers.
+        batch_size: For training.
+        split_seed: Seed of the division of the images among server and users.
+        training: How experts are trained.
+        trainer: For the Lightning Trainers.
+        wandb: Tracking in Weights & Biases.
+        num_threads: Threads for PyTorch; more do not help networks this small.
+        output_dir: Folder of the run. Run again, it goes on where it was.
+    """
+    torch.set_num_threads(num_threads)
+    run_experiment(
+        "Digits",
+        f"MLP {'-'.join(map(str, hidden))}",
+        lambda seed: DigitsDataModule(seed=seed, batch_size=batch_size, split_seed=split_seed),
+        lambda num_classes: mlp(IMAGE_SHAPE, num_classes, hidden),
+        methods=methods,
+        seeds=seeds,
+        training=training,
+        trainer=trainer,
+        wandb=wandb,
+        output_dir=output_dir,
+        options={"batch_size": batch_size, "split_seed": split_seed},
+    )
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,89 @@
+"""The figures that an experiment ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from pl_personalize.runner.results import ALL_USERS, ResultRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 130
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks: Sequence[str]) -> Path:
+    """Accuracy matrices as heat maps side by side.
+
+    Args:
+        path: The PNG to write.
+        title: Above all.
+        matrices: For each user the accuracies, model by task, in [0, 1].
+        tasks: Names of the tasks.
+    """
+    figure = _new_figure(1.2 + (0.62 * len(tasks) + 1.2) * len(matrices), 1.6 + 0.5 * len(tasks))
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axis, (user, matrix) in zip(axes, matrices.items(), strict=True):
+        values = 100 * matrix.numpy()
+        image = axis.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=50, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if value == value:
+                colour = "black" if value > 80 else "white"
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
+        axis.set_title(f"user {user}", fontsize=10)
+        axis.set_xticks(range(len(tasks)), tasks)
+        axis.set_yticks(range(len(tasks)), [f"{t + 1}" for t in range(len(tasks))])
+        axis.set_xlabel("task")
+    axes[0].set_ylabel("model after task")
+    figure.colorbar(image, ax=list(axes), label="accuracy (%)", extend="min")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    return path
+
+
+def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
+    """Average accuracy of the methods side by side, a bar for each user, a dot for each seed.
+
+    Args:
+        path: The PNG to write.
+        title: Above all.
+        rows: The results.
+    """
+    methods = list(dict.fromkeys(row.method for row in rows))
+    users = [user for user in dict.fromkeys(row.user for row in rows) if user != ALL_USERS]
+    figure = _new_figure(1.5 + 0.45 * len(methods) * (len(users) + 0.6), 4)
+    axis = figure.subplots()
+    width = 0.8 / len(users)
+    lowest = 100.0
+    for k, user in enumerate(users):
+        cells = [[row.avg_acc for row in rows if (row.method, row.user) == (method, user)] for method in methods]
+        places = np.arange(len(methods)) + (k - (len(users) - 1) / 2) * width
+        axis.bar(places, [mean(cell) for cell in cells], width * 0.94, label=f"user {user}")
+        for place, cell in zip(places, cells, strict=True):
+            axis.plot([place] * len(cell), cell, "o", color="black", markersize=2.5, alpha=0.6)
+            lowest = min(lowest, *cell)
+    axis.set_ylim(max(0, 10 * int(lowest / 10) - 10), 100)
+    axis.set_xticks(range(len(methods)), methods)
+    axis.set_ylabel("average accuracy (%)")
+    axis.set_title(title)
+    axis.legend(loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    return path

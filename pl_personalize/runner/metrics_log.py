@@ -1,0 +1,99 @@
+"""Metrics of the stages of an experiment: first to a file, from there to whoever tracks the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+
+class Record(NamedTuple):
+    """Metrics of one step of a stage."""
+
+    stage: str
+    step: int
+    metrics: dict[str, float]
+
+
+class Tracker(Protocol):
+    """Somebody who follows an experiment."""
+
+    def log(self, record: Record) -> None:
+        """Take a record."""
+
+
+class MetricsLog:
+    """Appends records to a file of JSON lines, and hands them on.
+
+    A stage that is begun again, or resumed at an earlier step, is logged again from there; :meth:`read` gives each step
+    once, as it was logged last.
+
+    Args:
+        path: The file.
+        tracker: Who gets each record, too.
+    """
+
+    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
+        self._path = path
+        self.tracker = tracker
+
+    def append(self, record: Record) -> None:
+        """Write a record, and hand it to the tracker."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(record._asdict()) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(record)
+
+    def read(self) -> list[Record]:
+        """All records, by stage in the order in which stages began, and by step."""
+        steps: dict[str, dict[int, dict[str, float]]] = {}
+        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+            try:
+                stage, step, metrics = (json.loads(line)[key] for key in Record._fields)
+            except (ValueError, KeyError, TypeError):  # a line that was cut when the process was killed
+                continue
+            steps.setdefault(stage, {}).setdefault(step, {}).update(metrics)
+        return [
+            Record(stage, step, metrics) for stage, found in steps.items() for step, metrics in sorted(found.items())
+        ]
+
+
+class StageLogger(Logger):
+    """A Lightning logger that writes the metrics of one stage.
+
+    Args:
+        log: Where to.
+        stage: Name of the stage, such as ``seed1/expert/task2``.
+    """
+
+    def __init__(self, log: MetricsLog, stage: str) -> None:
+        super().__init__()
+        self._log, self._stage = log, stage
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._stage
+
+    @property
+    @override
+    def version(self) -> str:
+        return "0"
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        if values:
+            self._log.append(Record(self._stage, step or 0, values))
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the options of a run are in its manifest."""

@@ -1,0 +1,222 @@
+"""Running an experiment from its options to its tables, figures and tracked runs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from tqdm.auto import tqdm
+
+import pl_personalize
+from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.models import TaskNetwork
+from pl_personalize.runner.experiment import SeedRun
+from pl_personalize.runner.figures import draw_matrices, draw_methods
+from pl_personalize.runner.methods import BOUNDS, MethodName
+from pl_personalize.runner.metrics_log import MetricsLog
+from pl_personalize.runner.options import TrainerOptions, TrainingOptions, WandbOptions
+from pl_personalize.runner.results import (
+    ResultRow,
+    legend,
+    markdown_table,
+    result_row,
+    with_means_over_users,
+    write_csv,
+    write_markdown,
+)
+from pl_personalize.runner.run_folder import RunFolder
+from pl_personalize.runner.wandb_tracker import WandbTracker
+
+
+def run_experiment(
+    benchmark: str,
+    backbone: str,
+    make_datamodule: Callable[[int], TaskIncrementalDataModule],
+    make_network: Callable[[int], TaskNetwork],
+    *,
+    methods: Sequence[MethodName],
+    seeds: Sequence[int],
+    training: TrainingOptions,
+    trainer: TrainerOptions,
+    wandb: WandbOptions,
+    output_dir: Path,
+    options: dict[str, Any] | None = None,
+) -> list[ResultRow]:
+    """Train the experts, compute importances, merge and test, for each seed; write and print what came out.
+
+    Stages that an earlier call finished in ``output_dir`` are not done again; a stage that was interrupted goes on from
+    its last checkpoint.
+
+    Args:
+        benchmark: Its name, for the results.
+        backbone: Name of the network, for the results.
+        make_datamodule: The benchmark for a seed.
+        make_network: The network for a number of classes.
+        methods: What is compared.
+        seeds: One run each.
+        training: How experts are trained.
+        trainer: For the Trainers.
+        wandb: Tracking.
+        output_dir: The run's folder.
+        options: Further options that the results depend on.
+
+    Returns:
+        The rows of ``results.csv``.
+
+    Raises:
+        ArtifactError: If the folder holds a run with other options.
+    """
+    decisive = {"benchmark": benchmark, "backbone": backbone, **asdict(training), **asdict(trainer), **(options or {})}
+    decisive.pop("enable_progress_bar")
+    folder = RunFolder(output_dir, decisive)
+    log = MetricsLog(folder.metrics_file)
+    runs = [
+        SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer) for seed in seeds
+    ]
+    pending = {run.seed: [work for work in run.stages() if folder.finished(work.name) is None] for run in runs}
+    total = sum(1 for run in runs for _ in run.stages())
+    rows: list[ResultRow] = []
+    sync_dirs: list[Path] = []
+    with _quiet_lightning(), tqdm(total=total, unit="stage", initial=total - sum(map(len, pending.values()))) as bar:
+        for run in runs:
+            found = _SeedResults(benchmark, backbone, run)
+            if pending[run.seed]:
+                tracker = _open_tracker(wandb, folder, log, run.seed, decisive, methods)
+                try:
+                    for work in pending[run.seed]:
+                        bar.set_description(work.name)
+                        work.run()
+                        bar.update()
+                    if tracker is not None:
+                        tracker.log_results(with_means_over_users(found.rows()), found.draw(folder.path / "figures"))
+                        sync_dirs.append(tracker.sync_dir)
+                finally:
+                    log.tracker = None
+                    if tracker is not None:
+                        tracker.finish()
+            rows += found.rows()
+        bar.set_description("done")
+    rows = with_means_over_users(rows)
+    _write(folder, benchmark, backbone, rows, runs, decisive)
+    _say(folder, rows, sync_dirs)
+    return rows
+
+
+class _SeedResults:
+    """What the finished stages of a seed say."""
+
+    def __init__(self, benchmark: str, backbone: str, run: SeedRun) -> None:
+        self._run, self._names = run, {"benchmark": benchmark, "backbone": backbone}
+        self._methods = (*run.methods, *BOUNDS)
+
+    def rows(self) -> list[ResultRow]:
+        run = self._run
+        return [
+            result_row(run.matrix(method, user), method=method, user=user, seed=run.seed, **self._names)
+            for method in self._methods
+            for user in run.data.users
+        ]
+
+    def draw(self, folder: Path) -> list[Path]:
+        run = self._run
+        return [
+            draw_matrices(
+                folder / f"seed{run.seed}" / f"matrix-{method}.png",
+                f"{method}, seed {run.seed}",
+                {user: run.matrix(method, user) for user in run.data.users},
+                run.data.tasks,
+            )
+            for method in run.methods
+        ]
+
+
+def _open_tracker(
+    options: WandbOptions, folder: RunFolder, log: MetricsLog, seed: int, decisive: dict[str, Any], methods: Sequence[str]
+) -> WandbTracker | None:
+    if options.mode == "disabled":
+        return None
+    group = f"{decisive['benchmark']}-{folder.path.name}"
+    identity = hashlib.sha256(f"{folder.path.resolve()}|{decisive}|{seed}".encode()).hexdigest()[:12]
+    config = {**decisive, "seed": seed, "methods": list(methods), "versions": _versions(), "git_commit": _git_commit()}
+    tracker = WandbTracker(
+        options, folder.path, name=f"{group}-seed{seed}", group=group, run_id=identity, config=config
+    )
+    for record in log.read():  # what an earlier call logged, if there was one
+        if record.stage.startswith(f"seed{seed}/"):
+            tracker.log(record)
+    log.tracker = tracker
+    return tracker
+
+
+def _write(
+    folder: RunFolder, benchmark: str, backbone: str, rows: list[ResultRow], runs: list[SeedRun], options: dict[str, Any]
+) -> None:
+    title = f"{benchmark}, {backbone}"
+    seeds = {"seeds": [run.seed for run in runs]}
+    write_csv(folder.path / "results.csv", rows)
+    write_markdown(folder.path / "results.md", title, rows, seeds | options | {"versions": _versions()})
+    draw_methods(folder.path / "figures" / "methods.png", title, rows)
+    for method in runs[0].methods:
+        means = {
+            user: torch.stack([run.matrix(method, user) for run in runs]).mean(0) for user in runs[0].data.users
+        }
+        of_seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
+        path = folder.path / "figures" / f"matrix-{method}.png"
+        draw_matrices(path, f"{method}: accuracy, {of_seeds}", means, runs[0].data.tasks)
+
+
+def _say(folder: RunFolder, rows: list[ResultRow], sync_dirs: list[Path]) -> None:
+    path = folder.path
+    print(f"\n{markdown_table(rows)}\n\n{legend(rows)}\n")
+    print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
+    print(f"Figures:     {path / 'figures'}")
+    print(f"Models:      {path / 'checkpoints'} (experts), {path / 'importances'}")
+    print(f"Metrics:     {path / 'metrics.jsonl'}")
+    for sync_dir in sync_dirs:
+        if sync_dir.name.startswith("offline"):
+            print(f"To W&B:      wandb sync {sync_dir}")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "pl_personalize": pl_personalize.__version__,
+        "lightning": lightning.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the working folder, if it is a checkout."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without what Lightning says at the start and end of every one of many short stages."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*exists and is not empty.*"):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,93 @@
+"""A run's folder: what was asked for, what is finished, and the files of each finished stage."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pl_personalize.artifacts import ArtifactError, file_checksum, read_json, write_json
+
+
+@dataclass
+class Stage:
+    """A finished piece of work.
+
+    Attributes:
+        artifacts: Files that it made, relative to the folder, each with its SHA-256.
+        result: What it found, as JSON.
+    """
+
+    artifacts: dict[str, str] = field(default_factory=dict)
+    result: Any = None
+
+
+class RunFolder:
+    """Finished stages of an experiment, on disk, so that the same command run again goes on where it was.
+
+    Args:
+        path: The folder; it is made if it is missing.
+        options: What the results depend on. A folder that was begun with other options is refused.
+
+    Raises:
+        ArtifactError: If the folder's manifest is damaged or was made with other options.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._manifest = self.path / "manifest.json"
+        self.options: dict[str, Any] = json.loads(json.dumps(options))
+        self._stages: dict[str, Stage] = {}
+        self._verified: set[str] = set()
+        if self._manifest.exists():
+            self._read()
+        else:
+            self._write()
+
+    @property
+    def metrics_file(self) -> Path:
+        """Every logged metric, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def finished(self, stage: str) -> Stage | None:
+        """The stage, if it is finished and its files are what they were; else ``None``."""
+        found = self._stages.get(stage)
+        if found is None:
+            return None
+        if stage not in self._verified:
+            for name, checksum in found.artifacts.items():
+                if not (self.path / name).is_file() or file_checksum(self.path / name) != checksum:
+                    return None
+            self._verified.add(stage)
+        return found
+
+    def finish(self, stage: str, *, artifacts: Sequence[Path] = (), result: Any = None) -> Stage:
+        """Record a stage as finished."""
+        done = Stage({str(path.relative_to(self.path)): file_checksum(path) for path in artifacts}, result)
+        self._stages[stage] = done
+        self._verified.add(stage)
+        self._write()
+        return done
+
+    def _read(self) -> None:
+        content = read_json(self._manifest)
+        try:
+            options, stages = content["options"], content["stages"]
+            self._stages = {name: Stage(stage["artifacts"], stage["result"]) for name, stage in stages.items()}
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{self._manifest} is no manifest of a run: {error!r} is missing.") from error
+        keys = sorted(options.keys() | self.options.keys())
+        if different := [key for key in keys if options.get(key) != self.options.get(key)]:
+            changes = ", ".join(f"{key}: {options.get(key)!r} there, {self.options.get(key)!r} now" for key in different)
+            raise ArtifactError(
+                f"{self.path} holds a run with other options ({changes}). Choose another output_dir, or remove the folder."
+            )
+
+    def _write(self) -> None:
+        stages = {
+            name: {"artifacts": stage.artifacts, "result": stage.result} for name, stage in self._stages.items()
+        }
+        write_json(self._manifest, {"options": self.options, "stages": stages})

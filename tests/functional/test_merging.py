@@ -1,0 +1,148 @@
+"""One parameter's prefix merges against Python's floats, and what must hold for any numbers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import naive_merge
+
+from pl_personalize.functional.merging import prefix_merges
+
+THETAS = [torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[0.0, 4.0], [0.5, -1.0]]), torch.full((2, 2), 2.5)]
+OMEGAS = [torch.tensor([[1.0, 0.0], [0.2, 0.0]]), torch.tensor([[3.0, 0.5], [0.0, 0.0]]), torch.tensor([[0, 1e-6], [2, 0]])]
+
+
+@pytest.mark.parametrize("zero", ["mean", "reference"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 2.0, 7.0]])
+@pytest.mark.parametrize("omegas", [OMEGAS, None], ids=["importances", "mean"])
+def test_prefixes_equal_plain_python(omegas, weights, zero):
+    merged = list(prefix_merges(THETAS, omegas, weights, zero))
+
+    assert len(merged) == 3
+    assert torch.equal(merged[0], THETAS[0])
+    for t in (2, 3):
+        right = naive_merge(THETAS[:t], omegas and omegas[:t], weights[:t], zero)
+        torch.testing.assert_close(merged[t - 1].double(), right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("zero", "expected"), [("mean", (2 * 3.0 - 1.0) / 3), ("reference", 0.0)])
+def test_an_entry_without_any_importance(zero, expected):
+    merged = list(prefix_merges(THETAS[:2], OMEGAS[:2], [2.0, 1.0], zero))
+
+    assert merged[1][1, 1].item() == pytest.approx(expected)
+    assert merged[0][1, 1].item() == 3.0  # the first is expert 1, whatever its importances
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_start_leaves_out_the_earlier_merges_and_changes_no_bit(start):
+    everything = list(prefix_merges(THETAS, OMEGAS, [1.0] * 3))
+
+    part = list(prefix_merges(THETAS, OMEGAS, [1.0] * 3, start=start))
+
+    assert len(part) == 3 - start
+    assert all(map(torch.equal, part, everything[start:]))
+
+
+def test_results_are_new_and_inputs_stay():
+    thetas, omegas = [t.clone() for t in THETAS], [o.clone() for o in OMEGAS]
+
+    for merged in prefix_merges(thetas, omegas, [1.0] * 3):
+        merged.fill_(99.0)
+
+    assert all(map(torch.equal, thetas, THETAS))
+    assert all(map(torch.equal, omegas, OMEGAS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_low_precision_is_accumulated_in_float32(dtype):
+    """The sum of 400 ones in bfloat16 is 256."""
+    thetas = [torch.full((3,), 1.0 + k % 2, dtype=dtype) for k in range(400)]
+
+    merged = list(prefix_merges(thetas, [torch.ones(3, dtype=dtype)] * 400, [1.0] * 400, start=399))[0]
+
+    assert merged.dtype == dtype
+    assert merged.tolist() == [1.5] * 3
+
+
+def test_float64_keeps_its_precision():
+    thetas = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0 + 3e-12], dtype=torch.float64)]
+
+    merged = list(prefix_merges(thetas, [torch.ones(1)] * 2, [1.0, 1.0]))[1]
+
+    assert merged.item() == pytest.approx(1.0 + 2e-12, rel=0, abs=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-6, 1e6, 1e30, 1e38])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_the_scale_of_the_importances_does_not_matter(scale, size):
+    """Squared gradients of a confident expert go down to 1e-38; float32 itself must not run out."""
+    omegas = [torch.tensor([0.5, 2.0]), torch.tensor([2.0, 1.0])]
+    thetas = [torch.tensor([1.0, 1.0]) * size, torch.tensor([3.0, 1.0]) * size]
+    right = naive_merge(thetas, omegas)
+
+    merged = list(prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0]))[1]
+
+    torch.testing.assert_close(merged.double(), right, rtol=1e-6, atol=0)
+
+
+# Away from the ends of float32's range, which the test above has.
+_SIZES = st.just(0.0) | st.floats(2.0**-20, 2.0**20, width=32)
+_ENTRIES = _SIZES | _SIZES.map(lambda value: -value)
+
+
+@st.composite
+def _columns(draw):
+    """Experts, importances and weights of one parameter."""
+    experts, entries = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+
+    def rows(values):
+        row = st.lists(values, min_size=entries, max_size=entries).map(torch.tensor)
+        return draw(st.lists(row, min_size=experts, max_size=experts))
+
+    weights = draw(st.lists(st.floats(0.01, 100), min_size=experts, max_size=experts))
+    return rows(_ENTRIES), rows(_SIZES), weights
+
+
+@given(_columns())
+def test_merged_entries_lie_between_the_experts(columns):
+    thetas, omegas, weights = columns
+
+    merged = list(prefix_merges(thetas, omegas, weights))
+
+    for t, value in enumerate(merged, start=1):
+        stack = torch.stack(thetas[:t]).double()
+        slack = 8 * torch.finfo(torch.float32).eps * stack.abs().amax(0)
+        assert (value >= stack.amin(0) - slack).all()
+        assert (value <= stack.amax(0) + slack).all()
+
+
+@given(_columns(), st.randoms(use_true_random=False))
+def test_the_order_of_the_experts_matters_by_rounding_only(columns, random):
+    thetas, omegas, weights = columns
+    order = random.sample(range(len(thetas)), len(thetas))
+    last = len(thetas) - 1
+
+    merged = next(prefix_merges(thetas, omegas, weights, start=last))
+    shuffled = next(prefix_merges(*([column[k] for k in order] for column in columns), start=last))
+
+    slack = 8 * torch.finfo(torch.float32).eps * torch.stack(thetas).abs().amax(0)
+    assert ((merged - shuffled).abs() <= slack).all()
+
+
+@given(_columns(), st.integers(-20, 20))
+def test_scaling_all_importances_by_a_power_of_two_changes_no_bit(columns, exponent):
+    thetas, omegas, weights = columns
+
+    merged = list(prefix_merges(thetas, omegas, weights))
+    scaled = list(prefix_merges(thetas, [omega * 2.0**exponent for omega in omegas], weights))
+
+    assert all(map(torch.equal, merged, scaled))
+
+
+@given(_columns(), st.sampled_from(["mean", "reference"]))
+def test_any_numbers_equal_plain_python(columns, zero):
+    thetas, omegas, weights = columns
+    slack = 8 * torch.finfo(torch.float32).eps * torch.stack(thetas).abs().amax(0)
+
+    for t, merged in enumerate(prefix_merges(thetas, omegas, weights, zero, start=1), start=2):
+        assert ((merged - naive_merge(thetas[:t], omegas[:t], weights[:t], zero)).abs() <= slack).all()

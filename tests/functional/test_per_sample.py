@@ -1,0 +1,372 @@
+"""The engine: every path gives the exact sums, and what has no per-sample gradient is refused."""
+
+import pytest
+import torch
+from networks import NETWORKS, MixesSamples, TimeFirst, make_network, mlp
+from reference import relative_error
+from torch import nn
+
+from pl_personalize.functional import layer_rules
+from pl_personalize.functional.batches import call_model
+from pl_personalize.functional.layer_rules import register_layer_rule
+from pl_personalize.functional.per_sample import PerSamplePowerSums
+
+
+def _engine(model, power=1, forward=call_model, max_scratch_bytes=2**20, parameters=None):
+    return PerSamplePowerSums(
+        model,
+        parameters or dict(model.named_parameters()),
+        power=power,
+        forward=forward,
+        max_scratch_bytes=max_scratch_bytes,
+    )
+
+
+def _directions(logits, count=1):
+    """Fixed gradients of an objective with respect to the logits, different for each entry."""
+    return [(logits + k).sin() + 0.5 for k in range(count)]
+
+
+def _naive_sums(model, x, power, count=1):
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for i in range(x.shape[0]):
+        logits = model.eval()(x[i : i + 1])
+        for direction in _directions(logits.detach(), count):
+            gradients = torch.autograd.grad(
+                logits, list(parameters.values()), direction, retain_graph=True, materialize_grads=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name] += gradient.abs() ** power
+    return total
+
+
+def _sums(model, batches, power=1, count=1, **options):
+    with _engine(model, power, **options) as engine:
+        for batch in batches:
+            engine.add(batch, batch.shape[0], lambda logits: _directions(logits, count))
+    return engine.sums, engine.paths
+
+
+# What is not "closed form", by the first part of a parameter's name that has it.
+SLOWER = {
+    "functional_use": {"layer.weight": "model", "layer.bias": "layer"},
+    "logit_shift": {"0.layer.weight": "model", "0.layer.bias": "layer", "1": "layer"},
+    "shared_branches": {"shift": "layer"},
+    "raw": {"scale": "layer", "shift": "layer"},
+    "attention": {"token": "layer", "norm": "layer", "attention": "model"},
+    "time_first": {"embed": "model"},
+    "time_first_two_steps": {"embed": "model"},
+    "data_dependent": {"gain": "loop"},
+    "residual": {"norm": "layer", "act": "layer", "up": "layer"},
+    "recurrent": {"embed": "layer", "recurrent": "model"},
+    "parametrised": {"0.bias": "layer", "2.bias": "layer", "0.par": "model", "2.par": "model"},
+    "patched": {"0": "layer"},
+    "subclassed": {"0": "layer", "2": "layer"},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_parameter_takes_the_fastest_path_that_is_right(name):
+    model, x = make_network(name, 5)
+    slower = SLOWER.get(name, {})
+
+    sums, paths = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    for parameter, path in paths.items():
+        expected = {found for prefix, found in slower.items() if parameter.startswith(prefix)} or {"closed form"}
+        assert {path} == expected, parameter
+    assert all(any(parameter.startswith(prefix) for parameter in paths) for prefix in slower)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("name", ["mlp", "twice_used", "residual", "attention", "data_dependent", "logit_shift"])
+def test_several_directions_add_up_over_batches_and_chunks(name, power):
+    model, x = make_network(name, 7)
+    right = _naive_sums(model, x, power, count=3)
+
+    for batches, scratch in (((x,), 2**20), (x.split([1, 4, 2]), 2**20), ((x,), 1), ((x,), 2000)):
+        sums, _ = _sums(model, batches, power, count=3, max_scratch_bytes=scratch)
+        assert relative_error(sums, right) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "summed_in"), [("float64",) * 2, ("float32",) * 2, ("bfloat16", "float32")])
+def test_sums_are_float32_or_better(dtype, summed_in):
+    model, x = make_network("mlp", 6)
+    right = _naive_sums(model, x, 1)
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}[dtype]
+
+    sums, _ = _sums(model.to(getattr(torch, dtype)), [x.to(getattr(torch, dtype))])
+
+    assert {value.dtype for value in sums.values()} == {getattr(torch, summed_in)}
+    assert relative_error(sums, right) < tolerance
+
+
+def test_a_first_batch_of_one_sample_does_not_decide_for_larger_ones():
+    """With one sample and one step, (T, N, d) and (N, T, d) look the same."""
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(6, 1, 4, dtype=torch.float64)
+
+    sums, paths = _sums(model, x.split([1, 5]))
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert paths["embed.weight"] == "model"
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_as_many_steps_as_samples(steps):
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(5, steps, 4, dtype=torch.float64)
+
+    assert relative_error(_sums(model, [x])[0], _naive_sums(model, x, 1)) < 1e-12
+
+
+def test_inputs_that_need_a_gradient():
+    model, x = make_network("mlp", 5)
+    x.requires_grad_()
+
+    sums, _ = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert x.grad is None
+
+
+def test_maps_as_outputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.ConvTranspose2d(4, 3, 2)).double()
+    x = torch.randn(4, 2, 5, 6, dtype=torch.float64)
+
+    assert relative_error(_sums(model, [x])[0], _naive_sums(model, x, 1)) < 1e-12
+
+
+def test_a_hook_of_the_user_is_respected():
+    model, x = make_network("mlp", 5)
+    model[1].register_forward_hook(lambda module, args, output: output.square())
+    model[3].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+
+    sums, paths = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert (paths["1.weight"], paths["3.weight"]) == ("layer", "closed form")
+
+
+def test_a_part_under_no_grad_or_detached_gets_what_autograd_gives():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.middle, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.stem(x).tanh()
+            return self.last(self.middle(x) + self.middle(x).detach())
+
+    torch.manual_seed(0)
+    model, x = Partly().double(), torch.randn(5, 6, dtype=torch.float64)
+
+    sums, _ = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert {name for name, value in sums.items() if not value.any()} == {
+        f"{layer}.{parameter}" for layer in ("stem", "unused") for parameter in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("first", ["silent", "loud"])
+def test_an_input_without_influence_beside_one_with(first):
+    """Samples whose gradients are exactly zero are no reason to leave the closed form, or to miss that it is wrong."""
+    model, x = make_network("subclassed", 6)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.full((5,), -3.0))
+    x[:2] = 0.0
+    x = x if first == "silent" else x.flip(0)
+    x[-3:] *= 20
+
+    sums, _ = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+
+
+class _Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0, -1.0]))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def _right(layer, x, grad):
+    return {"weight": x * grad}
+
+
+def _wrong(layer, x, grad):
+    return {"weight": 1.01 * x * grad}
+
+
+def _broken(layer, x, grad):
+    raise RuntimeError("not for these shapes")
+
+
+@pytest.mark.parametrize(("rule", "path"), [(_right, "closed form"), (_wrong, "layer"), (_broken, "layer")])
+def test_a_rule_is_checked_before_it_is_believed(monkeypatch, rule, path):
+    monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
+    register_layer_rule(_Gain)(rule)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), _Gain()).double(), torch.randn(5, 4, dtype=torch.float64)
+
+    sums, paths = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert paths == {"0.weight": "closed form", "0.bias": "closed form", "1.weight": path}
+
+
+def test_a_wrong_shortcut_is_noticed(monkeypatch):
+    monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
+    register_layer_rule(_Gain, power_sum=lambda layer, x, grad, power: {"weight": (x * grad).sum(0).abs()})(_right)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), _Gain()).double(), torch.randn(5, 4, dtype=torch.float64)
+
+    sums, paths = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert paths["1.weight"] == "layer"
+
+
+class _Returns(nn.Module):
+    """A linear layer and something done to all its rows at once."""
+
+    def __init__(self, change, inputs=6):
+        super().__init__()
+        self.layer, self.change = nn.Linear(inputs, 3), change
+
+    def forward(self, x):
+        return self.change(self.layer(x))
+
+
+def _batch_norm_after_relu():
+    return nn.Sequential(
+        nn.Linear(6, 4), nn.ReLU(), nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), nn.Linear(4, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        pytest.param(MixesSamples(), r"'norm' \(BatchNorm1d\).*track_running_stats=False", id="batch norm"),
+        pytest.param(_batch_norm_after_relu(), r"'2\.0' \(BatchNorm1d\)", id="nested"),
+        pytest.param(_Returns(lambda y: y - y.mean(0)), "mixes the samples of a batch", id="centres"),
+        pytest.param(_Returns(lambda y: y.cumsum(0)), "mixes the samples of a batch", id="cumulates"),
+        pytest.param(_Returns(lambda y: y.flip(0)), "mixes the samples of a batch", id="reorders"),
+        pytest.param(_Returns(lambda y: y.repeat_interleave(2, 0)), "rows", id="twice the rows"),
+        pytest.param(_Returns(lambda y: torch.cat([y, y])), "rows|mixes", id="twice the batch"),
+        pytest.param(_Returns(lambda y: y[:1]), "rows|mixes", id="one row"),
+        pytest.param(_Returns(lambda y: y / 0), "NaN or infinite", id="infinite"),
+        pytest.param(_Returns(lambda y: y * float("nan")), "NaN or infinite", id="nan"),
+        pytest.param(_Returns(lambda y: y.detach()), "gradient", id="detached"),
+        pytest.param(_Returns(lambda y: torch.rand_like(y) * y), "random", id="random"),
+        pytest.param(_Returns(lambda y: (y, y)), "must return a tensor of logits.*tuple", id="tuple"),
+    ],
+)
+@pytest.mark.parametrize("power", [1, 2])
+def test_what_has_no_per_sample_gradient_is_refused(model, message, power):
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+
+    with pytest.raises(ValueError, match=message), _engine(model, power) as engine:
+        engine.add(x, 5, _directions)
+
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_output_that_is_not_finite_in_a_later_batch_is_refused():
+    model, x = make_network("mlp", 4)
+    with _engine(model) as engine:
+        engine.add(x, 4, _directions)
+        before = {name: value.clone() for name, value in engine.sums.items()}
+        x[2, 0] = float("inf")
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            engine.add(x, 4, _directions)
+
+    assert all(torch.equal(value, before[name]) for name, value in engine.sums.items())
+
+
+def test_wrong_number_of_samples_is_refused():
+    model, x = make_network("mlp", 4)
+
+    with pytest.raises(ValueError, match="rows"), _engine(model) as engine:
+        engine.add(x, 3, _directions)
+
+
+def test_a_layer_that_is_used_otherwise_in_a_later_batch_is_refused_by_name():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y, left = x.new_zeros(x.shape[0], 3), x[:, 0] > 0
+            y[left], y[~left] = self.left(x[left]), self.right(x[~left])
+            return y
+
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(6, 6, dtype=torch.float64)
+    x[:, 0] = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
+
+    with _engine(model) as engine:
+        engine.add(x[:3], 3, _directions)
+        with pytest.raises(ValueError, match=r"'left' \(Linear\) was used differently.*exclude"):
+            engine.add(x[3:], 3, _directions)
+
+
+def test_a_wrong_direction_does_not_leave_the_engine_broken():
+    """An error in one batch must not leave recorded tensors behind for the next one."""
+    model, x = make_network("residual", 4)
+    right = _naive_sums(model, x, 1)
+
+    def fail(logits):
+        raise KeyError("labels")
+
+    with _engine(model) as engine:
+        with pytest.raises(KeyError):
+            engine.add(x, 4, fail)
+        engine.add(x, 4, _directions)
+
+    assert relative_error(engine.sums, right) < 1e-12
+
+
+def test_inside_only_the_engine_needs_gradients_and_outside_all_is_as_before():
+    model = nn.Sequential(mlp(), nn.Dropout(), nn.BatchNorm1d(3))
+    model[2].eval()
+    model[0][1].bias.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+
+    with _engine(model, parameters={"0.3.weight": model[0][3].weight}) as engine:
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        assert set(engine.sums) == set(engine.paths) == {"0.3.weight"}
+
+    assert [m.training for m in model.modules()] == modes
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"0.1.bias"}
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_parameters_without_entries():
+    class WithEmpty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty, self.last = nn.Parameter(torch.empty(0)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, x = WithEmpty().double(), torch.randn(5, 6, dtype=torch.float64)
+
+    sums, _ = _sums(model, [x])
+
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
