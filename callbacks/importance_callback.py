@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 from typing_extensions import override
 
@@ -111,7 +111,7 @@ class ImportanceCallback(Callback):
 
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
         strategy = trainer.strategy
-        limit = trainer.fast_dev_run if isinstance(trainer.fast_dev_run, int) and trainer.fast_dev_run else None
+        limit = int(getattr(trainer, "fast_dev_run", False)) or None
         data = _Batches(trainer, [_unrepeated(loader, trainer) for loader in loaders], limit)
         importance = estimate_importance(
             pl_module,
@@ -142,7 +142,9 @@ class ImportanceCallback(Callback):
             owner.setup(_SETUP_STAGES[self.dataloader])
         return _as_list(getattr(owner, f"{self.dataloader}_dataloader")())
 
-    def _hook_owner(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LightningDataModule | LightningModule:
+    def _hook_owner(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str
+    ) -> LightningDataModule | LightningModule:
         """Who provides the dataloader of a stage."""
         hook = f"{stage}_dataloader"
         datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
@@ -179,10 +181,10 @@ class _Batches:
             yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
 
     def __len__(self) -> int:
-        return sum(len(loader) for loader in self._loaders)  # type: ignore[arg-type]
+        return sum(len(loader) for loader in self._loaders)  # type: ignore[arg-type, misc]
 
 
-def _as_list(loaders: Any) -> list[Iterable[Any]]:  # noqa: ANN401
+def _as_list(loaders: Any) -> list[Iterable[Any]]:
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
@@ -218,7 +220,7 @@ def _unrepeated(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
 
 
 def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
-    summed: Tensor = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+    summed: Tensor = trainer.strategy.reduce(total, reduce_op="sum")
     return summed
 
 

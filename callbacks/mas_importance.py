@@ -18,13 +18,13 @@ class MASImportance(ImportanceCallback):
 
         Trainer(callbacks=[callback]).predict(model, dataloader)
 
-    The result is a safetensors file (:class:`~pl_personalize.Importance`), and a summary in the Trainer's loggers. Under
-    DDP each process takes a part of the data, without repetition, and all end with the same importances.
+    The result is a safetensors file (:class:`~pl_personalize.Importance`), and a summary in the Trainer's loggers.
+    Under DDP each process takes a part of the data, without repetition, and all end with the same importances.
 
     Args:
-        dataloader: The data for ``fit``: an iterable of batches; the name of a stage (``"train"``, ``"val"``, ``"test"``,
-            ``"predict"``), whose dataloader the datamodule (after ``setup`` for it) or the module provides; or ``None``:
-            the dataset of the train loader, in order, each sample once.
+        dataloader: The data for ``fit``: an iterable of batches; the name of a stage (``"train"``, ``"val"``,
+            ``"test"``, ``"predict"``), whose dataloader the datamodule (after ``setup`` for it) or the module provides;
+            or ``None``: the dataset of the train loader, in order, each sample once.
         weights: For ``fit``: ``"best"`` uses the weights of the best checkpoint of a ModelCheckpoint that monitors a
             metric, where there is one, and puts the last ones back; ``"last"`` does not.
         module: Submodule whose parameters count; names are relative to it.
@@ -41,8 +41,8 @@ class MASImportance(ImportanceCallback):
         path: Its file.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a stage without
-            dataloader, or a module that does not exist.
+        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a stage
+            without dataloader, or a module that does not exist.
     """
 
     kind = "mas"

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class PlateauSchedule(Callback):
-    """Multiplies the learning rate by ``factor`` after ``drop_after`` checks without strict improvement, once per streak.
+    """Multiplies the learning rate by ``factor`` after ``drop_after`` checks without improvement, once per streak.
 
     Training stops after ``stop_after`` checks without improvement. A check is a validation run. This is the schedule of
     De Lange et al., CVPR 2020: with the defaults the rate drops after five epochs without improvement and training
@@ -44,7 +44,7 @@ class PlateauSchedule(Callback):
         super().__init__()
         if mode not in ("min", "max"):
             raise MisconfigurationException(f"mode must be 'min' or 'max'; got {mode!r}.")
-        if not (1 <= drop_after and 1 <= stop_after):
+        if not (drop_after >= 1 and stop_after >= 1):
             raise MisconfigurationException(
                 f"drop_after and stop_after must be at least 1; got {drop_after} and {stop_after}."
             )

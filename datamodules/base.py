@@ -31,7 +31,7 @@ class TaskIncrementalDataModule(LightningDataModule):
     and val. Each *user* has images of each task of his own, split into ``adapt`` (used without labels, for importances
     and batch norm) and ``eval``.
 
-    * ``train`` and ``val``: the server's data of ``task``; of all tasks, with labels counted through, for ``task=None``.
+    * ``train`` and ``val``: the server's data of ``task``; for ``task=None`` of all, with labels counted through.
     * ``predict``: the adapt images of ``user``, without labels; a list with one loader for each task for ``task=None``.
     * ``test``: the eval images of ``user``: a list with one loader for each task.
 
@@ -75,8 +75,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._server: dict[int, tuple[LabelledImages, LabelledImages]] = {}
         self._user: dict[tuple[int, int], tuple[LabelledImages, LabelledImages]] = {}
-        self.task = task  # type: ignore[assignment]
-        self.user = user  # type: ignore[assignment]
+        self.task = task
+        self.user = user
 
     # What a benchmark defines
 
@@ -132,7 +132,7 @@ class TaskIncrementalDataModule(LightningDataModule):
         """The same data, which is shared in memory, for another task and user."""
         other = copy.copy(self)
         other.trainer = None
-        other.task, other.user = task, user  # type: ignore[assignment]
+        other.task, other.user = task, user
         return other
 
     # Splits, each loaded once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -116,7 +116,8 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
     tilt = uniform(-0.25, 0.25, 2)
     image = image * (0.8 + tilt[0] * rows + tilt[1] * columns)
     image = image + 0.03 * torch.randn(image.shape, generator=generator)
-    return image.clamp(0, 1)
+    photo: Tensor = image.clamp(0, 1)
+    return photo
 
 
 def _scans() -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Compares MAS-RACL, FIM-RACL, MAS-IMM, FIM-IMM and mean-IMM on scikit-learn's han
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,16 +27,20 @@ from pl_personalize.runner import (
     run_experiment,
 )
 
+TRAINING = TrainingOptions(epochs=30, lr=0.01)
+TRAINER = TrainerOptions(accelerator="cpu")
+WANDB = WandbOptions()
+
 
 def main(
-    seeds: list[int] = [1, 2, 3],  # noqa: B006
-    methods: list[MethodName] = list(MERGE_METHODS),  # noqa: B006
-    hidden: list[int] = [100, 100],  # noqa: B006
+    seeds: Sequence[int] = (1, 2, 3),
+    methods: Sequence[MethodName] = tuple(MERGE_METHODS),
+    hidden: Sequence[int] = (100, 100),
     batch_size: int = 20,
     split_seed: int = 27,
-    training: TrainingOptions = TrainingOptions(epochs=30, lr=0.01),
-    trainer: TrainerOptions = TrainerOptions(accelerator="cpu"),
-    wandb: WandbOptions = WandbOptions(),
+    training: TrainingOptions = TRAINING,
+    trainer: TrainerOptions = TRAINER,
+    wandb: WandbOptions = WANDB,
     num_threads: int = 1,
     output_dir: Path = Path("runs/digits"),
 ) -> None:

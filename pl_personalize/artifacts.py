@@ -56,12 +56,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     return target
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:  # noqa: ANN401
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON, atomically."""
     return write_atomically(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -163,7 +163,8 @@ class TensorFile(Mapping[str, Tensor]):
         self.metadata: dict[str, Any] = content["metadata"]
         if verify and (found := _tensor_checksum(_Lazy(self._file, self._names))) != content["sha256"]:
             raise ArtifactError(
-                f"{path} was changed after it was written: its tensors' SHA-256 is {found}, expected {content['sha256']}."
+                f"{path} was changed after it was written: the SHA-256 of its tensors is {found}, expected "
+                f"{content['sha256']}."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -199,7 +200,7 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
 
 
 class _Lazy(Mapping[str, Tensor]):
-    def __init__(self, file: Any, names: set[str]) -> None:  # noqa: ANN401
+    def __init__(self, file: Any, names: set[str]) -> None:
         self._file, self._names = file, names
 
     def __getitem__(self, name: str) -> Tensor:

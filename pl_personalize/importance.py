@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, cast, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pl_personalize.artifacts import load_tensors, save_tensors
 from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model
+from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
@@ -83,7 +85,7 @@ class Importance(Mapping[str, Tensor]):
             f"parameters={len(self)})"
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> Importance:  # noqa: ANN401
+    def to(self, *args: Any, **kwargs: Any) -> Importance:
         """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
         return self._like({name: value.to(*args, **kwargs) for name, value in self.items()}, self.num_samples)
 
@@ -98,9 +100,7 @@ class Importance(Mapping[str, Tensor]):
         if not values:
             raise ValueError(f"No importance belongs to {module!r}; there are {', '.join(self) or 'none'}.")
         paths = {name.removeprefix(prefix): path for name, path in self.paths.items() if name.startswith(prefix)}
-        return Importance(
-            values, kind=self.kind, num_samples=self.num_samples, reduction=self.reduction, paths=paths
-        )
+        return Importance(values, kind=self.kind, num_samples=self.num_samples, reduction=self.reduction, paths=paths)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
@@ -163,23 +163,7 @@ class Importance(Mapping[str, Tensor]):
         return first._like(values, total)
 
     def _like(self, values: Mapping[str, Tensor], num_samples: int) -> Importance:
-        return Importance(
-            values, kind=self.kind, num_samples=num_samples, reduction=self.reduction, paths=self.paths
-        )
-
-
-def check_importance(name: str, value: Tensor) -> None:
-    """Refuse what no importance can be.
-
-    Raises:
-        ValueError: If an entry is NaN, infinite or negative.
-    """
-    if value.numel() == 0:
-        return
-    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
-    if not (low >= 0 and high < float("inf")):
-        what = "NaN" if low != low or high != high else ("a negative entry" if low < 0 else "an infinite entry")
-        raise ValueError(f"The importance of {name!r} has {what}; importances are finite and not negative.")
+        return Importance(values, kind=self.kind, num_samples=num_samples, reduction=self.reduction, paths=self.paths)
 
 
 def estimate_importance(
@@ -304,7 +288,9 @@ def _select_parameters(model: nn.Module, module: str | None, exclude: Sequence[s
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in (*exclude, *([module] if module is not None else [])):
         if not any(_below(parameter, name) for parameter in known):
-            raise ValueError(f"{name!r} is no parameter of the model and no module with parameters; it has {sorted(known)}.")
+            raise ValueError(
+                f"{name!r} is no parameter of the model and no module with parameters; it has {sorted(known)}."
+            )
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -332,7 +318,9 @@ def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) ->
 
 def _class_logits(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"A Fisher information needs logits (N, classes) of at least two classes; got {tuple(logits.shape)}.")
+        raise ValueError(
+            f"A Fisher information needs logits (N, classes) of at least two classes; got {tuple(logits.shape)}."
+        )
     return logits
 
 
@@ -347,7 +335,7 @@ def _sums_per_sample(
     forward: Forward,
     max_scratch_bytes: int,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Path]]:
-    def cotangents(batch: Any, logits: Tensor) -> list[Tensor]:  # noqa: ANN401
+    def cotangents(batch: Any, logits: Tensor) -> list[Tensor]:
         if kind == "mas":
             return [mas_cotangent(logits)]
         if kind == "empirical_fisher":
@@ -357,9 +345,7 @@ def _sums_per_sample(
         return fisher_cotangents(_class_logits(logits), draws, generator)
 
     power = 1 if kind == "mas" else 2
-    engine = PerSamplePowerSums(
-        model, parameters, power=power, forward=forward, max_scratch_bytes=max_scratch_bytes
-    )
+    engine = PerSamplePowerSums(model, parameters, power=power, forward=forward, max_scratch_bytes=max_scratch_bytes)
     count = 0
     with engine:
         for batch in batches:
@@ -367,7 +353,7 @@ def _sums_per_sample(
                 batch_labels(batch)  # before any work is done
             num_samples = batch_size(batch)
             if num_samples:
-                engine.add(batch, num_samples, lambda logits, batch=batch: cotangents(batch, logits))
+                engine.add(batch, num_samples, partial(cotangents, batch))
             count += num_samples
         device = next(iter(parameters.values())).device
         return engine.sums, torch.tensor([count], device=device), engine.paths
@@ -386,7 +372,9 @@ def _sums_per_batch(
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, str]]:
     """The published code's estimates (De Lange et al., CVPR 2020): |mean gradient of a batch|, or its square."""
     modes = {child: child.training for child in model.modules()}
-    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
+    }
     count = num_batches = 0
     try:
         for child in modes:
@@ -400,7 +388,9 @@ def _sums_per_batch(
                 direction = mas_cotangent(logits.detach())
             else:
                 chances = _class_logits(logits.detach())
-                labels = batch_labels(batch) if kind == "empirical_fisher" else sample_labels(chances, 1, generator)[:, 0]
+                labels = (
+                    batch_labels(batch) if kind == "empirical_fisher" else sample_labels(chances, 1, generator)[:, 0]
+                )
                 direction = label_cotangent(chances, labels)
             gradients = torch.autograd.grad(
                 logits, list(parameters.values()), direction / num_samples, materialize_grads=True

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from pl_personalize.artifacts import shared_entries
-from pl_personalize.functional.merging import Zero, prefix_merges
-from pl_personalize.importance import check_importance
+from pl_personalize.functional.merging import Zero, check_importance, prefix_merges
 
 Normalize = Literal["sum", "layer", "max"]
 StateDict = Mapping[str, Tensor]
@@ -212,7 +211,9 @@ class _Plan:
         scales = []
         for importance in self.importances:
             values = [importance[source].double() for source in self.groups]
-            total = sum(float(v.sum()) for v in values) if self.normalize == "sum" else max(float(v.max()) for v in values)
+            total = (
+                sum(float(v.sum()) for v in values) if self.normalize == "sum" else max(float(v.max()) for v in values)
+            )
             scales.append(total or 1.0)
         return scales
 
@@ -238,6 +239,6 @@ class _Column(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, k: Any) -> Any:  # noqa: ANN401
+    def __getitem__(self, k: Any) -> Any:
         value = self._rows[k][self._name]
         return value if self._transform is None else self._transform(k, self._name, value)

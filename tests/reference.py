@@ -81,7 +81,9 @@ def naive_merge(
     """Σ w Ω θ / Σ w Ω for one parameter, entry by entry in Python's floats."""
     weights = list(weights or [1.0] * len(parameters))
     thetas = [p.double().flatten().tolist() for p in parameters]
-    omegas = [[1.0] * len(thetas[0])] * len(thetas) if importances is None else [i.flatten().tolist() for i in importances]
+    omegas = (
+        [[1.0] * len(thetas[0])] * len(thetas) if importances is None else [i.flatten().tolist() for i in importances]
+    )
     merged = []
     for entry in range(len(thetas[0])):
         shares = [w * omega[entry] for w, omega in zip(weights, omegas, strict=True)]

@@ -34,7 +34,7 @@ RANKS = {
     "runner": 4,
     "cli": 5,
 }
-PEERS = {("modules", "callbacks")}
+PEERS = {("modules", "callbacks"), ("merging", "importance")}
 
 
 def _modules_below(folder: Path, package: str) -> dict[str, Path]:

@@ -12,14 +12,14 @@ from torch import Tensor
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-def batch_tensors(batch: Any) -> list[Tensor]:  # noqa: ANN401
+def batch_tensors(batch: Any) -> list[Tensor]:
     """All tensors of a batch, in order."""
     found: list[Tensor] = []
     apply_to_collection(batch, Tensor, found.append)
     return found
 
 
-def batch_size(batch: Any) -> int:  # noqa: ANN401
+def batch_size(batch: Any) -> int:
     """Number of samples: the length of the batch's first tensor.
 
     Raises:
@@ -31,7 +31,7 @@ def batch_size(batch: Any) -> int:  # noqa: ANN401
     raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
 
 
-def batch_labels(batch: Any) -> Tensor:  # noqa: ANN401
+def batch_labels(batch: Any) -> Tensor:
     """The labels of a batch: the second item of a tuple or list, or the entry of a dict named in ``LABEL_KEYS``.
 
     Raises:
@@ -50,35 +50,39 @@ def batch_labels(batch: Any) -> Tensor:  # noqa: ANN401
     return labels
 
 
-def call_model(model: torch.nn.Module, batch: Any) -> Any:  # noqa: ANN401
+def call_model(model: torch.nn.Module, batch: Any) -> Any:
     """Call ``model`` on the input of ``batch``; a dict becomes keyword arguments, without its labels."""
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
     return model(batch if isinstance(batch, Tensor) else batch[0])
 
 
-def as_logits(output: Any) -> Tensor:  # noqa: ANN401
+def as_logits(output: Any) -> Tensor:
     """The logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``.
 
     Raises:
         ValueError: If there are none.
     """
     if not isinstance(output, Tensor):
-        output = output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)
+        output = (
+            output["logits"]
+            if isinstance(output, Mapping) and "logits" in output
+            else getattr(output, "logits", output)
+        )
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise ValueError(
-            f"The model must return a tensor of logits with a batch dimension, or an object with `.logits`; it returned "
+            f"The model must return logits with a batch dimension, or an object with `.logits`; it returned a "
             f"{type(output).__name__}. Pass forward=lambda model, batch: ... to say how logits are computed."
         )
     return output
 
 
-def split_batch(batch: Any, num_samples: int) -> list[Tensor]:  # noqa: ANN401
+def split_batch(batch: Any, num_samples: int) -> list[Tensor]:
     """The tensors of a batch that have one row for each sample."""
     return [tensor for tensor in batch_tensors(batch) if tensor.dim() > 0 and tensor.shape[0] == num_samples]
 
 
-def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:  # noqa: ANN401
+def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:
     """``batch`` with the tensors of :func:`split_batch` replaced by ``rows``, in order."""
     remaining: Iterator[Tensor] = iter(rows)
 
@@ -88,6 +92,6 @@ def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:  # 
     return apply_to_collection(batch, Tensor, replace)
 
 
-def slice_batch(batch: Any, num_samples: int, rows: slice) -> Any:  # noqa: ANN401
+def slice_batch(batch: Any, num_samples: int, rows: slice) -> Any:
     """The samples ``rows`` of a batch, still with a batch dimension."""
     return join_batch(batch, num_samples, [tensor[rows] for tensor in split_batch(batch, num_samples)])

@@ -40,7 +40,7 @@ def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tens
     parameters = {name: p.detach() for name, p in layer._parameters.items() if p is not None}
 
     def one_sample(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        _, pull_back = vjp(lambda p: functional_call(layer, p, (x.unsqueeze(0),)), parameters)
+        pull_back = vjp(lambda p: functional_call(layer, p, (x.unsqueeze(0),)), parameters)[1]
         gradients: dict[str, Tensor] = pull_back(grad.unsqueeze(0))[0]
         return gradients
 
@@ -55,13 +55,13 @@ class _GraphRoot(torch.autograd.Function):
     """Makes a tensor part of the graph in place, so that gradients reach it although no parameter needs one."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
         ctx.mark_dirty(tensor)
         ctx.anchor = anchor
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         return None, torch.zeros_like(ctx.anchor)
 
 
@@ -119,7 +119,9 @@ class GradientTape:
     def owned(self, layer: nn.Module) -> dict[str, tuple[int, str]]:
         """The layer's own parameters that the tape sums: local name -> (id, full name)."""
         return {
-            local: (id(p), self.names[id(p)]) for local, p in layer._parameters.items() if p is not None and id(p) in self.names
+            local: (id(p), self.names[id(p)])
+            for local, p in layer._parameters.items()
+            if p is not None and id(p) in self.names
         }
 
     def start(self, num_samples: int, device: torch.device) -> None:
@@ -140,7 +142,7 @@ class GradientTape:
             cotangent: Gradient of the objective with respect to it, of the same shape.
             last: Whether this is the last cotangent for this pass; the recorded tensors are then released on the way.
         """
-        if not logits.requires_grad:  # no recorded layer has a part in the output
+        if self._anchor is None or not logits.requires_grad:  # no recorded layer has a part in the output
             return
         self._is_last_backward = last
         torch.autograd.grad(logits, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
@@ -149,7 +151,7 @@ class GradientTape:
         for use in self._uses:
             use.grad = None
 
-    def _on_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
+    def _on_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._num_samples is None or not self.owned(layer):
             return None
         inputs = [*args, *kwargs.values()]
@@ -206,7 +208,11 @@ class GradientTape:
                 for local, (_, name) in self.owned(first.layer).items():
                     self.sums[name].add_(sums[local])
                 return
-        elements = sum({key: p.numel() for u in uses for p in u.layer._parameters.values() if p is not None for key in [id(p)]}.values())
+        elements = sum(
+            {
+                key: p.numel() for u in uses for p in u.layer._parameters.values() if p is not None for key in [id(p)]
+            }.values()
+        )
         num_samples = first.x.shape[0]  # type: ignore[union-attr]
         chunk = max(1, self._max_scratch_bytes // (elements * first.grad.element_size()))  # type: ignore[union-attr]
         for start in range(0, num_samples, chunk):
@@ -219,7 +225,7 @@ class GradientTape:
             for name, total in totals.items():
                 self.sums[name].add_(power_(total, self.power).sum(0))
 
-    def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:  # noqa: ANN401
+    def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:
         try:
             return rule(layer, *args)
         except Exception as error:

@@ -11,6 +11,20 @@ from torch import Tensor
 Zero = Literal["mean", "reference"]
 
 
+def check_importance(name: str, value: Tensor) -> None:
+    """Refuse what no importance can be.
+
+    Raises:
+        ValueError: If an entry is NaN, infinite or negative.
+    """
+    if value.numel() == 0:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (low >= 0 and high < float("inf")):
+        what = "NaN" if low != low or high != high else ("a negative entry" if low < 0 else "an infinite entry")
+        raise ValueError(f"The importance of {name!r} has {what}; importances are finite and not negative.")
+
+
 def prefix_merges(
     parameters: Sequence[Tensor],
     importances: Sequence[Tensor] | None,

@@ -26,7 +26,7 @@ class _Network(nn.Module):
         self.model = model
         self._forward = forward
 
-    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, batch: Any) -> Tensor:
         return as_logits(self._forward(self.model, batch))
 
 
@@ -103,7 +103,7 @@ class PerSamplePowerSums:
         for parameter, needs_grad in self._needs_grad.items():
             parameter.requires_grad_(needs_grad)
 
-    def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:  # noqa: ANN401
+    def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Add the sums over one batch.
 
         Args:
@@ -126,7 +126,7 @@ class PerSamplePowerSums:
                 "Pass exclude=(its name,) or a smaller, more regular batch."
             ) from error
 
-    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:  # noqa: ANN401
+    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
         device = next(iter(self._parameters.values())).device
         self._tape.start(num_samples, device)
         try:
@@ -151,7 +151,7 @@ class PerSamplePowerSums:
         recorded = set(self._tape.names.values())
         return {name: p for name, p in self._parameters.items() if name not in recorded}
 
-    def _add_whole_model(self, batch: Any, num_samples: int, cotangent: Tensor) -> None:  # noqa: ANN401
+    def _add_whole_model(self, batch: Any, num_samples: int, cotangent: Tensor) -> None:
         parameters = self._unrecorded()
         if not parameters:
             return
@@ -164,7 +164,8 @@ class PerSamplePowerSums:
 
         def objective(values: dict[str, Tensor], rows: list[Tensor], direction: Tensor) -> Tensor:
             sample = join_batch(batch, num_samples, [row.unsqueeze(0) for row in rows])
-            return (functional_call(self._network, values, (sample,)) * direction.unsqueeze(0)).sum()
+            logits: Tensor = functional_call(self._network, values, (sample,))
+            return (logits * direction.unsqueeze(0)).sum()
 
         values = {f"model.{name}": p.detach() for name, p in parameters.items()}
         size = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -176,7 +177,7 @@ class PerSamplePowerSums:
             for name, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
                 self.sums[name.removeprefix("model.")].add_(power_(gradient, self._power).sum(0))
 
-    def _one_sample(self, sample: Any, cotangent: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:  # noqa: ANN401
+    def _one_sample(self, sample: Any, cotangent: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -191,7 +192,7 @@ class PerSamplePowerSums:
 
     # The check
 
-    def _check(self, batch: Any, num_samples: int) -> None:  # noqa: ANN401
+    def _check(self, batch: Any, num_samples: int) -> None:
         """Choose each parameter's path on two samples, and refuse a model that mixes samples."""
         count = min(2, num_samples)
         before = {name: total.clone() for name, total in self.sums.items()}
@@ -215,7 +216,7 @@ class PerSamplePowerSums:
             self.sums[name].copy_(total)
         self._samples_checked = count
 
-    def _wrong_paths(self, pair: Any, count: int, direction: Tensor, reference: Mapping[str, Tensor]) -> list[str]:  # noqa: ANN401
+    def _wrong_paths(self, pair: Any, count: int, direction: Tensor, reference: Mapping[str, Tensor]) -> list[str]:
         """The parameters for which the present paths do not give the reference, or a layer's at which a path broke."""
         for total in self.sums.values():
             total.zero_()
@@ -256,18 +257,19 @@ class PerSamplePowerSums:
         for name in exhausted:
             del self._tape.names[id(self._parameters[name])]
 
-    def _alone(self, sample: Any) -> Tensor:  # noqa: ANN401
+    def _alone(self, sample: Any) -> Tensor:
         """The logits of one sample, or a refusal that names the module which cannot do without the others."""
         entered: list[nn.Module] = []
         handles = [
             module.register_forward_pre_hook(lambda module, _: entered.append(module)) for module in self._layer_names
         ]
         try:
-            return self._network(sample)
+            logits: Tensor = self._network(sample)
+            return logits
         except Exception as error:
             culprit = self._describe(entered[-1]) if entered else "The model"
             raise ValueError(
-                f"{culprit} works on a batch but fails on one of its samples alone ({error}), so it may mix the samples "
+                f"{culprit} works on a batch but fails on one of its samples alone ({error}), so it mixes the samples "
                 "of a batch, and importances per sample are not defined. Batch norm with track_running_stats=False "
                 "does this."
             ) from error
@@ -275,7 +277,7 @@ class PerSamplePowerSums:
             for handle in handles:
                 handle.remove()
 
-    def _refuse_mixed_samples(self, pair: Any, samples: Sequence[Any], together: Tensor, apart: Tensor) -> None:  # noqa: ANN401
+    def _refuse_mixed_samples(self, pair: Any, samples: Sequence[Any], together: Tensor, apart: Tensor) -> None:
         if together.shape == apart.shape and _close(together, apart):
             return
         outputs: list[list[tuple[nn.Module, Any]]] = []
@@ -310,4 +312,8 @@ class PerSamplePowerSums:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny) if a.is_floating_point() else bool((a == b).all())
+    return (
+        bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
+        if a.is_floating_point()
+        else bool((a == b).all())
+    )

@@ -86,7 +86,7 @@ class MergeModule(SequenceEvaluator):
         chosen = self.importances
         if isinstance(chosen, Mapping):
             name = user or self.user or self._user_of_the_datamodule()
-            if name not in chosen:
+            if name is None or name not in chosen:
                 raise MisconfigurationException(
                     f"There are importances for the users {', '.join(map(repr, chosen))}, and the user is {name!r}. "
                     "Set user=, or give the Trainer a datamodule whose user is one of them."
@@ -131,14 +131,16 @@ class _Part(Mapping[str, Tensor]):
         self._names = [name for name in state if name.startswith(self._prefix)]
         if not self._names:
             raise MisconfigurationException(
-                f"An expert has no entries below {module!r}; it must be a state dict of a TaskNetwork. It has {list(state)}."
+                f"An expert must be a state dict of a TaskNetwork; it has nothing below {module!r}: {list(state)}."
             )
 
     @property
     def aliases(self) -> dict[str, str]:
         """Entries that are the same storage, see :func:`~pl_personalize.artifacts.shared_entries`."""
         inside = {name: first for name, first in shared_entries(self._state).items() if first in self._names}
-        return {a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names}
+        return {
+            a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[self._prefix + name]

@@ -22,9 +22,9 @@ class SequenceEvaluator(LightningModule):
     """Tests models 1..T, each on tasks 1..t, with the head of the task: the lower triangle of the accuracy matrix.
 
     One ``trainer.test(evaluator, datamodule=...)`` does it, with one test loader for each task, in order. It logs
-    ``test/acc/t{t}/task{i}`` (model t on task i, from 1), ``test/avg_acc``, ``test/forgetting`` (divided by T, as in the
-    tables of De Lange et al., CVPR 2020) and ``test/forgetting_cl`` (divided by T - 1), all in [0, 1]; ``matrix`` has
-    the whole. Models are state dicts that are swapped into one network.
+    ``test/acc/t{t}/task{i}`` (model t on task i, from 1), ``test/avg_acc``, ``test/forgetting`` (divided by T, as in
+    the tables of De Lange et al., CVPR 2020) and ``test/forgetting_cl`` (divided by T - 1), all in [0, 1]; ``matrix``
+    has the whole. Models are state dicts that are swapped into one network.
 
     Args:
         network: The architecture; its own parameters are not used.
@@ -48,7 +48,9 @@ class SequenceEvaluator(LightningModule):
         if models not in ("all", "last"):
             raise MisconfigurationException(f"models must be 'all' or 'last'; got {models!r}.")
         if len(bodies) != len(heads) or not heads:
-            raise MisconfigurationException(f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task.")
+            raise MisconfigurationException(
+                f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task."
+            )
         self.network = network.requires_grad_(False)
         self.bodies, self.heads, self.models = list(bodies), list(heads), models
         self.accuracy = TaskAccuracyMatrix(len(heads))

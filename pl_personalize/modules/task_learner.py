@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -63,7 +63,9 @@ class TaskLearner(LightningModule):
     ) -> None:
         super().__init__()
         if l2_transfer < 0 or lr <= 0:
-            raise MisconfigurationException(f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}.")
+            raise MisconfigurationException(
+                f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}."
+            )
         self.save_hyperparameters(ignore=["network", "anchor"])
         self.network = network
         num_classes = network.head.out_features
@@ -74,7 +76,7 @@ class TaskLearner(LightningModule):
     def _register_anchor(self, anchor: Mapping[str, Tensor] | None) -> list[str]:
         if anchor is None:
             return []
-        names = []
+        names: list[str] = []
         for name, parameter in self.network.body.named_parameters():
             if name not in anchor or anchor[name].shape != parameter.shape:
                 found = tuple(anchor[name].shape) if name in anchor else "nothing"
@@ -82,7 +84,9 @@ class TaskLearner(LightningModule):
                     f"The anchor has {found} for the body's parameter {name!r}, which is {tuple(parameter.shape)}."
                 )
             # Not in the checkpoint: the caller has it, and it would double the checkpoint's size.
-            self.register_buffer(f"anchor_{name.replace('.', '_')}_{len(names)}", anchor[name].detach().clone(), persistent=False)
+            self.register_buffer(
+                f"anchor_{name.replace('.', '_')}_{len(names)}", anchor[name].detach().clone(), persistent=False
+            )
             names.append(name)
         return names
 
@@ -101,7 +105,9 @@ class TaskLearner(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """The schedule, unless the Trainer has one."""
-        return [PlateauSchedule("val/acc", drop_after=self.hparams["drop_after"], stop_after=self.hparams["stop_after"])]
+        return [
+            PlateauSchedule("val/acc", drop_after=self.hparams["drop_after"], stop_after=self.hparams["stop_after"])
+        ]
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -215,7 +215,7 @@ class SeedRun:
             joint = TensorFile(self._path("checkpoints", "joint"), kind=EXPERT_KIND).load()
             body, head = _part(joint, "body"), _part(joint, "head")
             sizes = [self.data.num_classes(task) for task in range(self.num_tasks)]
-            parts = {name: value.split(sizes) for name, value in head.items()}
+            parts = {name: torch.split(value, sizes) for name, value in head.items()}
             heads = [{name: value[task] for name, value in parts.items()} for task in range(self.num_tasks)]
             return SequenceEvaluator(network, [body] * self.num_tasks, heads, models="last")
         if method == "Experts":

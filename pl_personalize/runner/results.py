@@ -107,7 +107,9 @@ def markdown_table(rows: Sequence[ResultRow]) -> str:
     lines = [["method", *[f"user {user}" if user != ALL_USERS else "all users" for user in users]]]
     lines += [[method, *[cells.get(user, "") for user in users]] for method, cells in summary.items()]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
 

@@ -17,7 +17,7 @@ import lightning
 import torch
 from tqdm.auto import tqdm
 
-import pl_personalize
+from pl_personalize import __version__
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner.experiment import SeedRun
@@ -141,7 +141,12 @@ class _SeedResults:
 
 
 def _open_tracker(
-    options: WandbOptions, folder: RunFolder, log: MetricsLog, seed: int, decisive: dict[str, Any], methods: Sequence[str]
+    options: WandbOptions,
+    folder: RunFolder,
+    log: MetricsLog,
+    seed: int,
+    decisive: dict[str, Any],
+    methods: Sequence[str],
 ) -> WandbTracker | None:
     if options.mode == "disabled":
         return None
@@ -159,7 +164,12 @@ def _open_tracker(
 
 
 def _write(
-    folder: RunFolder, benchmark: str, backbone: str, rows: list[ResultRow], runs: list[SeedRun], options: dict[str, Any]
+    folder: RunFolder,
+    benchmark: str,
+    backbone: str,
+    rows: list[ResultRow],
+    runs: list[SeedRun],
+    options: dict[str, Any],
 ) -> None:
     title = f"{benchmark}, {backbone}"
     seeds = {"seeds": [run.seed for run in runs]}
@@ -167,9 +177,7 @@ def _write(
     write_markdown(folder.path / "results.md", title, rows, seeds | options | {"versions": _versions()})
     draw_methods(folder.path / "figures" / "methods.png", title, rows)
     for method in runs[0].methods:
-        means = {
-            user: torch.stack([run.matrix(method, user) for run in runs]).mean(0) for user in runs[0].data.users
-        }
+        means = {user: torch.stack([run.matrix(method, user) for run in runs]).mean(0) for user in runs[0].data.users}
         of_seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
         path = folder.path / "figures" / f"matrix-{method}.png"
         draw_matrices(path, f"{method}: accuracy, {of_seeds}", means, runs[0].data.tasks)
@@ -189,7 +197,7 @@ def _say(folder: RunFolder, rows: list[ResultRow], sync_dirs: list[Path]) -> Non
 
 def _versions() -> dict[str, str]:
     return {
-        "pl_personalize": pl_personalize.__version__,
+        "pl_personalize": __version__,
         "lightning": lightning.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -214,7 +222,11 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*exists and is not empty.*"):
+            for message in (
+                ".*does not have many workers.*",
+                ".*smaller than the logging interval.*",
+                ".*exists and is not empty.*",
+            ):
                 warnings.filterwarnings("ignore", message)
             yield
     finally:

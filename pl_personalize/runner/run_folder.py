@@ -81,13 +81,13 @@ class RunFolder:
             raise ArtifactError(f"{self._manifest} is no manifest of a run: {error!r} is missing.") from error
         keys = sorted(options.keys() | self.options.keys())
         if different := [key for key in keys if options.get(key) != self.options.get(key)]:
-            changes = ", ".join(f"{key}: {options.get(key)!r} there, {self.options.get(key)!r} now" for key in different)
+            changes = ", ".join(
+                f"{key}: {options.get(key)!r} there, {self.options.get(key)!r} now" for key in different
+            )
             raise ArtifactError(
-                f"{self.path} holds a run with other options ({changes}). Choose another output_dir, or remove the folder."
+                f"{self.path} holds a run with other options ({changes}). Choose another folder, or remove this one."
             )
 
     def _write(self) -> None:
-        stages = {
-            name: {"artifacts": stage.artifacts, "result": stage.result} for name, stage in self._stages.items()
-        }
+        stages = {name: {"artifacts": stage.artifacts, "result": stage.result} for name, stage in self._stages.items()}
         write_json(self._manifest, {"options": self.options, "stages": stages})

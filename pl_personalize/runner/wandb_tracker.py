@@ -30,7 +30,11 @@ class WandbTracker:
     def __init__(
         self, options: WandbOptions, folder: Path, *, name: str, group: str, run_id: str, config: Mapping[str, Any]
     ) -> None:
-        for variable, place in {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_CONFIG_DIR": "config"}.items():
+        for variable, place in {
+            "WANDB_CACHE_DIR": "cache",
+            "WANDB_DATA_DIR": "data",
+            "WANDB_CONFIG_DIR": "config",
+        }.items():
             os.environ.setdefault(variable, str((folder / "wandb" / place).resolve()))
         import wandb
 
@@ -63,7 +67,9 @@ class WandbTracker:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step", hidden=True)
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        self._run.log({f"{stage}/{name}": value for name, value in record.metrics.items()} | {f"{stage}/step": record.step})
+        self._run.log(
+            {f"{stage}/{name}": value for name, value in record.metrics.items()} | {f"{stage}/step": record.step}
+        )
 
     def log_results(self, rows: Sequence[ResultRow], figures: Iterable[Path]) -> None:
         """Log the results as summary and table, and figures (of accuracies; never an image of a user)."""
@@ -71,7 +77,7 @@ class WandbTracker:
             self._run.summary[f"{row.method}/{row.user}/avg_acc"] = row.avg_acc
             if row.forgetting is not None:
                 self._run.summary[f"{row.method}/{row.user}/forgetting"] = row.forgetting
-        columns = [field.name for field in fields(ResultRow)]
+        columns: list[str | int] = [field.name for field in fields(ResultRow)]
         table = self._wandb.Table(columns=columns, data=[list(asdict(row).values()) for row in rows])
         self._run.log({"results": table} | {f"figures/{path.stem}": self._wandb.Image(str(path)) for path in figures})
 

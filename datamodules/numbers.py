@@ -1,0 +1,184 @@
+"""Five tasks of two digits from several collections; each collection is also one user."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from typing_extensions import override
+
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, random_split
+from pl_personalize.functional.seeding import derive_seed
+
+IMAGE_SHAPE = (3, 28, 28)
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_Raw = tuple[Tensor, Tensor]  # uint8 (n, 1 or 3, height, width), and digits (n,)
+
+
+class NumbersDataModule(TaskIncrementalDataModule):
+    """The Numbers benchmark of De Lange et al., CVPR 2020: tasks {0, 1}, {2, 3}, …, {8, 9}; each source is one user.
+
+    The server has at most ``max_per_source`` random training images of each task and source, 80 % of them for training.
+    A user has the test images of one source, halved into adapt and eval. Images are 3×28×28 floats: MNIST is
+    standardised with mean 0.1307 and deviation 0.3081; every other source is brought to RGB 32×32 (bilinear), cropped
+    to the middle 28×28, and standardised with 0.5 and 0.5.
+
+    Args:
+        data_dir: Folder of the collections that have names.
+        sources: ``"svhn"``, ``"mnist"``, ``"usps"``, or the path of a folder with ``{train,test}/<digit>/*`` images,
+            which is named after the folder.
+        download: Fetch collections that are missing.
+        max_per_source: Cap on the server's images of a task and source; ``None`` for all.
+        task: See :class:`TaskIncrementalDataModule`.
+        user: See there.
+        batch_size: See there.
+        eval_batch_size: See there.
+        seed: What the order of training data depends on.
+        split_seed: What the choice and the division of the images depend on.
+
+    Raises:
+        MisconfigurationException: If a source is unknown or missing; the message says where it was looked for.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] = "data",
+        sources: Sequence[str] = ("svhn", "mnist"),
+        *,
+        download: bool = False,
+        max_per_source: int | None = 10_000,
+        task: int | str | None = None,
+        user: int | str | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+        split_seed: int = 27,
+    ) -> None:
+        names = [source if source in _COLLECTIONS else Path(source).name for source in sources]
+        if not names or len(set(names)) != len(names):
+            raise MisconfigurationException(f"sources must be at least one, with different names; got {list(sources)}.")
+        if max_per_source is not None and max_per_source < 1:
+            raise MisconfigurationException(f"max_per_source must be positive or None; got {max_per_source}.")
+        pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
+        super().__init__(
+            tasks=["-".join(pair) for pair in pairs],
+            classes=pairs,
+            users=names,
+            task=task,
+            user=user,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
+        self.data_dir, self.sources, self.download = Path(data_dir), tuple(sources), download
+        self.max_per_source, self.split_seed = max_per_source, split_seed
+        self._raw: dict[tuple[str, bool], _Raw] = {}
+
+    @override
+    def prepare_data(self) -> None:
+        """Fetch what is missing, if asked to."""
+        for source in self.sources if self.download else ():
+            if source in _COLLECTIONS:
+                for train in (True, False):
+                    _COLLECTIONS[source](self.data_dir, train, True)
+
+    @override
+    def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """The training images of all sources, 80 % for training."""
+        parts = []
+        for source, name in zip(self.sources, self.users, strict=True):
+            found = self._of_task(source, True, task)
+            order = torch.randperm(
+                len(found.labels), generator=torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
+            )[: self.max_per_source]
+            parts.append(LabelledImages(found.images[order], found.labels[order]))
+        both = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+        return random_split(both, 0.8, self.split_seed, "server", task)
+
+    @override
+    def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
+        """The test images of the user's source, halved."""
+        found = self._of_task(self.sources[user], False, task)
+        evaluation, adapt = random_split(found, 0.5, self.split_seed, "user", self.users[user], task)
+        return adapt, evaluation
+
+    def _of_task(self, source: str, train: bool, task: int) -> LabelledImages:
+        key = source, train
+        if key not in self._raw:
+            self._raw[key] = self._read(source, train)
+        images, digits = self._raw[key]
+        lowest = int(self.classes[task][0])
+        chosen = (digits == lowest) | (digits == lowest + 1)
+        return LabelledImages(_standardise(images[chosen], source), digits[chosen].long() - lowest)
+
+    def _read(self, source: str, train: bool) -> _Raw:
+        if source not in _COLLECTIONS:
+            return _read_folder(Path(source) / ("train" if train else "test"))
+        try:
+            return _COLLECTIONS[source](self.data_dir, train, self.download)
+        except (RuntimeError, OSError) as error:
+            raise MisconfigurationException(
+                f"The data set {source!r} was looked for in {self.data_dir.resolve()} and is not there or not whole "
+                f"({error}). Either fetch it with download=True, or put its files there as torchvision has them."
+            ) from error
+
+
+def _standardise(images: Tensor, source: str) -> Tensor:
+    if source == "mnist":
+        return ((images.float() / 255 - 0.1307) / 0.3081).expand(-1, 3, -1, -1)
+    if images.shape[-2:] != (32, 32):
+        images = resize(images, [32, 32], InterpolationMode.BILINEAR, antialias=True)
+    cropped: Tensor = center_crop(images, list(IMAGE_SHAPE[1:]))
+    return (cropped.float() / 255 - 0.5).div(0.5).expand(-1, 3, -1, -1)
+
+
+def _read_mnist(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.MNIST(data_dir, train=train, download=download)
+    return data.data[:, None], data.targets
+
+
+def _read_svhn(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.SVHN(data_dir / "SVHN", split="train" if train else "test", download=download)
+    return torch.from_numpy(data.data), torch.from_numpy(data.labels)
+
+
+def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
+    return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
+
+
+def _read_folder(folder: Path) -> _Raw:
+    """``<digit>/*`` as RGB 32×32, in sorted order."""
+    images, digits = [], []
+    for digit in range(10):
+        files = sorted(path for path in (folder / str(digit)).glob("*") if path.suffix.lower() in _SUFFIXES)
+        for path in files:
+            try:
+                with Image.open(path) as opened:
+                    image = opened.convert("RGB")
+            except OSError as error:
+                raise MisconfigurationException(f"{path} cannot be read as an image: {error}") from error
+            size = (32, 32)
+            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+            images.append(pil_to_tensor(image))
+            digits.append(digit)
+    if not images:
+        raise MisconfigurationException(
+            f"No images were found in {folder.resolve()}; expected folders 0 to 9 with image files. A source is a path "
+            f"with train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}."
+        )
+    return torch.stack(images), torch.tensor(digits)
+
+
+_COLLECTIONS: dict[str, Callable[[Path, bool, bool], _Raw]] = {
+    "mnist": _read_mnist,
+    "svhn": _read_svhn,
+    "usps": _read_usps,
+}

@@ -1,0 +1,122 @@
+"""Merge given experts of Numbers with importances from the data: merging apart from training.
+
+The experts are a safetensors file with ``task{1..5}.{hidden1,hidden2,head}.{weight,bias}``: MLPs 100-100 on 3×28×28.
+
+    python experiments/merge_reference.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pl_personalize import Importance, estimate_importance
+from pl_personalize.datamodules import NumbersDataModule, TaskIncrementalDataModule
+from pl_personalize.datamodules.numbers import IMAGE_SHAPE
+from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.merging import merge_prefixes
+from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
+from pl_personalize.models import TaskNetwork, mlp
+from pl_personalize.runner import MERGE_METHODS, MethodName
+
+
+def load_experts(path: Path) -> list[TaskNetwork]:
+    """The networks in the file, by task."""
+    entries = load_file(path)
+    experts = []
+    for task in range(1, 1 + len({name.partition(".")[0] for name in entries})):
+        network = mlp(IMAGE_SHAPE, num_classes=len(entries[f"task{task}.head.bias"]))
+        prefix = f"task{task}."
+        state = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+        network.load_state_dict({n if n.startswith("head") else f"body.{n}": value for n, value in state.items()})
+        experts.append(network)
+    return experts
+
+
+def estimate(
+    experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, method: MethodName, reduction: str, draw: int
+) -> list[Importance] | None:
+    """The importances that a method takes, for the data's present user."""
+    merge = MERGE_METHODS[method]
+    if merge.kind is None:
+        return None
+    importances = []
+    for task, expert in enumerate(experts):
+        loader = data.adapt_dataloader(task) if merge.source == "user" else data.server_dataloader(task)
+        generator = torch.Generator().manual_seed(derive_seed(draw, method, task))
+        options = {"generator": generator} if merge.kind == "fisher" else {}
+        found = estimate_importance(expert, loader, merge.kind, module="body", reduction=reduction, **options)  # type: ignore[arg-type]
+        importances.append(found)
+    return importances
+
+
+def evaluate(
+    experts: Sequence[TaskNetwork], importances: Sequence[Importance] | None, data: TaskIncrementalDataModule
+) -> Tensor:
+    """The accuracy matrix of the merges for the data's present user."""
+    bodies = merge_prefixes([expert.body.state_dict() for expert in experts], importances)
+    matrix = TaskAccuracyMatrix(len(experts))
+    network = mlp(IMAGE_SHAPE, num_classes=2).eval()
+    assert data.user is not None
+    with torch.no_grad():
+        for t, body in enumerate(bodies):
+            network.body.load_state_dict(body)
+            for i in range(t + 1):
+                network.head.load_state_dict(experts[i].head.state_dict())
+                images, labels = data.user_split(data.user, i)[1]
+                matrix.update(network(images).argmax(1), labels, model=t, task=i)
+    return matrix.compute()
+
+
+def main(
+    experts: Path = Path("../shared/reference/numbers-experts.safetensors"),
+    data_dir: Path = Path("../shared/data"),
+    sources: Sequence[str] = ("../shared/data/meter-digits", "mnist"),
+    draws: Sequence[int] = (1, 2, 3, 4, 5),
+    methods: Sequence[MethodName] = tuple(MERGE_METHODS),
+    reduction: Literal["sample", "batch"] = "sample",
+    num_threads: int = 1,
+) -> None:
+    """Merge given experts of Numbers with importances from the data, over several draws of the splits.
+
+    Args:
+        experts: File with the experts.
+        data_dir: Folder of the named sources.
+        sources: Sources of the benchmark; each is one user.
+        draws: Seeds of the division of the images.
+        methods: What is compared.
+        reduction: ``sample`` (exact) or ``batch`` (the published code's estimate, batches of 20).
+        num_threads: Threads for PyTorch.
+    """
+    torch.set_num_threads(num_threads)
+    networks = load_experts(experts)
+    results: dict[MethodName, list[tuple[float, float]]] = {method: [] for method in methods}
+    batch_size = 20 if reduction == "batch" else 256
+    for draw in draws:
+        data = NumbersDataModule(data_dir, sources, split_seed=draw, eval_batch_size=batch_size)
+        for method in methods:
+            found = []
+            importances = None
+            for user in data.users:
+                view = data.view(user=user)
+                if importances is None or MERGE_METHODS[method].source == "user":
+                    importances = estimate(networks, view, method, reduction, draw)
+                matrix = 100 * evaluate(networks, importances, view)
+                found.append((float(average_accuracy(matrix)), float(forgetting(matrix))))
+            results[method].append((mean(a for a, _ in found), mean(f for _, f in found)))
+            print(f"draw {draw}  {method:9s} {results[method][-1][0]:6.2f} ({results[method][-1][1]:5.2f})", flush=True)
+    print(f"\nMean of {len(draws)} draws, {len(sources)} users, reduction={reduction!r}: average accuracy (forgetting)")
+    for method, pairs in results.items():
+        spread = f" ± {stdev(a for a, _ in pairs):.2f}" if len(pairs) > 1 else ""
+        print(f"{method:9s} {mean(a for a, _ in pairs):6.2f}{spread} ({mean(f for _, f in pairs):5.2f})")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

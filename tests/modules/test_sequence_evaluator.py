@@ -1,0 +1,146 @@
+"""SequenceEvaluator: the accuracy matrix against a loop over models and tasks."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from pl_personalize.datamodules import tensor_loader
+from pl_personalize.models import TaskNetwork
+from pl_personalize.modules import SequenceEvaluator
+
+CLASSES, ROWS = (2, 4, 3), (11, 9, 14)
+
+
+def network(seed, classes=2) -> TaskNetwork:
+    """With batch norm, whose statistics belong to the body that is swapped in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        nn.init.normal_(body[1].running_mean)
+        nn.init.uniform_(body[1].running_var, 0.5, 2)
+        return TaskNetwork(body, nn.Linear(8, classes))
+
+
+MODELS = [network(seed, classes) for seed, classes in enumerate(CLASSES)]
+BODIES = [model.body.state_dict() for model in MODELS]
+HEADS = [model.head.state_dict() for model in MODELS]
+
+
+def rows(task):
+    generator = torch.Generator().manual_seed(100 + task)
+    count = ROWS[task]
+    return torch.randn(count, 6, generator=generator), torch.randint(CLASSES[task], (count,), generator=generator)
+
+
+def loaders(tasks=3):
+    return [tensor_loader(*rows(task), batch_size=4) for task in range(tasks)]
+
+
+def plain_matrix(bodies=BODIES) -> list[list[float]]:
+    """Row by row, example by example."""
+    matrix = []
+    for t, body in enumerate(bodies):
+        matrix.append([])
+        for i in range(t + 1):
+            model = network(0, CLASSES[i]).eval()
+            model.body.load_state_dict(body)
+            model.head.load_state_dict(HEADS[i])
+            right = sum(int(model(x[None]).argmax()) == int(y) for x, y in zip(*rows(i), strict=True))
+            matrix[-1].append(right / ROWS[i])
+    return matrix
+
+
+def test_run(evaluator, tmp_path, test_loaders=None, **options):
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    (first, *rest) = trainer.test(evaluator, test_loaders or loaders(), verbose=False)  # Lightning gives one for each loader
+    assert all(other == first for other in rest)
+    return first
+
+
+test_run.__test__ = False
+
+
+def test_the_matrix_is_that_of_a_plain_loop(tmp_path):
+    evaluator = SequenceEvaluator(network(9), BODIES, HEADS)
+    results = test_run(evaluator, tmp_path)
+    wanted = plain_matrix()
+
+    values = [value for row in wanted for value in row]
+    assert len(set(values)) > 3  # else the test could not tell entries apart
+    for t in range(3):
+        assert evaluator.matrix[t, : t + 1].tolist() == pytest.approx(wanted[t])
+        assert evaluator.matrix[t, t + 1 :].isnan().all()
+
+    lost = [wanted[i][i] - wanted[2][i] for i in range(2)]
+    assert results == pytest.approx(
+        {f"test/acc/t{t + 1}/task{i + 1}": wanted[t][i] for t in range(3) for i in range(t + 1)}
+        | {
+            "test/avg_acc": sum(wanted[2]) / 3,
+            "test/forgetting": sum(lost) / 3,
+            "test/forgetting_cl": sum(lost) / 2,
+        }
+    )
+    assert sum(lost) != 0
+
+
+def test_only_the_last_model(tmp_path):
+    evaluator = SequenceEvaluator(network(9), BODIES, HEADS, models="last")
+    results = test_run(evaluator, tmp_path)
+    wanted = plain_matrix()[2]
+
+    assert results == pytest.approx(
+        {f"test/acc/t3/task{i + 1}": wanted[i] for i in range(3)} | {"test/avg_acc": sum(wanted) / 3}
+    )
+    assert evaluator.matrix[:2].isnan().all()
+
+
+def test_a_single_task(tmp_path):
+    evaluator = SequenceEvaluator(network(9), BODIES[:1], HEADS[:1])
+    accuracy = plain_matrix()[0][0]
+    wanted = {"test/acc/t1/task1": accuracy, "test/avg_acc": accuracy, "test/forgetting": 0.0, "test/forgetting_cl": 0.0}
+    assert test_run(evaluator, tmp_path, loaders(1)) == pytest.approx(wanted)
+    assert test_run(evaluator, tmp_path, loaders(1)[0]) == pytest.approx(wanted)
+
+
+def test_a_second_test_begins_anew(tmp_path):
+    evaluator = SequenceEvaluator(network(9), BODIES, HEADS)
+    first = test_run(evaluator, tmp_path)
+    assert test_run(evaluator, tmp_path) == first
+
+
+def test_models_are_left_as_they_were(tmp_path):
+    given, bodies = network(9), copy.deepcopy(BODIES)
+    before = copy.deepcopy(given.state_dict())
+    test_run(SequenceEvaluator(given, BODIES, HEADS), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+    for body, same in zip(BODIES, bodies, strict=True):
+        assert all(torch.equal(body[name], same[name]) for name in same)
+
+
+def test_the_network_that_was_given_can_still_be_trained():
+    """It may be a learner's, which goes on to the next task."""
+    given = network(9)
+    SequenceEvaluator(given, BODIES, HEADS)
+    assert all(p.requires_grad for p in given.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_test_loader_for_each_task_is_needed(tmp_path, count):
+    with pytest.raises(MisconfigurationException, match=f"There are {count} test loaders for 3 tasks"):
+        test_run(SequenceEvaluator(network(9), BODIES, HEADS), tmp_path, loaders(count))
+
+
+def test_a_body_for_each_head_is_needed():
+    with pytest.raises(MisconfigurationException, match="There are 2 bodies for 3 heads"):
+        SequenceEvaluator(network(9), BODIES[:2], HEADS)
+    with pytest.raises(MisconfigurationException, match="There are 0 bodies for 0 heads"):
+        SequenceEvaluator(network(9), [], [])
+    with pytest.raises(MisconfigurationException, match="'first'"):
+        SequenceEvaluator(network(9), BODIES, HEADS, models="first")
