@@ -205,7 +205,7 @@ class TaskIncrementalDataModule(LightningDataModule):
     def server_dataloader(self, task: int | str) -> TensorLoader:
         """All the server's data of a task, train and val, in order."""
         train, val = self.server_split(task)
-        return tensor_loader(*_concatenate([train, val]), batch_size=self.eval_batch_size)
+        return tensor_loader(*concatenate([train, val]), batch_size=self.eval_batch_size)
 
     def _present_server_split(self, which: int) -> LabelledImages:
         if self._task is not None:
@@ -215,7 +215,7 @@ class TaskIncrementalDataModule(LightningDataModule):
             images, labels = self.server_split(task)[which]
             parts.append(LabelledImages(images, labels + offset))
             offset += self.num_classes(task)
-        return _concatenate(parts)
+        return concatenate(parts)
 
     def _need_user(self) -> int:
         if self._user_index is None:
@@ -225,7 +225,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         return self._user_index
 
 
-def _concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Several sets as one, in order."""
     return LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
 
 

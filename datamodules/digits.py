@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -9,10 +11,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, random_split
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate
 from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 16, 16)
+SERVER_PHOTOGRAPHS = 4
+"""Photographs that the server has of each of its digits; a user has one."""
 
 
 class DigitsDataModule(TaskIncrementalDataModule):
@@ -20,8 +24,9 @@ class DigitsDataModule(TaskIncrementalDataModule):
 
     The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
     kind through a fixed change (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy.
-    The server has both kinds. No image is in two places: of each digit's images half go to the server, a half of these
-    photographed, and a quarter to each user. A user's images are halved into adapt and eval. Nothing is downloaded.
+    The server has both kinds. No digit is in two places: of each class half of the digits go to the server, a half of
+    these as scans and a half as photographs, four of each; and a quarter of the digits to each user. 80 % of the
+    server's digits are for training; a user's are halved into adapt and eval. Nothing is downloaded.
 
     Args:
         task: See :class:`TaskIncrementalDataModule`.
@@ -62,35 +67,48 @@ class DigitsDataModule(TaskIncrementalDataModule):
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The server's scans and photographs, 80 % for training."""
-        parts = [self._part(task, part) for part in ("server scan", "server camera")]
-        both = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
-        return random_split(both, 0.8, self.split_seed, task, "server")
+        """The server's scans and photographs, 80 % of the digits for training."""
+        scans = _split(self._share(task, 0.0, 0.25), 0.8, self.split_seed, task, "server scan")
+        photos = _split(self._share(task, 0.25, 0.5), 0.8, self.split_seed, task, "server camera")
+        return (
+            concatenate([self._scans(task, scans[0]), self._photographs(task, photos[0], SERVER_PHOTOGRAPHS)]),
+            concatenate([self._scans(task, scans[1]), self._photographs(task, photos[1], SERVER_PHOTOGRAPHS)]),
+        )
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
         """The user's images, halved."""
-        evaluation, adapt = random_split(self._part(task, self.users[user]), 0.5, self.split_seed, task, user)
-        return adapt, evaluation
+        share = self._share(task, 0.5, 0.75) if user == 0 else self._share(task, 0.75, 1.0)
+        see = self._scans if user == 0 else self._photographs
+        evaluation, adapt = _split(share, 0.5, self.split_seed, task, self.users[user])
+        return see(task, adapt), see(task, evaluation)
 
-    def _part(self, task: int, part: str) -> LabelledImages:
-        """The images of a task that belong to one owner, as that owner sees them."""
-        shares = {"server scan": (0.0, 0.25), "server camera": (0.25, 0.5), "scan": (0.5, 0.75), "camera": (0.75, 1.0)}
-        scans, digits = _scans()
-        images, labels = [], []
-        for label, name in enumerate(self.classes[task]):
+    def _share(self, task: int, start: float, stop: float) -> Tensor:
+        """Which digits belong to one owner: the same part of each class, in a random order of its digits."""
+        digits = _load_digits()[1]
+        parts = []
+        for name in self.classes[task]:
             chosen = (digits == int(name)).nonzero().squeeze(1)
-            order = torch.randperm(
-                len(chosen), generator=torch.Generator().manual_seed(derive_seed(self.split_seed, int(name)))
-            )
-            start, stop = (int(share * len(chosen)) for share in shares[part])
-            chosen = chosen[order[start:stop]]
-            seen = scans[chosen]
-            if part.endswith("camera"):
-                seen = torch.stack([photograph(scan, int(index)) for scan, index in zip(seen, chosen, strict=True)])
-            images.append(seen)
-            labels.append(torch.full((len(chosen),), label))
-        return LabelledImages((torch.cat(images) - 0.5) / 0.5, torch.cat(labels))
+            generator = torch.Generator().manual_seed(derive_seed(self.split_seed, int(name)))
+            order = torch.randperm(len(chosen), generator=generator)
+            parts.append(chosen[order[int(start * len(chosen)) : int(stop * len(chosen))]])
+        return torch.cat(parts)
+
+    def _scans(self, task: int, chosen: Tensor) -> LabelledImages:
+        images, digits = _load_digits()
+        return LabelledImages((images[chosen] - 0.5) / 0.5, digits[chosen] - int(self.classes[task][0]))
+
+    def _photographs(self, task: int, chosen: Tensor, count: int = 1) -> LabelledImages:
+        images, digits = _load_digits()
+        photos = [photograph(images[k], derive_seed(int(k), copy)) for k in chosen for copy in range(count)]
+        labels = digits[chosen].repeat_interleave(count) - int(self.classes[task][0])
+        return LabelledImages((torch.stack(photos) - 0.5) / 0.5, labels)
+
+
+def _split(chosen: Tensor, share: float, *seed: int | str) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(derive_seed(*seed)))
+    count = int(share * len(chosen))
+    return chosen[order[:count]], chosen[order[count:]]
 
 
 def photograph(scan: Tensor, seed: int) -> Tensor:
@@ -109,18 +127,19 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
-    board_colour, chalk_colour = uniform(0.1, 0.4, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
+    board_colour, chalk_colour = uniform(0.1, 0.5, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
     image = board_colour * (1 - chalk) + chalk_colour * chalk
     height, width = scan.shape[1:]
     rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
-    tilt = uniform(-0.25, 0.25, 2)
+    tilt = uniform(-0.35, 0.35, 2)
     image = image * (0.8 + tilt[0] * rows + tilt[1] * columns)
-    image = image + 0.03 * torch.randn(image.shape, generator=generator)
+    image = image + 0.12 * torch.randn(image.shape, generator=generator)
     photo: Tensor = image.clamp(0, 1)
     return photo
 
 
-def _scans() -> tuple[Tensor, Tensor]:
+@cache
+def _load_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, random_split
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate, random_split
 from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 28, 28)
@@ -99,8 +99,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
                 len(found.labels), generator=torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
             )[: self.max_per_source]
             parts.append(LabelledImages(found.images[order], found.labels[order]))
-        both = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
-        return random_split(both, 0.8, self.split_seed, "server", task)
+        return random_split(concatenate(parts), 0.8, self.split_seed, "server", task)
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:

@@ -27,7 +27,7 @@ from pl_personalize.runner import (
     run_experiment,
 )
 
-TRAINING = TrainingOptions(epochs=30, lr=0.01)
+TRAINING = TrainingOptions(epochs=20, lr=0.01)
 TRAINER = TrainerOptions(accelerator="cpu")
 WANDB = WandbOptions()
 

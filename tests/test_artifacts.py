@@ -127,7 +127,9 @@ def test_shared_entries_are_the_same_numbers_in_the_same_place(other, shared):
 
 def test_tensor_file_is_a_lazy_mapping(tmp_path):
     weight = torch.randn(2, 2)
-    path = save_tensors(tmp_path / "x", {"b": weight, "a": weight, "c": torch.ones(1)}, kind="expert", metadata={"t": 3})
+    path = save_tensors(
+        tmp_path / "x", {"b": weight, "a": weight, "c": torch.ones(1)}, kind="expert", metadata={"t": 3}
+    )
 
     file = TensorFile(path, kind="expert")
 
@@ -261,7 +263,9 @@ _HEAD = {"kind": "importance", "version": 1, "sha256": "0" * 64}
         pytest.param(_write_our_key("{"), id="no JSON"),
         pytest.param(_write_our_key(json.dumps({**_HEAD})), id="incomplete"),
         pytest.param(_write_our_key(json.dumps({**_HEAD, "aliases": {}})), id="no metadata in ours"),
-        pytest.param(_write_our_key(json.dumps({**_HEAD, "aliases": [], "metadata": {}})), id="aliases of another type"),
+        pytest.param(
+            _write_our_key(json.dumps({**_HEAD, "aliases": [], "metadata": {}})), id="aliases of another type"
+        ),
         pytest.param(_write_our_key(json.dumps({**_HEAD, "aliases": {}, "metadata": {}})), id="wrong checksum"),
         pytest.param(_write_our_key(json.dumps({**_HEAD, "version": 2, "aliases": {}, "metadata": {}})), id="newer"),
         pytest.param(lambda path: torch.save({"weight": torch.ones(2)}, path), id="pickle"),
@@ -318,7 +322,9 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypat
     write_atomically(path, b"old")
     seen = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((path.read_bytes(), Path(a).read_bytes())), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append((path.read_bytes(), Path(a).read_bytes())), replace(a, b))
+    )
 
     write_atomically(path, b"new")
 

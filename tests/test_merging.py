@@ -53,7 +53,9 @@ def _assert_merged(merged, experts, importances=None, weights=None, zero="mean",
         omegas = None if importances is None else [importance[name] for importance in importances]
         right = naive_merge([expert[name] for expert in experts], omegas, weights, zero)
         assert value.dtype == experts[-1][name].dtype
-        torch.testing.assert_close(value.double(), right, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value.double(), right, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("zero", ["mean", "reference"])
@@ -69,7 +71,10 @@ def test_merging_equals_plain_python(weighted, weights, zero):
 
 
 def test_by_hand():
-    experts = [{"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)}, {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(5)}]
+    experts = [
+        {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)},
+        {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(5)},
+    ]
     importances = [{"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}]
 
     assert merge(experts, importances)["w"].tolist() == [1.0, 4.0]
@@ -140,7 +145,10 @@ def test_normalized_importances_have_no_scale(normalize):
 @pytest.mark.parametrize("normalize", ["sum", "max", "layer"])
 def test_normalizing_looks_at_the_merged_parameters_alone(normalize):
     experts = [{"a": torch.zeros(2), "b": torch.zeros(2)}, {"a": torch.ones(2), "b": torch.ones(2)}]
-    importances = [{"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1e6, 0.0])}, {"a": torch.ones(2), "b": torch.ones(2)}]
+    importances = [
+        {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1e6, 0.0])},
+        {"a": torch.ones(2), "b": torch.ones(2)},
+    ]
 
     merged = merge(experts, importances, parameters=["a"], normalize=normalize)
 
@@ -195,7 +203,10 @@ def test_lazily_opened_files_give_the_same_bits(tmp_path, factory, normalize):
     experts = _experts(factory)
     importances = [{n: v for n, v in o.items() if n != "b.weight"} for o in _importances(experts)]
     files = [
-        [TensorFile(save_tensors(tmp_path / f"{kind}{k}", values, kind=kind), kind=kind) for k, values in enumerate(column)]
+        [
+            TensorFile(save_tensors(tmp_path / f"{kind}{k}", values, kind=kind), kind=kind)
+            for k, values in enumerate(column)
+        ]
         for kind, column in (("expert", experts), ("importance", importances))
     ]
 
@@ -324,20 +335,30 @@ def _with(rows, k, **entries):
         pytest.param(E_, [{}, I_[0]], {}, "Expert 1 of 2 has no importances", id="empty"),
         pytest.param(E_, _with(I_, 1, w=None), {}, "Expert 2 has no importance for 'w'", id="second lacks one"),
         pytest.param(E_, _with(I_, 0, w=None), {}, "Expert 1 has no importance for 'w'", id="first lacks one"),
-        pytest.param(E_, _with(I_, 1, w=torch.ones(3)), {}, r"'w' for expert 2 .*\(3,\).*\(2,\)", id="importance's shape"),
+        pytest.param(
+            E_, _with(I_, 1, w=torch.ones(3)), {}, r"'w' for expert 2 .*\(3,\).*\(2,\)", id="importance's shape"
+        ),
         pytest.param(E_, _with(I_, 0, v=torch.ones(2)), {}, r"'v' for expert 1 .*\(2,\).*\(2, 2\)", id="broadcastable"),
         pytest.param(E_, _with(I_, 1, w=torch.tensor([1, -1e-9])), {}, "Expert 2: .*'w'.*negative", id="negative"),
         pytest.param(E_, _with(I_, 0, w=torch.tensor([1, torch.nan])), {}, "Expert 1: .*'w'.*NaN", id="NaN"),
         pytest.param(E_, _with(I_, 0, w=torch.tensor([1, torch.inf])), {}, "Expert 1: .*'w'.*infinite", id="infinite"),
         pytest.param(E_, [{**i, "x": i["w"]} for i in I_], {}, r"no entries \['x'\]", id="importance of nothing"),
-        pytest.param(E_, [{**i, "n": torch.tensor(1.0)} for i in I_], {}, "'n' is torch.int64", id="integer importance"),
+        pytest.param(
+            E_, [{**i, "n": torch.tensor(1.0)} for i in I_], {}, "'n' is torch.int64", id="integer importance"
+        ),
         pytest.param(E_, None, {"parameters": ["n"]}, "'n' is torch.int64", id="integer parameter"),
         pytest.param(E_, None, {"parameters": ["w", "x"]}, r"no entries \['x'\]", id="unknown parameter"),
         pytest.param(E_, None, {"parameters": "w"}, "sequence of names; got the string 'w'", id="string"),
         pytest.param(E_, None, {"parameters": []}, "nothing to merge", id="no parameters"),
-        pytest.param(E_, _with(I_, 0, v=None), {"parameters": ["v"]}, "Expert 1 has no importance for 'v'", id="chosen"),
-        pytest.param(_with(E_, 0, w=torch.ones(3)), None, {}, r"'w' has shape \(3,\) in expert 1 and \(2,\)", id="shapes"),
-        pytest.param(_with(E_, 0, v=torch.ones(2)), None, {}, r"'v' has shape \(2,\) in expert 1", id="would broadcast"),
+        pytest.param(
+            E_, _with(I_, 0, v=None), {"parameters": ["v"]}, "Expert 1 has no importance for 'v'", id="chosen"
+        ),
+        pytest.param(
+            _with(E_, 0, w=torch.ones(3)), None, {}, r"'w' has shape \(3,\) in expert 1 and \(2,\)", id="shapes"
+        ),
+        pytest.param(
+            _with(E_, 0, v=torch.ones(2)), None, {}, r"'v' has shape \(2,\) in expert 1", id="would broadcast"
+        ),
         pytest.param(_with(E_, 0, w=None), None, {}, r"different entries: \['w'\]", id="missing entry"),
         pytest.param(_with(E_, 1, x=torch.ones(1)), None, {}, r"different entries: \['x'\]", id="additional entry"),
         pytest.param(E_, None, {"weights": [1.0]}, "2 experts but 1 weights", id="too few weights"),
@@ -360,5 +381,5 @@ def test_bad_arguments_are_refused(merger, experts, importances, options, messag
 def test_a_bad_importance_is_refused_with_every_normalization_and_for_one_expert(normalize, value):
     for count in (1, 2):
         bad = _with(I_[:count], 0, w=torch.tensor([1.0, value]))
-        with pytest.raises(ValueError, match="Expert 1: .*'w'"):
+        with pytest.raises(ValueError, match=r"Expert 1: .*'w'"):
             merge(E_[:count], bad, normalize=normalize)

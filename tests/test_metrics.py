@@ -152,5 +152,5 @@ def test_a_missing_accuracy_is_not_hidden():
 
 
 def test_an_unknown_divisor_is_refused():
-    with pytest.raises((ValueError, MisconfigurationException), match="divisor.*'task'"):
+    with pytest.raises((ValueError, MisconfigurationException), match=r"divisor.*'task'"):
         forgetting(MATRIX, "task")

@@ -50,6 +50,7 @@ class SeedRun:
         seed: Seed of initial parameters, order of the data, and sampled labels.
         training: How experts are trained.
         trainer: Passed on to Trainers.
+        fisher_draws: Labels drawn for each sample in a Fisher information, or ``"all"``.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class SeedRun:
         seed: int,
         training: TrainingOptions,
         trainer: TrainerOptions,
+        fisher_draws: int | Literal["all"] = "all",
     ) -> None:
         if unknown := [name for name in methods if name not in get_args(MethodName)]:
             raise MisconfigurationException(f"Unknown methods {unknown}; there are {', '.join(MERGE_METHODS)}.")
         self.folder, self.log, self.data, self.methods, self.seed = folder, log, datamodule, list(methods), seed
         self._make_network = make_network
-        self._training, self._trainer = training, trainer
+        self._training, self._trainer, self._fisher_draws = training, trainer, fisher_draws
         self.num_tasks = len(datamodule.tasks)
 
     def stages(self) -> Iterator[Work]:
@@ -191,7 +193,7 @@ class SeedRun:
             callback = MASImportance(**target)
         else:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, owner, kind, task))
-            callback = FisherImportance(generator=generator, **target)
+            callback = FisherImportance(draws=self._fisher_draws, generator=generator, **target)
         learner = TaskLearner(self._load_expert(task))
         trainer = self._lightning(stage, [callback])
         if owner == "server":

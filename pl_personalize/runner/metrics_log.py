@@ -45,8 +45,10 @@ class MetricsLog:
     def append(self, record: Record) -> None:
         """Write a record, and hand it to the tracker."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(record._asdict()) + "\n")
+        with self._path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # the process was killed in a line
+                file.write(b"\n")
+            file.write((json.dumps(record._asdict()) + "\n").encode())
         if self.tracker is not None:
             self.tracker.log(record)
 

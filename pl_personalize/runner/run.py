@@ -6,12 +6,13 @@ import hashlib
 import logging
 import platform
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -50,6 +51,7 @@ def run_experiment(
     trainer: TrainerOptions,
     wandb: WandbOptions,
     output_dir: Path,
+    fisher_draws: int | Literal["all"] = "all",
     options: dict[str, Any] | None = None,
 ) -> list[ResultRow]:
     """Train the experts, compute importances, merge and test, for each seed; write and print what came out.
@@ -68,6 +70,7 @@ def run_experiment(
         trainer: For the Trainers.
         wandb: Tracking.
         output_dir: The run's folder.
+        fisher_draws: Labels drawn for each sample in a Fisher information, or ``"all"`` for the exact expectation.
         options: Further options that the results depend on.
 
     Returns:
@@ -76,25 +79,29 @@ def run_experiment(
     Raises:
         ArtifactError: If the folder holds a run with other options.
     """
-    decisive = {"benchmark": benchmark, "backbone": backbone, **asdict(training), **asdict(trainer), **(options or {})}
+    decisive = {"benchmark": benchmark, "backbone": backbone, "fisher_draws": fisher_draws}
+    decisive |= asdict(training) | asdict(trainer) | (options or {})
     decisive.pop("enable_progress_bar")
     folder = RunFolder(output_dir, decisive)
     log = MetricsLog(folder.metrics_file)
     runs = [
-        SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer) for seed in seeds
+        SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer, fisher_draws)
+        for seed in seeds
     ]
     pending = {run.seed: [work for work in run.stages() if folder.finished(work.name) is None] for run in runs}
     total = sum(1 for run in runs for _ in run.stages())
     rows: list[ResultRow] = []
     sync_dirs: list[Path] = []
-    with _quiet_lightning(), tqdm(total=total, unit="stage", initial=total - sum(map(len, pending.values()))) as bar:
+    done = total - sum(map(len, pending.values()))
+    pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
+    with _quiet_lightning(), tqdm(total=total, unit="stage", initial=done, mininterval=pause) as bar:
         for run in runs:
             found = _SeedResults(benchmark, backbone, run)
             if pending[run.seed]:
                 tracker = _open_tracker(wandb, folder, log, run.seed, decisive, methods)
                 try:
                     for work in pending[run.seed]:
-                        bar.set_description(work.name)
+                        bar.set_description(work.name, refresh=False)
                         work.run()
                         bar.update()
                     if tracker is not None:
@@ -105,7 +112,6 @@ def run_experiment(
                     if tracker is not None:
                         tracker.finish()
             rows += found.rows()
-        bar.set_description("done")
     rows = with_means_over_users(rows)
     _write(folder, benchmark, backbone, rows, runs, decisive)
     _say(folder, rows, sync_dirs)
@@ -226,6 +232,7 @@ def _quiet_lightning() -> Iterator[None]:
                 ".*does not have many workers.*",
                 ".*smaller than the logging interval.*",
                 ".*exists and is not empty.*",
+                ".*LeafSpec.*",
             ):
                 warnings.filterwarnings("ignore", message)
             yield

@@ -9,7 +9,11 @@ from reference import naive_merge
 from pl_personalize.functional.merging import prefix_merges
 
 THETAS = [torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[0.0, 4.0], [0.5, -1.0]]), torch.full((2, 2), 2.5)]
-OMEGAS = [torch.tensor([[1.0, 0.0], [0.2, 0.0]]), torch.tensor([[3.0, 0.5], [0.0, 0.0]]), torch.tensor([[0, 1e-6], [2, 0]])]
+OMEGAS = [
+    torch.tensor([[1.0, 0.0], [0.2, 0.0]]),
+    torch.tensor([[3.0, 0.5], [0.0, 0.0]]),
+    torch.tensor([[0, 1e-6], [2, 0]]),
+]
 
 
 @pytest.mark.parametrize("zero", ["mean", "reference"])
@@ -58,7 +62,7 @@ def test_low_precision_is_accumulated_in_float32(dtype):
     """The sum of 400 ones in bfloat16 is 256."""
     thetas = [torch.full((3,), 1.0 + k % 2, dtype=dtype) for k in range(400)]
 
-    merged = list(prefix_merges(thetas, [torch.ones(3, dtype=dtype)] * 400, [1.0] * 400, start=399))[0]
+    merged = next(prefix_merges(thetas, [torch.ones(3, dtype=dtype)] * 400, [1.0] * 400, start=399))
 
     assert merged.dtype == dtype
     assert merged.tolist() == [1.5] * 3

@@ -1,0 +1,279 @@
+"""MergeModule: what it tests and exports against a merge and an evaluation in plain Python."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from reference import naive_merge
+from torch import nn
+
+from pl_personalize import ArtifactError, Importance, estimate_importance
+from pl_personalize.artifacts import TensorFile, save_tensors
+from pl_personalize.datamodules import tensor_loader
+from pl_personalize.models import MultiHeadNetwork, TaskNetwork
+from pl_personalize.modules import MergeModule
+
+CLASSES, ROWS = (2, 4, 3), (25, 31, 29)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def network(seed, classes=2) -> TaskNetwork:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU())
+        nn.init.normal_(body[1].running_mean)
+        nn.init.uniform_(body[1].running_var, 0.5, 2)
+        nn.init.normal_(body[1].weight)
+        body[1].num_batches_tracked.fill_(10 + seed)
+        return TaskNetwork(body, nn.Linear(5, classes))
+
+
+def rows(task):
+    generator = torch.Generator().manual_seed(100 + task)
+    return torch.randn(ROWS[task], 6, generator=generator), torch.randint(CLASSES[task], (ROWS[task],), generator=generator)
+
+
+def importance(k, user="ann"):
+    batch = rows(k)[0] + (0 if user == "ann" else 3 * torch.arange(6))
+    return estimate_importance(EXPERTS[k], [batch], "mas", module="body")
+
+
+EXPERTS = [network(seed, classes) for seed, classes in enumerate(CLASSES)]
+STATES = [expert.state_dict() for expert in EXPERTS]
+ANN, BOB = ([importance(k, user) for k in range(3)] for user in ("ann", "bob"))
+
+
+class Data(LightningDataModule):
+    def __init__(self, user=None):
+        super().__init__()
+        self.user = user
+
+    def test_dataloader(self):
+        return [tensor_loader(*rows(task), batch_size=7) for task in range(3)]
+
+
+def evaluate(module, tmp_path, user=None):
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+    )
+    return trainer.test(module, datamodule=Data(user), verbose=False)[0]
+
+
+def plain_body(importances, t, **options) -> dict:
+    """The merge of experts 0..t, entry by entry; batch-norm statistics are those of expert t."""
+    bodies = [expert.body.state_dict() for expert in EXPERTS[: t + 1]]
+    if t == 0:
+        return bodies[0]
+    body = {}
+    for name, last in bodies[-1].items():
+        if name.rpartition(".")[2] in STATISTICS:
+            body[name] = last
+        else:
+            omegas = None if importances is None else [importances[k][name] for k in range(t + 1)]
+            body[name] = naive_merge([b[name] for b in bodies], omegas, **options).float()
+    return body
+
+
+def predictions(body, i) -> torch.Tensor:
+    model = network(0, CLASSES[i]).eval()
+    model.body.load_state_dict(body)
+    model.head.load_state_dict(EXPERTS[i].head.state_dict())
+    return model(rows(i)[0])
+
+
+def plain_matrix(importances, **options) -> list[list[float]]:
+    return [
+        [float((predictions(body, i).argmax(1) == rows(i)[1]).double().mean()) for i in range(t + 1)]
+        for t in range(3)
+        for body in [plain_body(importances, t, **options)]
+    ]
+
+
+def matrix(module) -> list[list[float]]:
+    return [module.matrix[t, : t + 1].tolist() for t in range(3)]
+
+
+def assert_matrix(module, wanted):
+    assert matrix(module) == [pytest.approx(row) for row in wanted]
+
+
+# Merging and evaluation
+
+
+@pytest.mark.parametrize("importances", [None, ANN, BOB], ids=["mean", "ann", "bob"])
+def test_the_matrix_is_that_of_a_plain_merge_and_evaluation(tmp_path, importances):
+    module = MergeModule(network(9), STATES, importances)
+    results = evaluate(module, tmp_path)
+    wanted = plain_matrix(importances)
+
+    assert_matrix(module, wanted)
+    lost = [wanted[i][i] - wanted[2][i] for i in range(2)]
+    assert results == pytest.approx(
+        {f"test/acc/t{t + 1}/task{i + 1}": wanted[t][i] for t in range(3) for i in range(t + 1)}
+        | {"test/avg_acc": sum(wanted[2]) / 3, "test/forgetting": sum(lost) / 3, "test/forgetting_cl": sum(lost) / 2}
+    )
+
+
+def test_the_merges_that_are_compared_differ():
+    merges = [plain_matrix(importances) for importances in (None, ANN, BOB)]
+    assert merges[0] != merges[1] != merges[2] != merges[0]
+
+
+def test_only_the_last_merge(tmp_path):
+    module = MergeModule(network(9), STATES, ANN, models="last")
+    results = evaluate(module, tmp_path)
+    wanted = plain_matrix(ANN)[2]
+    assert results == pytest.approx({f"test/acc/t3/task{i + 1}": wanted[i] for i in range(3)} | {"test/avg_acc": sum(wanted) / 3})
+
+
+def test_options_reach_the_merge(tmp_path):
+    zeros = [Importance({n: v * (v > v.median()) for n, v in i.items()}, kind="mas", num_samples=1) for i in ANN]
+    weights = [3.0, 1.0, 0.5]
+    module = MergeModule(network(9), STATES, zeros, zero="reference", weights=weights)
+    torch.testing.assert_close(
+        {n: v for n, v in module.export().items() if n.startswith("body.")},
+        {f"body.{n}": v for n, v in plain_body(zeros, 2, zero="reference", weights=weights).items()},
+    )
+    with pytest.raises(ValueError, match="normalize"):
+        MergeModule(network(9), STATES, ANN, normalize="nonsense").export()
+
+
+# Whose importances
+
+
+def test_importances_follow_the_user_of_the_datamodule(tmp_path):
+    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB})
+    for user, importances in (("bob", BOB), ("ann", ANN)):
+        evaluate(module, tmp_path, user)
+        assert_matrix(module, plain_matrix(importances))
+
+
+def test_a_user_that_is_given_comes_first(tmp_path):
+    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB}, user="bob")
+    evaluate(module, tmp_path, "ann")
+    assert_matrix(module, plain_matrix(BOB))
+    torch.testing.assert_close(module.export()["body.0.weight"], plain_body(BOB, 2)["0.weight"])
+    torch.testing.assert_close(module.export("ann")["body.0.weight"], plain_body(ANN, 2)["0.weight"])
+
+
+@pytest.mark.parametrize("user", ["eve", None])
+def test_an_unknown_user_is_named(tmp_path, user):
+    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB})
+    message = f"importances for the users 'ann', 'bob', and the user is {user!r}. Set user="
+    with pytest.raises(MisconfigurationException, match=message):
+        evaluate(module, tmp_path, user)
+    with pytest.raises(MisconfigurationException, match=message):
+        module.export(user)
+
+
+def test_numbers_must_fit():
+    with pytest.raises(MisconfigurationException, match="3 experts but 2 importances; give one for each"):
+        MergeModule(network(9), STATES, ANN[:2])
+    with pytest.raises(MisconfigurationException, match="3 experts but 1 importances of user 'bob'"):
+        MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB[:1]})
+    with pytest.raises(MisconfigurationException, match="0 bodies for 0 heads"):
+        MergeModule(network(9), [])
+
+
+def test_a_state_dict_that_is_no_expert_is_refused():
+    with pytest.raises(MisconfigurationException, match="below 'head'"):
+        MergeModule(network(9), [{"body.0.weight": torch.zeros(1)}])
+
+
+def test_names_may_be_relative_to_the_network(tmp_path):
+    prefixed = [{f"body.{name}": value for name, value in one.items()} for one in ANN]
+    module = MergeModule(network(9), STATES, prefixed)
+    wanted = MergeModule(network(9), STATES, ANN).export()
+    assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
+    files = [str(Importance(p, kind="mas", num_samples=1).save(tmp_path / f"{k}.safetensors")) for k, p in enumerate(prefixed)]
+    module = MergeModule(network(9), STATES, files)
+    assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
+
+
+# Files
+
+
+@pytest.fixture
+def files(tmp_path):
+    experts = [save_tensors(tmp_path / f"expert-{k}.safetensors", state, kind="expert") for k, state in enumerate(STATES)]
+    importances = [one.save(tmp_path / f"importance-{k}.safetensors") for k, one in enumerate(ANN)]
+    return experts, importances
+
+
+def test_files_give_what_state_dicts_give(tmp_path, files):
+    from_files, from_memory = MergeModule(network(9), *files), MergeModule(network(9), STATES, ANN)
+    assert evaluate(from_files, tmp_path) == evaluate(from_memory, tmp_path)
+    exported = from_files.export()
+    assert all(torch.equal(value, exported[name]) for name, value in from_memory.export().items())
+    assert set(exported) == set(from_memory.export())
+
+
+def test_files_are_read_when_needed_and_one_tensor_after_the_other(files, monkeypatch):
+    read, alive, most = [], [], []
+    real = TensorFile.__getitem__
+
+    def spy(self, name):
+        tensor = real(self, name)
+        read.append(name)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "__getitem__", spy)
+    gc.collect()
+    module = MergeModule(network(9), *files)
+    assert read == []
+    module.export()
+    assert len(read) > 3 * 6
+    assert max(most) <= 4  # of 3 experts with 9 entries and 3 importances with 6
+
+
+def test_a_file_that_is_no_expert_is_named(files):
+    experts, importances = files
+    with pytest.raises(ArtifactError, match=r"importance-0.safetensors holds 'importance'; expected 'expert'"):
+        MergeModule(network(9), [*experts[:2], importances[0]])
+    with pytest.raises(ArtifactError, match=r"missing.safetensors does not exist"):
+        MergeModule(network(9), [*experts[:2], "missing.safetensors"])
+
+
+# Export
+
+
+@pytest.mark.parametrize("importances", [None, ANN], ids=["mean", "ann"])
+def test_an_export_is_the_model_that_was_tested(tmp_path, importances):
+    module = MergeModule(network(9), STATES, importances)
+    evaluate(module, tmp_path)
+    state = module.export()
+
+    target = MultiHeadNetwork(network(7).body, [nn.Linear(5, classes) for classes in CLASSES]).eval()
+    target.load_state_dict(state, strict=True)
+    body = plain_body(importances, 2)
+    for i in range(3):
+        torch.testing.assert_close(target(rows(i)[0], i), predictions(body, i))
+        accuracy = float((target(rows(i)[0], i).argmax(1) == rows(i)[1]).double().mean())
+        assert float(module.matrix[2, i]) == pytest.approx(accuracy)
+    assert int(state["body.1.num_batches_tracked"]) == 12
+
+
+def test_an_export_shares_nothing_with_the_experts():
+    state = MergeModule(network(9), STATES, ANN).export()
+    for value in state.values():
+        value.zero_()
+    assert all(float(expert.head.weight.abs().sum()) > 0 for expert in EXPERTS)
+    assert float(EXPERTS[2].body[1].running_var.min()) > 0
+
+
+def test_a_single_expert_is_exported_as_it_is():
+    state = MergeModule(network(9), STATES[:1]).export()
+    assert all(torch.equal(state[f"body.{n}"], v) for n, v in EXPERTS[0].body.state_dict().items())
+    assert torch.equal(state["heads.0.weight"], EXPERTS[0].head.weight)
+
+
+def test_the_experts_are_left_as_they_were(tmp_path):
+    before = [{name: value.clone() for name, value in state.items()} for state in STATES]
+    evaluate(MergeModule(network(9), STATES, ANN), tmp_path)
+    for state, same in zip(STATES, before, strict=True):
+        assert all(torch.equal(state[name], same[name]) for name in same)

@@ -1,0 +1,38 @@
+from pl_personalize.runner.metrics_log import MetricsLog, Record, StageLogger
+
+
+def test_each_step_is_read_once_as_it_was_logged_last(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(Record("expert", 1, {"loss": 3.0}))
+    log.append(Record("expert", 2, {"loss": 2.0}))
+    log.append(Record("test", 0, {"acc": 0.5}))
+    log.append(Record("expert", 2, {"loss": 1.0, "acc": 0.1}))  # resumed at step 2
+    assert log.read() == [
+        Record("expert", 1, {"loss": 3.0}),
+        Record("expert", 2, {"loss": 1.0, "acc": 0.1}),
+        Record("test", 0, {"acc": 0.5}),
+    ]
+
+
+def test_a_line_that_was_cut_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append(Record("expert", 1, {"loss": 3.0}))
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    assert log.read() == [Record("expert", 1, {"loss": 3.0})]
+    log.append(Record("expert", 2, {"loss": 2.0}))
+    assert log.read()[-1] == Record("expert", 2, {"loss": 2.0})
+
+
+def test_the_tracker_gets_every_record(tmp_path):
+    class Spy:
+        def __init__(self):
+            self.records = []
+
+        def log(self, record):
+            self.records.append(record)
+
+    spy = Spy()
+    StageLogger(MetricsLog(tmp_path / "metrics.jsonl", spy), "expert").log_metrics({"loss": 1.0, "epoch": 3}, step=7)
+    assert spy.records == [Record("expert", 7, {"loss": 1.0})]

@@ -1,0 +1,61 @@
+import csv
+
+import pytest
+import torch
+
+from pl_personalize.runner.figures import draw_matrices, draw_methods
+from pl_personalize.runner.results import markdown_table, result_row, with_means_over_users, write_csv
+
+NAN = float("nan")
+MATRIX = torch.tensor([[1.0, NAN], [0.5, 0.75]])
+NAMES = {"benchmark": "Digits", "backbone": "MLP"}
+
+
+def row(method, user, seed=1, matrix=MATRIX):
+    return result_row(matrix, method=method, user=user, seed=seed, **NAMES)
+
+
+def test_a_row_follows_from_the_matrix():
+    merged = row("MAS-RACL", "a")
+    assert merged.avg_acc == pytest.approx(62.5)  # mean of 0.5 and 0.75
+    assert merged.forgetting == pytest.approx(25.0)  # 0.5 lost on task 1, divided by two tasks
+
+
+def test_the_bounds_have_no_forgetting():
+    experts = row("Experts", "a")
+    assert experts.avg_acc == pytest.approx(87.5)  # the diagonal
+    assert experts.forgetting is None
+    joint = row("Joint", "a", matrix=torch.tensor([[NAN, NAN], [0.5, 1.0]]))
+    assert (joint.avg_acc, joint.forgetting) == (pytest.approx(75.0), None)
+
+
+def test_the_mean_over_users_is_added_for_each_method_and_seed():
+    other = torch.tensor([[1.0, NAN], [1.0, 1.0]])
+    rows = with_means_over_users([row("MAS-RACL", "a"), row("MAS-RACL", "b", matrix=other), row("MAS-RACL", "a", 2)])
+    means = {r.seed: r for r in rows if r.user == "all"}
+    assert means[1].avg_acc == pytest.approx(81.25)
+    assert means[1].forgetting == pytest.approx(12.5)
+    assert means[2].avg_acc == pytest.approx(62.5)
+
+
+def test_the_csv_has_the_agreed_columns(tmp_path):
+    path = write_csv(tmp_path / "results.csv", [row("MAS-RACL", "a"), row("Experts", "a")])
+    header, first, second = csv.reader(path.open())
+    assert header == "benchmark,backbone,method,adaptation,user,seed,avg_acc,forgetting".split(",")
+    assert first == ["Digits", "MLP", "MAS-RACL", "none", "a", "1", "62.5000", "25.0000"]
+    assert second[-1] == ""
+
+
+def test_the_table_has_mean_and_standard_deviation_over_seeds():
+    better = torch.tensor([[1.0, NAN], [0.7, 0.75]])  # 72.5 and 15.0
+    table = markdown_table([row("MAS-RACL", "a"), row("MAS-RACL", "a", 2, better)])
+    assert "67.5 ± 7.1 (20.0)" in table
+
+
+def test_figures_are_drawn(tmp_path):
+    paths = [
+        draw_matrices(tmp_path / "f" / "matrix.png", "t", {"a": MATRIX, "b": MATRIX}, ["0-1", "2-3"]),
+        draw_methods(tmp_path / "f" / "methods.png", "t", with_means_over_users([row("MAS-RACL", "a")])),
+    ]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")

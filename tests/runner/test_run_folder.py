@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from pl_personalize import ArtifactError
+from pl_personalize.runner.run_folder import RunFolder
+
+
+def test_a_finished_stage_is_there_when_the_folder_is_opened_again(tmp_path):
+    folder = RunFolder(tmp_path, {"lr": 0.1})
+    assert folder.finished("train") is None
+    (tmp_path / "model.bin").write_bytes(b"abc")
+    folder.finish("train", artifacts=[tmp_path / "model.bin"], result={"acc": 0.5})
+
+    again = RunFolder(tmp_path, {"lr": 0.1}).finished("train")
+    assert again.result == {"acc": 0.5}
+    assert list(again.artifacts) == ["model.bin"]
+
+
+@pytest.mark.parametrize("damage", ["change", "remove"])
+def test_a_stage_whose_file_is_not_what_it_was_counts_as_not_done(tmp_path, damage):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"abc")
+    RunFolder(tmp_path, {}).finish("train", artifacts=[path])
+    if damage == "change":
+        path.write_bytes(b"abd")
+    else:
+        path.unlink()
+    assert RunFolder(tmp_path, {}).finished("train") is None
+
+
+def test_other_options_are_refused_and_named(tmp_path):
+    RunFolder(tmp_path, {"lr": 0.1, "epochs": 3})
+    with pytest.raises(ArtifactError, match=r"lr: 0\.1 there, 0\.2 now"):
+        RunFolder(tmp_path, {"lr": 0.2, "epochs": 3})
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"options": {}}), json.dumps([])])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        RunFolder(tmp_path, {})
