@@ -455,6 +455,45 @@ def test_the_model_and_the_generators_are_left_as_they_were(kind, reduction, sto
     assert _changes(before, _state(model)) == []
 
 
+class _Interrupted(nn.Module):
+    """Fails at one of its forwards, wherever that is in the pass."""
+
+    def __init__(self, network, failing_call):
+        super().__init__()
+        self.network, self.calls_left = network, failing_call
+
+    def forward(self, x):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise KeyboardInterrupt("in a forward")
+        return self.network(x)
+
+
+@pytest.mark.parametrize("failing_call", range(1, 9))
+@pytest.mark.parametrize("network", ["mlp", "attention", "data_dependent", "mixes samples"])
+def test_an_interrupt_in_any_forward_leaves_the_model_as_it_was(network, failing_call):
+    inner, x = (MixesSamples(), torch.randn(4, 6)) if network == "mixes samples" else make_network(network, 4)
+    model = _Interrupted(inner, failing_call)
+    before = _state(model)
+
+    with pytest.raises((KeyboardInterrupt, ValueError), match="in a forward|mixes"):
+        estimate_importance(model, [x] * 10, "mas")
+
+    assert _changes(before, _state(model)) == []
+
+
+def test_training_goes_on_after_an_estimate_in_inference_mode():
+    """A buffer that is an inference tensor afterwards would make the next fit crash."""
+    model, x = _Traced(batch_norm_network()), torch.randn(4, 3, 14, 14)
+    with torch.inference_mode():
+        estimate_importance(model, [x.clone()], "mas")
+
+    model.train()(x).square().sum().backward()
+
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.dim() == 4)
+
+
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_a_buffer_that_forward_replaces_is_left_as_it_was(reduction):
     model, x = _Traced(mlp(), in_place=False), torch.randn(4, 12)
@@ -554,6 +593,7 @@ _Y = torch.tensor([0, 1, 2, 0])
         pytest.param(mlp(), [(_X, _Y[:3])], "empirical_fisher", "label", id="too few labels"),
         pytest.param(mlp(), [(_X, _Y[:1])], "empirical_fisher", "label", id="one label"),
         pytest.param(mlp(), [(_X, _Y + 1)], "empirical_fisher", "label", id="label out of range"),
+        pytest.param(mlp(), [(_X, _Y + 0.5)], "empirical_fisher", "label", id="labels are no integers"),
         pytest.param(nn.Linear(12, 1), [(_X, _Y)], "fisher", r"at least two classes; got \(4, 1\)", id="one class"),
         pytest.param(nn.Linear(12, 1), [(_X, _Y)], "empirical_fisher", "at least two classes", id="one class, labels"),
         pytest.param(nn.Unflatten(1, (3, 4)), [_X], "mas", "No parameter needs a gradient", id="no parameters"),
@@ -721,6 +761,12 @@ def test_summary():
     assert importance.summary() == {"a": {"norm": 5.0, "zeros": 0.5}, "b": {"norm": 1.0, "zeros": 0.0}}
 
 
+def test_the_summary_of_an_empty_parameter_has_no_nan():
+    importance = Importance({"a": torch.empty(0)}, kind="mas", num_samples=1)
+
+    assert importance.summary() == {"a": {"norm": 0.0, "zeros": 0.0}}
+
+
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_saving_and_loading(tmp_path, reduction):
     model, x = make_network("tied", 4)
@@ -745,6 +791,22 @@ def test_loading_something_else_is_refused(tmp_path):
         Importance.load(path)
     with pytest.raises(ArtifactError, match=r"missing\.safetensors does not exist"):
         Importance.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "metadata"),
+    [
+        pytest.param([-1.0], {"kind": "mas", "num_samples": 3}, id="negative"),
+        pytest.param([1.0], {"kind": "mas", "num_samples": 0}, id="no samples"),
+        pytest.param([1.0], {"kind": "mas"}, id="an entry is missing"),
+        pytest.param([1.0], {"kind": "mas", "num_samples": 3, "colour": "blue"}, id="an entry more"),
+    ],
+)
+def test_loading_what_is_no_importance_is_refused_by_the_files_name(tmp_path, values, metadata):
+    path = save_tensors(tmp_path / "x.safetensors", {"w": torch.tensor(values)}, kind="importance", metadata=metadata)
+
+    with pytest.raises(ArtifactError, match=r"x\.safetensors"):
+        Importance.load(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,6 +41,7 @@ def test_label_cotangent_is_the_gradient_of_the_negative_log_likelihood(dtype):
         pytest.param(torch.tensor([0, 3, 1, 1]), id="class too large"),
         pytest.param(torch.tensor([0, -100, 1, 1]), id="negative"),
         pytest.param(torch.tensor([0, 2, 1]), id="too few"),
+        pytest.param(torch.tensor([0.5, 2.0, 1.0, 1.0]), id="no integers"),
         pytest.param(torch.tensor([1]), id="one for all"),
         pytest.param(torch.tensor([[0], [2], [1], [1]]), id="a column"),
         pytest.param(torch.tensor([[1, 0, 0]] * 4), id="one-hot"),

@@ -150,6 +150,33 @@ def test_a_gradient_that_is_the_direction_itself_leaves_it_alone(power, size):
     assert relative_error(sums, _naive_sums(model, x, power)) < 1e-12
 
 
+class _TwoShifts(nn.Module):
+    """Two parameters of one layer whose gradients are one and the same tensor: squared in place, they are to the fourth."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(1, 3)), nn.Parameter(torch.zeros(1, 3))
+
+    def forward(self, x):
+        return x + self.a + self.b
+
+
+class _TwoShiftsInALoop(_TwoShifts):
+    def forward(self, x):
+        return super().forward(x) if float(x.detach().sum()) < 1e9 else x  # nothing that could be vectorised
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("layer", [_TwoShifts, _TwoShiftsInALoop])
+def test_parameters_whose_gradients_are_one_tensor(layer, power):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3), layer()).double(), torch.randn(5, 6, dtype=torch.float64)
+
+    sums, _ = _sums(model, [x], power, count=2)
+
+    assert relative_error(sums, _naive_sums(model, x, power, count=2)) < 1e-12
+
+
 def test_maps_as_outputs():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.ConvTranspose2d(4, 3, 2)).double()
