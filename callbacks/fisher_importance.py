@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.callbacks.importance_callback import ImportanceCallback, Stage
 from pl_personalize.functional.per_sample import Forward
@@ -70,4 +71,6 @@ class FisherImportance(ImportanceCallback):
             draws=draws,
             generator=generator,
         )
+        if labels not in ("sampled", "true"):
+            raise MisconfigurationException(f"labels must be 'sampled' or 'true'; got {labels!r}.")
         self.kind = "empirical_fisher" if labels == "true" else "fisher"

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 from typing_extensions import override
 
 from pl_personalize.functional.per_sample import Forward
-from pl_personalize.importance import Importance, Kind, estimate_importance
+from pl_personalize.importance import Importance, Kind, check_options, estimate_importance, select_parameters
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -88,6 +88,11 @@ class ImportanceCallback(Callback):
                 raise MisconfigurationException(
                     f"{type(pl_module).__name__} has no parameters below {name!r}; its parameters are {names}."
                 )
+        try:
+            check_options(self.kind, *(self._options[key] for key in ("reduction", "draws", "max_scratch_mb")))
+            select_parameters(pl_module, self.module, self._options["exclude"])
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         if isinstance(self.dataloader, str) and stage == "fit":
             self._hook_owner(trainer, pl_module, self.dataloader)
 
@@ -105,9 +110,10 @@ class ImportanceCallback(Callback):
         """Estimate over the data that was predicted, with the weights that predicted it, and write the file."""
         if not self.should_estimate(trainer, pl_module):
             return
-        given = self.dataloader if self.dataloader is not None and not isinstance(self.dataloader, str) else None
-        loaders = trainer.predict_dataloaders if given is None else given
-        self._estimate(trainer, pl_module, _as_list(loaders))
+        given = self.dataloader is not None and not isinstance(self.dataloader, str)
+        self._estimate(
+            trainer, pl_module, self._given_dataloaders() if given else _as_list(trainer.predict_dataloaders)
+        )
 
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
         strategy = trainer.strategy
@@ -136,11 +142,17 @@ class ImportanceCallback(Callback):
         if self.dataloader is None:
             return _as_list(trainer.train_dataloader)
         if not isinstance(self.dataloader, str):
-            return _as_list(self.dataloader)
+            return self._given_dataloaders()
         owner = self._hook_owner(trainer, pl_module, self.dataloader)
         if isinstance(owner, LightningDataModule):
             owner.setup(_SETUP_STAGES[self.dataloader])
         return _as_list(getattr(owner, f"{self.dataloader}_dataloader")())
+
+    def _given_dataloaders(self) -> list[Iterable[Any]]:
+        """What was passed: one iterable of batches, or several DataLoaders."""
+        given: Any = self.dataloader
+        several = isinstance(given, list | tuple) and all(isinstance(loader, DataLoader) for loader in given)
+        return list(given) if several else [given]
 
     def _hook_owner(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
@@ -205,18 +217,26 @@ def _unrepeated(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
             )
         return loader
     dataset: Any = loader.dataset
-    inner = getattr(loader.sampler, "sampler", loader.sampler)
-    if isinstance(inner, SubsetRandomSampler):
-        dataset = Subset(dataset, sorted(inner.indices))
+    if isinstance(sampler := _original_sampler(loader), SubsetRandomSampler):
+        dataset = Subset(dataset, sorted(sampler.indices))
+    by_batch = loader.batch_size is None and loader.batch_sampler is None  # the dataset's items are batches
     return DataLoader(
         dataset,
-        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+        batch_size=None if by_batch else loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
         sampler=range(trainer.global_rank, len(dataset), trainer.world_size),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
     )
+
+
+def _original_sampler(loader: DataLoader[Any]) -> Any:
+    """The sampler below those that Lightning puts around it for prediction and for several processes."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
+        sampler = inner
+    return sampler
 
 
 def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
@@ -237,12 +257,15 @@ def _best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool)
         rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); importances use the last weights.")
         yield
         return
-    present = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-    pl_module.load_state_dict(state)
+    tensors = [*pl_module.parameters(), *pl_module.buffers()]
+    present = [tensor.detach().clone() for tensor in tensors]
+    pl_module.load_state_dict(state, strict=pl_module.strict_loading)
     try:
         yield
     finally:
-        pl_module.load_state_dict(present)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, present, strict=True):
+                tensor.copy_(value)
 
 
 def _best_checkpoint(trainer: Trainer) -> str:

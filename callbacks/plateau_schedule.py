@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -76,6 +77,11 @@ class PlateauSchedule(Callback):
         self.best, self.stagnant = state_dict["best"], state_dict["stagnant"]
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not go on with a run that had stopped."""
+        trainer.should_stop = trainer.should_stop or self.stagnant >= self.stop_after
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the metric with the best, and drop the rate or stop."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -86,7 +92,8 @@ class PlateauSchedule(Callback):
                 f"{sorted(trainer.callback_metrics)}."
             )
         value = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+        best = self.best if self.best is not None else (-inf if self.mode == "max" else inf)
+        if value > best if self.mode == "max" else value < best:
             self.best, self.stagnant = value, 0
             return
         self.stagnant += 1

@@ -126,7 +126,7 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
+    chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.6, 1.6])
     board_colour, chalk_colour = uniform(0.1, 0.5, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
     image = board_colour * (1 - chalk) + chalk_colour * chalk
     height, width = scan.shape[1:]

@@ -105,7 +105,7 @@ class TensorLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were handed out."""
-        return {"epoch": self._epoch, "position": self._position}
+        return dict(self._resume) if self._resume is not None else {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next pass, if it is of the same epoch, after the batches that were handed out."""

@@ -1,6 +1,6 @@
 """What the project writes to disk: tensors as safetensors with checked metadata, and JSON. Written whole or not at all.
 
-A file has one metadata entry, a JSON object with ``kind``, ``version``, ``sha256`` (of the tensors) and ``metadata``;
+A file has one metadata entry, a JSON object with ``kind``, ``version``, ``aliases``, ``metadata`` and ``sha256`` (of all of it);
 one entry, because the order of several differs from process to process, and with it the bytes of the file. Tensors that
 are the same storage are stored once and come back as one.
 """
@@ -99,13 +99,8 @@ def save_tensors(
     """
     aliases = shared_entries(tensors)
     unique = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in aliases}
-    content = {
-        "kind": kind,
-        "version": _VERSION,
-        "sha256": _tensor_checksum(unique),
-        "aliases": aliases,
-        "metadata": dict(metadata or {}),
-    }
+    content = {"kind": kind, "version": _VERSION, "aliases": aliases, "metadata": dict(metadata or {})}
+    content["sha256"] = _checksum(content, unique)
     return write_atomically(path, save(unique, {_KEY: json.dumps(content, sort_keys=True)}))
 
 
@@ -153,7 +148,7 @@ class TensorFile(Mapping[str, Tensor]):
             self._names = set(self._file.keys())
         except (SafetensorError, ValueError, OSError) as error:
             raise ArtifactError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
-        if not isinstance(content, dict) or not {"kind", "version", "sha256", "aliases"} <= content.keys():
+        if not isinstance(content, dict) or content.keys() != {"kind", "version", "sha256", "aliases", "metadata"}:
             raise ArtifactError(f"{path} was not written by pl_personalize; expected a file of kind {kind!r}.")
         if content["kind"] != kind:
             raise ArtifactError(f"{path} holds {content['kind']!r}; expected {kind!r}.")
@@ -161,10 +156,12 @@ class TensorFile(Mapping[str, Tensor]):
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
         self.aliases: dict[str, str] = content["aliases"]
         self.metadata: dict[str, Any] = content["metadata"]
-        if verify and (found := _tensor_checksum(_Lazy(self._file, self._names))) != content["sha256"]:
+        if not verify:
+            return
+        expected = content.pop("sha256")
+        if (found := _checksum(content, _Lazy(self._file, self._names))) != expected:
             raise ArtifactError(
-                f"{path} was changed after it was written: the SHA-256 of its tensors is {found}, expected "
-                f"{content['sha256']}."
+                f"{path} was changed after it was written: the SHA-256 of its content is {found}, expected {expected}."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -214,8 +211,9 @@ class _Lazy(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors and of what is said about them."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

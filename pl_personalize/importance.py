@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pl_personalize.artifacts import load_tensors, save_tensors
-from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model
+from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
+from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
 from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
@@ -105,7 +107,7 @@ class Importance(Mapping[str, Tensor]):
     def summary(self) -> dict[str, dict[str, float]]:
         """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
         return {
-            name: {"norm": float(value.norm()), "zeros": float((value == 0).float().mean())}
+            name: {"norm": float(value.norm()), "zeros": float((value == 0).sum()) / max(value.numel(), 1)}
             for name, value in self.items()
         }
 
@@ -131,7 +133,10 @@ class Importance(Mapping[str, Tensor]):
             ArtifactError: If it is missing, broken, or holds something else.
         """
         values, metadata = load_tensors(path, kind=ARTIFACT_KIND)
-        return cls(values, **metadata)
+        try:
+            return cls(values, **metadata)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} does not hold importances: {error}") from error
 
     @classmethod
     def combine(cls, importances: Iterable[Importance]) -> Importance:
@@ -228,15 +233,14 @@ def estimate_importance(
         >>> estimate_importance(model, [batch], "mas")["weight"].tolist()
         [[6.0, 18.0]]
     """
-    _check_options(kind, reduction, draws, max_scratch_mb)
-    parameters = _select_parameters(model, module, exclude)
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-    devices = {parameter.device for parameter in parameters.values()}
-    device = next(iter(devices))
+    check_options(kind, reduction, draws, max_scratch_mb)
+    parameters = select_parameters(model, module, exclude)
+    buffers = _buffers(model)
+    device = next(iter(parameters.values())).device
     batches = _batches(dataloader, device, progress)
     estimate = _sums_per_sample if reduction == "sample" else _sums_per_batch
     with (
-        isolate_rng(include_cuda=device.type == "cuda"),
+        _random_state_kept(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
@@ -253,23 +257,24 @@ def estimate_importance(
                 max_scratch_bytes=int(max_scratch_mb * 2**20),
             )
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers.values():
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            _restore_buffers(buffers)
         if all_reduce is not None:
             sums = {name: all_reduce(total) for name, total in sums.items()}
             counts = all_reduce(counts)
-    num_samples, denominator = int(counts[0]), int(counts[-1])
-    if num_samples == 0:
-        raise ValueError("The dataloader has no samples; importances need at least one.")
-    floor = 1e-8 if (kind, reduction) == ("fisher", "batch") else 0.0
-    values = {name: total / denominator + floor for name, total in sums.items()}
-    importance = Importance(values, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
-    return importance if module is None else importance.relative_to(module)
+        num_samples, denominator = int(counts[0]), int(counts[-1])
+        if num_samples == 0:
+            raise ValueError("The dataloader has no samples; importances need at least one.")
+        floor = 1e-8 if (kind, reduction) == ("fisher", "batch") else 0.0
+        values = {name: total / denominator + floor for name, total in sums.items()}
+    return Importance(values, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
 
 
-def _check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: float) -> None:
+def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: float) -> None:
+    """Check options of :func:`estimate_importance`.
+
+    Raises:
+        ValueError: If one is unknown, out of range, or does not go with another.
+    """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}.")
     if reduction not in get_args(Reduction):
@@ -282,25 +287,66 @@ def _check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: 
         raise ValueError(f"max_scratch_mb must be positive; got {max_scratch_mb}.")
 
 
-def _select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that count, by name; relative to ``module``, if there is one.
+
+    Raises:
+        ValueError: If a name is unknown, or no parameter is left.
+    """
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in (*exclude, *([module] if module is not None else [])):
-        if not any(_below(parameter, name) for parameter in known):
-            raise ValueError(
-                f"{name!r} is no parameter of the model and no module with parameters; it has {sorted(known)}."
-            )
-    chosen = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and (module is None or _below(name, module))
-        and not any(_below(name, excluded) for excluded in exclude)
-    }
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    part = model
+    if module is not None:
+        module = module.removesuffix(".")
+        try:
+            part = model.get_submodule(module)
+        except AttributeError as error:
+            raise ValueError(f"The model has no module {module!r}; its parameters are {names}.") from error
+    excluded: set[int] = set()
+    for name in exclude:
+        found = [p for known, p in model.named_parameters(remove_duplicate=False) if _below(known, name)]
+        if not found:
+            raise ValueError(f"exclude={name!r} is no parameter or module of the model; its parameters are {names}.")
+        excluded.update(map(id, found))
+    chosen = {name: p for name, p in part.named_parameters() if p.requires_grad and id(p) not in excluded}
     if not chosen:
-        raise ValueError("No parameter needs a gradient (all are frozen or excluded), so there is nothing to estimate.")
+        raise ValueError(
+            "No parameter needs a gradient"
+            + (f" below {module!r}" if module else "")
+            + " (all are frozen or excluded), so there is nothing to estimate."
+        )
     return chosen
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Every buffer: where it is, itself, and a copy of what it holds."""
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+@torch.no_grad()
+def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for module, name, buffer, value in buffers:
+        module._buffers[name] = buffer  # a forward may have put another in its place
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put the global generators of torch, NumPy and Python back, whatever happens inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _below(parameter: str, name: str) -> bool:
@@ -310,7 +356,7 @@ def _below(parameter: str, name: str) -> bool:
 
 def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
     def usable(tensor: Tensor) -> Tensor:  # a batch made in inference mode cannot be part of a graph
-        return tensor.clone() if tensor.is_inference() else tensor
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     for batch in tqdm(dataloader, desc="Importance", unit="batch", delay=2, disable=not progress, leave=False):
         yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
@@ -384,6 +430,9 @@ def _sums_per_batch(
             if num_samples == 0:
                 continue
             logits = as_logits(forward(model, batch))
+            check_logits(logits, num_samples)
+            if not logits.requires_grad:
+                raise ValueError("The model's output does not depend on any of the parameters that count.")
             if kind == "mas":
                 direction = mas_cotangent(logits.detach())
             else:

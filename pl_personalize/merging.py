@@ -62,7 +62,7 @@ def merge(
     """
     plan = _Plan(experts, importances, parameters, weights, zero, normalize)
     merged = {name: values[-1] for names, values in plan.run(keep_all=False) for name in names}
-    return {name: merged[name] if name in merged else experts[-1][name].clone() for name in experts[-1]}
+    return _complete(merged, experts[-1])
 
 
 def merge_prefixes(
@@ -86,10 +86,14 @@ def merge_prefixes(
     for names, values in plan.run(keep_all=True):
         for state, value in zip(merged, values, strict=True):
             state.update(dict.fromkeys(names, value))
-    return [
-        {name: state[name] if name in state else expert[name].clone() for name in expert}
-        for state, expert in zip(merged, experts, strict=True)
-    ]
+    return [_complete(state, expert) for state, expert in zip(merged, experts, strict=True)]
+
+
+def _complete(merged: Mapping[str, Tensor], expert: StateDict) -> dict[str, Tensor]:
+    """The merged entries, and copies of all others of an expert; what shared storage in it shares it still."""
+    shared = shared_entries(expert)
+    copies = {n: expert[n].detach().clone() for n in expert if n not in merged and shared.get(n, n) == n}
+    return {name: merged[name] if name in merged else copies[shared.get(name, name)] for name in expert}
 
 
 class _Plan:
@@ -138,7 +142,11 @@ class _Plan:
                     f"Expert {k + 1} of {len(self.experts)} has no importances. Give one mapping for each expert, or "
                     "importances=None for the plain mean."
                 )
-        return [importance for importance in importances if importance is not None]
+        given = [importance for importance in importances if importance is not None]
+        for k, importance in enumerate(given):
+            if different := sorted(set(importance) ^ set(given[0])):
+                raise ValueError(f"The importances of expert 1 and expert {k + 1} are of different names: {different}.")
+        return given
 
     def _check_weights(self, weights: Sequence[float] | None) -> list[float]:
         if weights is None:
@@ -212,7 +220,9 @@ class _Plan:
         for importance in self.importances:
             values = [importance[source].double() for source in self.groups]
             total = (
-                sum(float(v.sum()) for v in values) if self.normalize == "sum" else max(float(v.max()) for v in values)
+                sum(float(v.sum()) for v in values)
+                if self.normalize == "sum"
+                else max(float(v.max()) for v in values if v.numel())
             )
             scales.append(total or 1.0)
         return scales

@@ -52,8 +52,13 @@ class TaskAccuracyMatrix(Metric):
             task: Number of the task that the batch is from, from 0.
 
         Raises:
-            MisconfigurationException: If ``model`` or ``task`` is out of range.
+            MisconfigurationException: If ``model`` or ``task`` is out of range, or the shapes differ.
         """
+        if predictions.dim() != 1 or predictions.shape != labels.shape:
+            raise MisconfigurationException(
+                f"predictions and labels must both be (n,); got {tuple(predictions.shape)} and {tuple(labels.shape)}. "
+                "Of logits, take logits.argmax(1)."
+            )
         for name, index in (("model", model), ("task", task)):
             if not 0 <= index < self.num_tasks:
                 raise MisconfigurationException(f"{name} must be in 0..{self.num_tasks - 1}; got {index}.")
@@ -89,10 +94,15 @@ def forgetting(matrix: Tensor, divisor: Literal["tasks", "earlier"] = "tasks") -
     Returns:
         A scalar; 0 for a single task. Negative: the later tasks helped.
 
+    Raises:
+        MisconfigurationException: If ``divisor`` is unknown.
+
     Example:
         >>> forgetting(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
         tensor(0.2500)
     """
+    if divisor not in ("tasks", "earlier"):
+        raise MisconfigurationException(f"divisor must be 'tasks' or 'earlier'; got {divisor!r}.")
     tasks = matrix.shape[0]
     lost = (matrix.diagonal()[:-1] - matrix[-1, :-1]).sum()
     return lost / (tasks if divisor == "tasks" else max(tasks - 1, 1))

@@ -77,6 +77,18 @@ def as_logits(output: Any) -> Tensor:
     return output
 
 
+def check_logits(logits: Tensor, num_samples: int) -> None:
+    """Refuse logits from which no importance follows.
+
+    Raises:
+        ValueError: If there is not one row for each sample, or an entry is NaN or infinite.
+    """
+    if logits.shape[0] != num_samples:
+        raise ValueError(f"The model returned {logits.shape[0]} rows of logits for {num_samples} samples.")
+    if not torch.isfinite(logits).all():
+        raise ValueError("The model's output has NaN or infinite entries; its importances are not defined.")
+
+
 def split_batch(batch: Any, num_samples: int) -> list[Tensor]:
     """The tensors of a batch that have one row for each sample."""
     return [tensor for tensor in batch_tensors(batch) if tensor.dim() > 0 and tensor.shape[0] == num_samples]

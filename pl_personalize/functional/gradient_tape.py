@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils.hooks import RemovableHandle
 
-from pl_personalize.functional.layer_rules import LayerRule, find_layer_rule, power_
+from pl_personalize.functional.layer_rules import LayerRule, find_layer_rule, raise_to
 
 
 class TapeError(ValueError):
@@ -221,9 +221,9 @@ class GradientTape:
             for use in uses:
                 gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])  # type: ignore[index]
                 for local, (_, name) in self.owned(use.layer).items():
-                    totals[name] = totals[name].add_(gradients[local]) if name in totals else gradients[local]
+                    totals[name] = totals[name] + gradients[local] if name in totals else gradients[local]
             for name, total in totals.items():
-                self.sums[name].add_(power_(total, self.power).sum(0))
+                self.sums[name].add_(raise_to(total, self.power).sum(0))
 
     def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:
         try:

@@ -73,12 +73,8 @@ def find_layer_rule(layer: nn.Module) -> LayerRule | None:
     return rule if isinstance(layer._parameters.get("weight"), nn.Parameter) else None
 
 
-def power_(tensor: Tensor, power: int) -> Tensor:
-    """``|tensor| ** power`` in place, for power 1 or 2."""
-    return tensor.abs_() if power == 1 else tensor.square_()
-
-
-def _power(tensor: Tensor, power: int) -> Tensor:
+def raise_to(tensor: Tensor, power: int) -> Tensor:
+    """``|tensor| ** power`` for power 1 or 2; a new tensor, since a gradient may be a view of something still needed."""
     return tensor.abs() if power == 1 else tensor.square()
 
 
@@ -91,8 +87,8 @@ def _linear_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> 
     # The per-sample gradient is the outer product of g and x, so |g xᵀ|^p = |g|^p (|x|^p)ᵀ: one matrix product.
     if x.dim() != 2:
         return None
-    grad = _power(grad, power)
-    return {"weight": grad.T @ _power(x, power), "bias": grad.sum(0)}
+    grad = raise_to(grad, power)
+    return {"weight": grad.T @ raise_to(x, power), "bias": grad.sum(0)}
 
 
 @register_layer_rule(nn.Linear, power_sum=_linear_power_sum)
@@ -126,9 +122,10 @@ def _convolution_weight_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> 
 
 def _convolution_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
     total: Tensor | None = None
-    for gradient in _convolution_weight_gradients(layer, x, grad):
-        total = power_(gradient, power) if total is None else total.add_(power_(gradient, power))
-    bias = power_(_positions_last(grad).sum(2), power).sum(0)
+    for gradient in _convolution_weight_gradients(layer, x, grad):  # each is new and ours
+        powered = gradient.abs_() if power == 1 else gradient.square_()
+        total = powered if total is None else total.add_(powered)
+    bias = raise_to(_positions_last(grad).sum(2), power).sum(0)
     return None if total is None else {"weight": total, "bias": bias}
 
 

@@ -41,7 +41,7 @@ def prefix_merges(
     De Lange et al., CVPR 2020 (IMM mode merging: Lee et al., NeurIPS 2017, equation 8). The first is expert 1 as it is.
 
     Args:
-        parameters: The parameter in each expert; read once, and again only where an entry has no importance.
+        parameters: The parameter in each expert; each is read once.
         importances: Its importance in each expert, or ``None`` for the weighted mean.
         weights: One positive factor for each expert.
         zero: What an entry becomes whose importances sum to zero: the weighted ``"mean"`` of the experts, or 0 as in
@@ -51,35 +51,30 @@ def prefix_merges(
     Yields:
         T - ``start`` tensors of the parameter's shape, each new, in the parameter's type.
     """
-    numerator: Tensor | None = None
-    denominator: Tensor | None = None
-    for k in range(len(parameters)):
-        parameter = parameters[k]
+    merged = total = torch.empty(0)
+    total_weight = 0.0
+    for k, weight in enumerate(weights):
+        parameter = parameters[k].detach()
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        weight = torch.full((), weights[k], dtype=dtype, device=parameter.device)
-        share = weight if importances is None else importances[k].to(parameter.device, dtype) * weight
-        if numerator is None or denominator is None:
-            numerator, denominator = parameter.to(dtype) * share, share.clone()
+        total_weight += weight
+        mass = None if importances is None else importances[k].detach().to(parameter.device, torch.float64) * weight
+        if k == 0:
+            merged = parameter.to(dtype, copy=True)
+            total = torch.zeros_like(merged, dtype=torch.float64) if mass is None else mass
             if start == 0:
                 yield parameter.clone()
             continue
-        numerator.addcmul_(parameter.to(dtype), share)
-        denominator.add_(share)
-        if k < start:
-            continue
-        merged = numerator / denominator
-        if importances is not None:
-            # Below the smallest normal number the quotient has no precision left.
-            empty = denominator < torch.finfo(dtype).tiny
-            if empty.any():
-                merged[empty] = 0.0 if zero == "reference" else _mean(parameters, weights, k + 1)[empty]
-        yield merged.to(parameter.dtype)
-
-
-def _mean(parameters: Sequence[Tensor], weights: Sequence[float], count: int) -> Tensor:
-    total = sum(weights[:count])
-    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-    mean = torch.zeros_like(parameters[0], dtype=dtype)
-    for k in range(count):
-        mean.add_(parameters[k].to(mean), alpha=weights[k] / total)
-    return mean
+        # A running mean: each expert moves it by its share of all the importance so far. Shares are formed in float64,
+        # where the sum of float32 numbers neither overflows nor vanishes.
+        share = torch.full((), weight / total_weight, dtype=dtype, device=merged.device)
+        empty = None
+        if mass is not None:
+            total = total + mass
+            empty = total == 0
+            share = torch.where(empty, weight / total_weight, mass / total).to(dtype)
+        merged.add_(share * (parameter.to(dtype) - merged))
+        if k >= start:
+            zeroed = zero == "reference" and empty is not None
+            yield (merged.masked_fill(empty, 0) if zeroed and empty is not None else merged).to(
+                parameter.dtype, copy=True
+            )

@@ -28,7 +28,16 @@ def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         ``softmax(logits) - onehot(labels)``, (n, classes).
+
+    Raises:
+        ValueError: If the labels are no integers, or not one for each row, or out of range.
     """
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"Labels must be integers, one for each of {logits.shape[0]} samples; got {labels.dtype}, {tuple(labels.shape)}."
+        )
+    if labels.numel() and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
+        raise ValueError(f"Labels must be in 0..{logits.shape[1] - 1}; got {int(labels.min())} to {int(labels.max())}.")
     return logits.softmax(1) - F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
 
 

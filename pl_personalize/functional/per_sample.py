@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from pl_personalize.functional.batches import as_logits, join_batch, slice_batch, split_batch
+from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError
-from pl_personalize.functional.layer_rules import power_
+from pl_personalize.functional.layer_rules import raise_to
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
@@ -63,6 +63,8 @@ class PerSamplePowerSums:
         self._max_scratch_bytes = max_scratch_bytes
         self._modes = {module: module.training for module in model.modules()}
         self._needs_grad = {p: p.requires_grad for p in model.parameters()}
+        # Plain tensors that a module keeps and sets anew in its forward, such as the weight of an old-style weight norm.
+        self._attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in model.modules()}
         wanted = {id(p) for p in parameters.values()}
         layers = [m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values())]
         self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
@@ -102,6 +104,8 @@ class PerSamplePowerSums:
             module.training = training
         for parameter, needs_grad in self._needs_grad.items():
             parameter.requires_grad_(needs_grad)
+        for module, attributes in self._attributes.items():
+            vars(module).update(attributes)
 
     def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Add the sums over one batch.
@@ -134,10 +138,7 @@ class PerSamplePowerSums:
         finally:
             self._tape.stop()
         try:
-            if logits.shape[0] != num_samples:
-                raise ValueError(f"The model returned {logits.shape[0]} rows of logits for {num_samples} samples.")
-            if not torch.isfinite(logits).all():
-                raise ValueError("The model's output has NaN or infinite entries; its importances are not defined.")
+            check_logits(logits, num_samples)
             directions = cotangents(logits.detach())
             for k, direction in enumerate(directions):
                 self._tape.backward(logits, direction, last=k == len(directions) - 1)
@@ -159,7 +160,7 @@ class PerSamplePowerSums:
             for i in range(num_samples):
                 sample = slice_batch(batch, num_samples, slice(i, i + 1))
                 for name, gradient in self._one_sample(sample, cotangent[i : i + 1], parameters).items():
-                    self.sums[name].add_(power_(gradient, self._power))
+                    self.sums[name].add_(raise_to(gradient, self._power))
             return
 
         def objective(values: dict[str, Tensor], rows: list[Tensor], direction: Tensor) -> Tensor:
@@ -167,15 +168,17 @@ class PerSamplePowerSums:
             logits: Tensor = functional_call(self._network, values, (sample,))
             return (logits * direction.unsqueeze(0)).sum()
 
-        values = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        full_names = {id(p): name for name, p in self._network.named_parameters()}
+        names = {full_names[id(p)]: name for name, p in parameters.items()}
+        values = {full: parameters[name].detach() for full, name in names.items()}
         size = sum(p.numel() * p.element_size() for p in parameters.values())
         chunk = max(1, self._max_scratch_bytes // size)
         gradients = vmap(grad(objective), in_dims=(None, 0, 0))
         tensors = split_batch(batch, num_samples)
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
-            for name, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
-                self.sums[name.removeprefix("model.")].add_(power_(gradient, self._power).sum(0))
+            for full, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
+                self.sums[names[full]].add_(raise_to(gradient, self._power).sum(0))
 
     def _one_sample(self, sample: Any, cotangent: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         try:
@@ -183,6 +186,8 @@ class PerSamplePowerSums:
                 parameter.requires_grad_(True)
             logits = self._network(sample)
             if not logits.requires_grad:
+                if len(parameters) == len(self._parameters):
+                    raise ValueError("The model's output does not depend on any of the parameters that count.")
                 return {name: torch.zeros_like(p) for name, p in parameters.items()}
             gradients = torch.autograd.grad(logits, list(parameters.values()), cotangent, materialize_grads=True)
             return dict(zip(parameters, gradients, strict=True))
@@ -200,6 +205,7 @@ class PerSamplePowerSums:
         samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
         with torch.no_grad():
             together = self._network(pair)
+            check_logits(together, count)
             apart = torch.cat([self._alone(sample) for sample in samples])
         self._refuse_mixed_samples(pair, samples, together, apart)
 
@@ -208,7 +214,7 @@ class PerSamplePowerSums:
         reference = {name: torch.zeros_like(total) for name, total in self.sums.items()}
         for i, sample in enumerate(samples):
             for name, gradient in self._one_sample(sample, direction[i : i + 1], self._parameters).items():
-                reference[name].add_(power_(gradient, self._power))
+                reference[name].add_(raise_to(gradient, self._power))
 
         while wrong := self._wrong_paths(pair, count, direction, reference):
             self._take_slower_path(wrong)

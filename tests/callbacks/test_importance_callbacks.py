@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -167,21 +167,24 @@ def test_folder_and_name_may_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loader",
+    ("run", "loader"),
     [
-        lambda data, rows: shuffled(data, shuffle=False, sampler=SubsetRandomSampler(rows)),
-        lambda data, rows: DataLoader(data, batch_sampler=BatchSampler(SubsetRandomSampler(rows), 4, drop_last=True)),
+        pytest.param("fit", lambda data, sampler: shuffled(data, shuffle=False, sampler=sampler), id="fit"),
+        pytest.param("predict", lambda data, sampler: DataLoader(data, batch_size=4, sampler=sampler), id="predict"),
+        # Not with predict: there Lightning drops the sampler inside a batch sampler and predicts all the rows.
+        pytest.param(
+            "fit",
+            lambda data, sampler: DataLoader(data, batch_sampler=BatchSampler(sampler, 4, True)),
+            id="batch sampler",
+        ),
     ],
-    ids=["sampler", "batch sampler"],
 )
-@pytest.mark.parametrize("run", ["fit", "predict"])
-def test_a_subset_sampler_says_which_samples_there_are(tmp_path, loader, run):
+def test_a_subset_sampler_says_which_samples_there_are(tmp_path, run, loader):
     """The rest may be the validation split."""
     data, rows, callback, net = Rows(), [15, 3, 8, 1, 20, 9, 2], MASImportance(), Net()
-    getattr(trainer(tmp_path, callback), run)(net, loader(data, rows))
+    getattr(trainer(tmp_path, callback), run)(net, loader(data, SubsetRandomSampler(rows)))
     assert callback.importance.num_samples == 7
-    kept = sorted(rows)
-    assert_same(callback.importance, estimate_importance(net, [data.x[kept]], "mas"))
+    assert_same(callback.importance, estimate_importance(net, [data.x[sorted(rows)]], "mas"))
 
 
 def test_a_dataset_of_whole_batches(tmp_path):
@@ -240,7 +243,11 @@ def test_kinds(tmp_path, kind):
         "all": lambda: wanted(net, data, "fisher", draws="all"),
         "true": lambda: wanted(net, data, "empirical_fisher"),
         "sampled": lambda: estimate_importance(
-            net, [data.x[k : k + 4] for k in range(0, ROWS, 4)], "fisher", draws=4, generator=torch.Generator().manual_seed(6)
+            net,
+            [data.x[k : k + 4] for k in range(0, ROWS, 4)],
+            "fisher",
+            draws=4,
+            generator=torch.Generator().manual_seed(6),
         ),
     }[kind]()
     assert_same(callback.importance, reference)
@@ -310,7 +317,9 @@ def test_predict_alone_on_unlabelled_images(tmp_path):
     callbacks = [MASImportance(), FisherImportance(draws="all")]
     predictions = trainer(tmp_path, *callbacks).predict(net, DataLoader(data, batch_size=4))
 
-    for callback, reference in zip(callbacks, (wanted(net, data), wanted(net, data, "fisher", draws="all")), strict=True):
+    for callback, reference in zip(
+        callbacks, (wanted(net, data), wanted(net, data, "fisher", draws="all")), strict=True
+    ):
         assert_same(callback.importance, reference)
         assert_same(Importance.load(callback.path), reference)
         assert not any(value.is_inference() for value in callback.importance.values())
@@ -435,7 +444,12 @@ def test_a_run_ends_as_it_would_without_the_callback(tmp_path):
         torch.manual_seed(3)
         net = Net()
         trainer(tmp_path, *callbacks, max_epochs=2).fit(net, shuffled(Rows()))
-        return net.state_dict(), torch.rand(3), net.training, [(p.requires_grad, p.grad is None) for p in net.parameters()]
+        return (
+            net.state_dict(),
+            torch.rand(3),
+            net.training,
+            [(p.requires_grad, p.grad is None) for p in net.parameters()],
+        )
 
     plain, mine = end(), end(MASImportance(), FisherImportance())
     assert all(torch.equal(plain[0][name], value) for name, value in mine[0].items())
@@ -486,7 +500,9 @@ def test_a_write_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
 
 def test_the_callback_has_no_state_in_a_checkpoint(tmp_path):
     assert MASImportance().state_dict() == {}
-    callback = FisherImportance(dirpath=tmp_path, generator=torch.Generator(), forward=lambda model, batch: model(batch[0]))
+    callback = FisherImportance(
+        dirpath=tmp_path, generator=torch.Generator(), forward=lambda model, batch: model(batch[0])
+    )
     best_of_three(tmp_path, callback)
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
     saved = torch.load(path, weights_only=True)
@@ -504,7 +520,10 @@ def test_precision(tmp_path, precision):
     assert_same(callback.importance, estimate_importance(net, batches, "mas"), 1e-12 if double else 1e-6)
     if precision == "bf16-mixed":
         rounded = estimate_importance(
-            net, batches, "mas", forward=lambda model, batch: torch.autocast("cpu", torch.bfloat16)(model)(batch).float()
+            net,
+            batches,
+            "mas",
+            forward=lambda model, batch: torch.autocast("cpu", torch.bfloat16)(model)(batch).float(),
         )
         assert relative_error(callback.importance, rounded) > 1e-4
 
@@ -565,7 +584,10 @@ def test_wandb_logger_offline(tmp_path, global_state):
     import wandb
     from wandb.sdk.lib.runid import generate_id
 
-    logger, callback = WandbLogger(project="tests", save_dir=str(tmp_path), offline=True, id=generate_id()), MASImportance()
+    logger, callback = (
+        WandbLogger(project="tests", save_dir=str(tmp_path), offline=True, id=generate_id()),
+        MASImportance(),
+    )
     logged: list[dict] = []
     try:
         run = logger.experiment
@@ -609,9 +631,11 @@ def test_strategies_that_shard_are_refused(strategy):
         MASImportance().setup(SimpleNamespace(strategy=fake), Net(), "fit")
 
 
-@pytest.mark.parametrize("options", [{"module": "feature"}, {"exclude": ["classifier", "feat"]}, {"exclude": ["classifier.w"]}])
+@pytest.mark.parametrize(
+    "options", [{"module": "feature"}, {"exclude": ["classifier", "feat"]}, {"exclude": ["classifier.w"]}]
+)
 def test_unknown_names_are_refused(tmp_path, options):
-    with pytest.raises(MisconfigurationException, match="Net has no parameters below '(feature|feat|classifier.w)'"):
+    with pytest.raises(MisconfigurationException, match=r"Net has no parameters below '(feature|feat|classifier\.w)'"):
         trainer(tmp_path, NoTraining(), MASImportance(**options)).fit(Net(), shuffled(Rows()))
 
 
@@ -635,8 +659,18 @@ def test_a_stage_without_dataloader_is_refused(tmp_path, stage):
         (lambda: FisherImportance(labels="ground_truth"), "'ground_truth'"),
         (lambda: MASImportance(module="features", exclude=["features"]), "features"),
     ],
-    ids=["stage", "weights", "reduction", "scratch", "draws 0", "draws every", "draws of true labels", "draws of a batch",
-         "labels", "everything excluded"],
+    ids=[
+        "stage",
+        "weights",
+        "reduction",
+        "scratch",
+        "draws 0",
+        "draws every",
+        "draws of true labels",
+        "draws of a batch",
+        "labels",
+        "everything excluded",
+    ],
 )
 def test_wrong_options_are_refused_before_training(tmp_path, make, message):
     with pytest.raises(MisconfigurationException, match=message):
@@ -727,7 +761,12 @@ def test_lightning_cli_from_the_command_line(tmp_path):
     ]  # fmt: skip
     cli = LightningCLI(Net, CLIData, args=arguments, run=False, save_config_callback=None)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, ImportanceCallback))
-    assert (callback.kind, callback.module, callback.dataloader, callback.weights) == ("fisher", "features", None, "best")
+    assert (callback.kind, callback.module, callback.dataloader, callback.weights) == (
+        "fisher",
+        "features",
+        None,
+        "best",
+    )
     assert callback._options["draws"] == "all"
 
 
@@ -784,7 +823,7 @@ class After(Callback):
     def note(self, trainer, pl_module, what):
         torch.save(pl_module.state_dict(), FOLDER / f"{what}-weights-{trainer.global_rank}.pt")
         results = [
-            {"path": c.path, "num_samples": c.importance.num_samples, "sum": sum(float(v.sum()) for v in c.importance.values())}
+            [c.path, c.importance.num_samples, sum(float(v.sum()) for v in c.importance.values())]
             for c in trainer.callbacks
             if isinstance(c, MASImportance | FisherImportance)
         ]
@@ -824,7 +863,11 @@ def test_two_processes_give_what_one_gives(tmp_path, variant):
     script.write_text(DDP_SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), variant], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, str(script), str(tmp_path), variant],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -846,7 +889,9 @@ def test_two_processes_give_what_one_gives(tmp_path, variant):
     assert {name: count for name, (count, _) in errors.items()} == {name: len(rows) for name, (rows, _) in data.items()}
     assert {name: error for name, (_, error) in errors.items() if error > 1e-6} == {}
 
-    assert sorted((tmp_path / "saves.txt").read_text().split()) == sorted(str(folder / f"{n}.safetensors") for n in data)
+    assert sorted((tmp_path / "saves.txt").read_text().split()) == sorted(
+        str(folder / f"{n}.safetensors") for n in data
+    )
     for what in ("fit", "predict"):
         ranks = [json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for rank in (0, 1)]
         assert ranks[0] == ranks[1]

@@ -116,7 +116,9 @@ def test_a_resumed_run_keeps_the_streak(tmp_path, last):
     fit(module, tmp_path, schedule, ckpt_path=tmp_path / f"epoch={last}.ckpt")
 
     wanted = [1.0] * 6 + [0.1] * 6
-    assert {epoch: round(rate, 9) for epoch, (rate,) in module.rates.items()} == dict(enumerate(wanted[last + 1 :], last + 1))
+    assert {epoch: round(rate, 9) for epoch, (rate,) in module.rates.items()} == dict(
+        enumerate(wanted[last + 1 :], last + 1)
+    )
     assert schedule.stagnant == 11
 
 
@@ -129,8 +131,37 @@ def test_a_run_that_had_stopped_does_not_go_on_when_it_is_resumed(tmp_path):
     assert module.rates == {}
 
 
+def test_every_check_makes_the_same_collective_calls(tmp_path, monkeypatch):
+    """Ranks whose metric differs (it was logged without ``sync_dist``) would else wait for each other for ever."""
+
+    class Count(PlateauSchedule):
+        calls = ()
+
+        def on_validation_end(self, trainer, pl_module):
+            made = []
+            for name in ("reduce_boolean_decision", "reduce", "broadcast", "all_gather"):
+                real = getattr(trainer.strategy, name)
+                spy = lambda *args, name=name, real=real, **options: (made.append(name), real(*args, **options))[1]  # noqa: E731
+                monkeypatch.setattr(trainer.strategy, name, spy)
+            super().on_validation_end(trainer, pl_module)
+            monkeypatch.undo()
+            self.calls = (*self.calls, made)
+
+    schedule = Count("score")
+    fit(Script([0.1, 0.2, 0.15, 0.3]), tmp_path, schedule, max_epochs=4, num_sanity_val_steps=0)
+    first, *rest = schedule.calls
+    assert first
+    assert rest == [first] * 3  # improving or not
+
+
 def test_a_checkpoint_with_its_state_loads_with_weights_only(tmp_path):
-    fit(Script([0.25, 0.5, 0.5]), tmp_path, PlateauSchedule("score"), ModelCheckpoint(tmp_path, filename="x"), max_epochs=3)
+    fit(
+        Script([0.25, 0.5, 0.5]),
+        tmp_path,
+        PlateauSchedule("score"),
+        ModelCheckpoint(tmp_path, filename="x"),
+        max_epochs=3,
+    )
     states = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
     assert [state for key, state in states.items() if "PlateauSchedule" in key] == [{"best": 0.5, "stagnant": 1}]
 

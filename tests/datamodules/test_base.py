@@ -176,7 +176,11 @@ def test_for_no_task_labels_are_counted_through():
     assert list(zip(images(data.val_dataloader()), labels(data.val_dataloader()), strict=True)) == val
 
     pairs = [(int(n), int(y)) for x, ys in data.train_dataloader() for n, y in zip(x.flatten(), ys, strict=True)]
-    joint = {n: offset + k % len(CLASSES[t]) for t, offset in enumerate((0, 2, 5)) for k, n in enumerate(expected("train", task=t))}
+    joint = {
+        n: offset + k % len(CLASSES[t])
+        for t, offset in enumerate((0, 2, 5))
+        for k, n in enumerate(expected("train", task=t))
+    }
     assert len(pairs) == 33
     assert dict(pairs) == joint
     # The splits themselves keep the labels of their task.

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_processes_share_the_data_without_repetition(rows, count, shuffle):
     whole = list(sampler)
     parts = replicas(sampler, count)
 
-    assert sorted(sum(parts, [])) == list(range(rows))
+    assert sorted(chain.from_iterable(parts)) == list(range(rows))
     assert [whole[rank::count] for rank in range(count)] == parts
 
 
@@ -176,7 +177,7 @@ def test_repetition_fills_all_processes_to_the_same_number(rows, count):
     parts = replicas(sampler, count)
 
     assert {len(part) for part in parts} == {-(-rows // count)}
-    seen = Counter(sum(parts, []))
+    seen = Counter(chain.from_iterable(parts))
     assert set(seen) == set(range(rows))
     assert max(seen.values()) - min(seen.values()) <= 1
 
@@ -368,4 +369,3 @@ def test_a_run_that_is_stopped_twice_resumes_bit_for_bit(uninterrupted, tmp_path
     assert sorted(rest.losses) == list(range(STEPS + 5, EPOCHS * STEPS + 1))
     assert rest.losses == {step: watch.losses[step] for step in rest.losses}
     assert differences(outcome(*resumed), end) == []
-

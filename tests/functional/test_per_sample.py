@@ -151,7 +151,7 @@ def test_a_gradient_that_is_the_direction_itself_leaves_it_alone(power, size):
 
 
 class _TwoShifts(nn.Module):
-    """Two parameters of one layer whose gradients are one and the same tensor: squared in place, they are to the fourth."""
+    """Two parameters whose gradients are one and the same tensor: squared in place, it is to the fourth power."""
 
     def __init__(self):
         super().__init__()

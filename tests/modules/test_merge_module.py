@@ -33,7 +33,9 @@ def network(seed, classes=2) -> TaskNetwork:
 
 def rows(task):
     generator = torch.Generator().manual_seed(100 + task)
-    return torch.randn(ROWS[task], 6, generator=generator), torch.randint(CLASSES[task], (ROWS[task],), generator=generator)
+    return torch.randn(ROWS[task], 6, generator=generator), torch.randint(
+        CLASSES[task], (ROWS[task],), generator=generator
+    )
 
 
 def importance(k, user="ann"):
@@ -57,7 +59,11 @@ class Data(LightningDataModule):
 
 def evaluate(module, tmp_path, user=None):
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
     )
     return trainer.test(module, datamodule=Data(user), verbose=False)[0]
 
@@ -126,7 +132,9 @@ def test_only_the_last_merge(tmp_path):
     module = MergeModule(network(9), STATES, ANN, models="last")
     results = evaluate(module, tmp_path)
     wanted = plain_matrix(ANN)[2]
-    assert results == pytest.approx({f"test/acc/t3/task{i + 1}": wanted[i] for i in range(3)} | {"test/avg_acc": sum(wanted) / 3})
+    assert results == pytest.approx(
+        {f"test/acc/t3/task{i + 1}": wanted[i] for i in range(3)} | {"test/avg_acc": sum(wanted) / 3}
+    )
 
 
 def test_options_reach_the_merge(tmp_path):
@@ -188,7 +196,10 @@ def test_names_may_be_relative_to_the_network(tmp_path):
     module = MergeModule(network(9), STATES, prefixed)
     wanted = MergeModule(network(9), STATES, ANN).export()
     assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
-    files = [str(Importance(p, kind="mas", num_samples=1).save(tmp_path / f"{k}.safetensors")) for k, p in enumerate(prefixed)]
+    files = [
+        str(Importance(p, kind="mas", num_samples=1).save(tmp_path / f"{k}.safetensors"))
+        for k, p in enumerate(prefixed)
+    ]
     module = MergeModule(network(9), STATES, files)
     assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
 
@@ -198,7 +209,9 @@ def test_names_may_be_relative_to_the_network(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    experts = [save_tensors(tmp_path / f"expert-{k}.safetensors", state, kind="expert") for k, state in enumerate(STATES)]
+    experts = [
+        save_tensors(tmp_path / f"expert-{k}.safetensors", state, kind="expert") for k, state in enumerate(STATES)
+    ]
     importances = [one.save(tmp_path / f"importance-{k}.safetensors") for k, one in enumerate(ANN)]
     return experts, importances
 

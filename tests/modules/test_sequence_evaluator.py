@@ -54,22 +54,19 @@ def plain_matrix(bodies=BODIES) -> list[list[float]]:
     return matrix
 
 
-def test_run(evaluator, tmp_path, test_loaders=None, **options):
+def evaluated(evaluator, tmp_path, given=None, **options):
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, **options,
     )  # fmt: skip
-    (first, *rest) = trainer.test(evaluator, test_loaders or loaders(), verbose=False)  # Lightning gives one for each loader
+    (first, *rest) = trainer.test(evaluator, given or loaders(), verbose=False)  # Lightning gives one for each loader
     assert all(other == first for other in rest)
     return first
 
 
-test_run.__test__ = False
-
-
 def test_the_matrix_is_that_of_a_plain_loop(tmp_path):
     evaluator = SequenceEvaluator(network(9), BODIES, HEADS)
-    results = test_run(evaluator, tmp_path)
+    results = evaluated(evaluator, tmp_path)
     wanted = plain_matrix()
 
     values = [value for row in wanted for value in row]
@@ -92,7 +89,7 @@ def test_the_matrix_is_that_of_a_plain_loop(tmp_path):
 
 def test_only_the_last_model(tmp_path):
     evaluator = SequenceEvaluator(network(9), BODIES, HEADS, models="last")
-    results = test_run(evaluator, tmp_path)
+    results = evaluated(evaluator, tmp_path)
     wanted = plain_matrix()[2]
 
     assert results == pytest.approx(
@@ -104,21 +101,26 @@ def test_only_the_last_model(tmp_path):
 def test_a_single_task(tmp_path):
     evaluator = SequenceEvaluator(network(9), BODIES[:1], HEADS[:1])
     accuracy = plain_matrix()[0][0]
-    wanted = {"test/acc/t1/task1": accuracy, "test/avg_acc": accuracy, "test/forgetting": 0.0, "test/forgetting_cl": 0.0}
-    assert test_run(evaluator, tmp_path, loaders(1)) == pytest.approx(wanted)
-    assert test_run(evaluator, tmp_path, loaders(1)[0]) == pytest.approx(wanted)
+    wanted = {
+        "test/acc/t1/task1": accuracy,
+        "test/avg_acc": accuracy,
+        "test/forgetting": 0.0,
+        "test/forgetting_cl": 0.0,
+    }
+    assert evaluated(evaluator, tmp_path, loaders(1)) == pytest.approx(wanted)
+    assert evaluated(evaluator, tmp_path, loaders(1)[0]) == pytest.approx(wanted)
 
 
 def test_a_second_test_begins_anew(tmp_path):
     evaluator = SequenceEvaluator(network(9), BODIES, HEADS)
-    first = test_run(evaluator, tmp_path)
-    assert test_run(evaluator, tmp_path) == first
+    first = evaluated(evaluator, tmp_path)
+    assert evaluated(evaluator, tmp_path) == first
 
 
 def test_models_are_left_as_they_were(tmp_path):
     given, bodies = network(9), copy.deepcopy(BODIES)
     before = copy.deepcopy(given.state_dict())
-    test_run(SequenceEvaluator(given, BODIES, HEADS), tmp_path)
+    evaluated(SequenceEvaluator(given, BODIES, HEADS), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
     for body, same in zip(BODIES, bodies, strict=True):
         assert all(torch.equal(body[name], same[name]) for name in same)
@@ -134,7 +136,7 @@ def test_the_network_that_was_given_can_still_be_trained():
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_test_loader_for_each_task_is_needed(tmp_path, count):
     with pytest.raises(MisconfigurationException, match=f"There are {count} test loaders for 3 tasks"):
-        test_run(SequenceEvaluator(network(9), BODIES, HEADS), tmp_path, loaders(count))
+        evaluated(SequenceEvaluator(network(9), BODIES, HEADS), tmp_path, loaders(count))
 
 
 def test_a_body_for_each_head_is_needed():

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -262,7 +262,9 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_no_network(tmp_path):
     assert set(saved["state_dict"]) == {f"network.{name}" for name in network().state_dict()}  # no second copy
     again = TaskLearner.load_from_checkpoint(tmp_path / "x.ckpt", network=network(9))
     assert again.hparams["lr"] == 0.25
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), learner.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), learner.state_dict().values(), strict=True)
+    )
 
 
 def test_a_plain_dataloader_is_enough(tmp_path):
