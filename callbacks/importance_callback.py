@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 from typing_extensions import override
@@ -82,19 +83,20 @@ class ImportanceCallback(Callback):
                 f"{type(self).__name__} needs whole parameters on every device; the strategy "
                 f"{type(trainer.strategy).__name__} shards them. Use ddp or a single device."
             )
-        names = [name for name, _ in pl_module.named_parameters()]
-        for name in (*self._options["exclude"], *([] if self.module is None else [self.module])):
-            if not any(known == name or known.startswith(f"{name.removesuffix('.')}.") for known in names):
-                raise MisconfigurationException(
-                    f"{type(pl_module).__name__} has no parameters below {name!r}; its parameters are {names}."
-                )
-        try:
-            check_options(self.kind, *(self._options[key] for key in ("reduction", "draws", "max_scratch_mb")))
-            select_parameters(pl_module, self.module, self._options["exclude"])
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
+            self._check_options(pl_module)
         if isinstance(self.dataloader, str) and stage == "fit":
             self._hook_owner(trainer, pl_module, self.dataloader)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work with a module that ``configure_model`` has made."""
+        self._check_options(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work with a module that ``configure_model`` has made."""
+        self._check_options(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,6 +116,13 @@ class ImportanceCallback(Callback):
         self._estimate(
             trainer, pl_module, self._given_dataloaders() if given else _as_list(trainer.predict_dataloaders)
         )
+
+    def _check_options(self, pl_module: LightningModule) -> None:
+        try:
+            check_options(self.kind, *(self._options[key] for key in ("reduction", "draws", "max_scratch_mb")))
+            select_parameters(pl_module, self.module, self._options["exclude"])
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
 
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
         strategy = trainer.strategy

@@ -83,7 +83,7 @@ class TensorLoader(DataLoader[Any]):
     rest of the batches that the interrupted one would have had, in the same order.
     """
 
-    _position = 0
+    _place: dict[str, int] | None = None
     _resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -96,7 +96,7 @@ class TensorLoader(DataLoader[Any]):
         for position, indices in enumerate(self.batch_sampler or ()):
             if position < start:
                 continue
-            self._position = position + 1
+            self._place = {"epoch": self._epoch, "position": position + 1}
             yield dataset.__getitems__(indices)
 
     @property
@@ -105,7 +105,7 @@ class TensorLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were handed out."""
-        return dict(self._resume) if self._resume is not None else {"epoch": self._epoch, "position": self._position}
+        return dict(self._resume or self._place or {"epoch": self._epoch, "position": 0})
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next pass, if it is of the same epoch, after the batches that were handed out."""

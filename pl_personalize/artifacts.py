@@ -1,8 +1,8 @@
 """What the project writes to disk: tensors as safetensors with checked metadata, and JSON. Written whole or not at all.
 
-A file has one metadata entry, a JSON object with ``kind``, ``version``, ``aliases``, ``metadata`` and ``sha256`` (of all of it);
-one entry, because the order of several differs from process to process, and with it the bytes of the file. Tensors that
-are the same storage are stored once and come back as one.
+A file has one metadata entry, a JSON object: ``kind``, ``version``, ``names`` (in order), ``aliases``, ``metadata`` and
+``sha256`` (of all of it). One entry, because the order of several differs from process to process, and with it the bytes
+of the file. Tensors that are the same storage are stored once and come back as one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 _KEY = "pl_personalize"
 _VERSION = 1
+_FIELDS = {"kind", "version", "names", "aliases", "metadata", "sha256"}
 
 
 class ArtifactError(ValueError):
@@ -99,7 +100,13 @@ def save_tensors(
     """
     aliases = shared_entries(tensors)
     unique = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in aliases}
-    content = {"kind": kind, "version": _VERSION, "aliases": aliases, "metadata": dict(metadata or {})}
+    content = {
+        "kind": kind,
+        "version": _VERSION,
+        "names": list(tensors),
+        "aliases": aliases,
+        "metadata": dict(metadata or {}),
+    }
     content["sha256"] = _checksum(content, unique)
     return write_atomically(path, save(unique, {_KEY: json.dumps(content, sort_keys=True)}))
 
@@ -148,12 +155,13 @@ class TensorFile(Mapping[str, Tensor]):
             self._names = set(self._file.keys())
         except (SafetensorError, ValueError, OSError) as error:
             raise ArtifactError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
-        if not isinstance(content, dict) or content.keys() != {"kind", "version", "sha256", "aliases", "metadata"}:
+        if not isinstance(content, dict) or content.keys() != _FIELDS:
             raise ArtifactError(f"{path} was not written by pl_personalize; expected a file of kind {kind!r}.")
         if content["kind"] != kind:
             raise ArtifactError(f"{path} holds {content['kind']!r}; expected {kind!r}.")
         if content["version"] != _VERSION:
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
+        self._order: list[str] = content["names"]
         self.aliases: dict[str, str] = content["aliases"]
         self.metadata: dict[str, Any] = content["metadata"]
         if not verify:
@@ -172,10 +180,10 @@ class TensorFile(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names | self.aliases.keys()))
+        return iter(self._order)
 
     def __len__(self) -> int:
-        return len(self._names) + len(self.aliases)
+        return len(self._order)
 
     def load(self) -> dict[str, Tensor]:
         """All tensors in memory; names that were one storage are one again."""

@@ -432,7 +432,7 @@ def _sums_per_batch(
             logits = as_logits(forward(model, batch))
             check_logits(logits, num_samples)
             if not logits.requires_grad:
-                raise ValueError("The model's output does not depend on any of the parameters that count.")
+                raise ValueError("The model's output has no gradient with respect to any of the parameters that count.")
             if kind == "mas":
                 direction = mas_cotangent(logits.detach())
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import shared_entries
@@ -218,13 +219,12 @@ class _Plan:
             return None
         scales = []
         for importance in self.importances:
-            values = [importance[source].double() for source in self.groups]
-            total = (
-                sum(float(v.sum()) for v in values)
-                if self.normalize == "sum"
-                else max(float(v.max()) for v in values if v.numel())
-            )
-            scales.append(total or 1.0)
+            values = (importance[source] for source in self.groups)
+            if self.normalize == "sum":
+                scale = sum(float(value.sum(dtype=torch.float64)) for value in values)
+            else:
+                scale = max((float(value.max()) for value in values if value.numel()), default=0.0)
+            scales.append(scale or 1.0)
         return scales
 
     def _scaled(self, k: int, source: str, importance: Tensor) -> Tensor:

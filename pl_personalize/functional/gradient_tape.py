@@ -214,7 +214,7 @@ class GradientTape:
             }.values()
         )
         num_samples = first.x.shape[0]  # type: ignore[union-attr]
-        chunk = max(1, self._max_scratch_bytes // (elements * first.grad.element_size()))  # type: ignore[union-attr]
+        chunk = max(1, self._max_scratch_bytes // max(1, elements * first.grad.element_size()))  # type: ignore[union-attr]
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
             totals: dict[str, Tensor] = {}

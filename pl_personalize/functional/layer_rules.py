@@ -74,7 +74,7 @@ def find_layer_rule(layer: nn.Module) -> LayerRule | None:
 
 
 def raise_to(tensor: Tensor, power: int) -> Tensor:
-    """``|tensor| ** power`` for power 1 or 2; a new tensor, since a gradient may be a view of something still needed."""
+    """``|tensor| ** power`` for power 1 or 2, a new tensor: a gradient may be a view of something still needed."""
     return tensor.abs() if power == 1 else tensor.square()
 
 

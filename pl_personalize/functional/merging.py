@@ -74,7 +74,5 @@ def prefix_merges(
             share = torch.where(empty, weight / total_weight, mass / total).to(dtype)
         merged.add_(share * (parameter.to(dtype) - merged))
         if k >= start:
-            zeroed = zero == "reference" and empty is not None
-            yield (merged.masked_fill(empty, 0) if zeroed and empty is not None else merged).to(
-                parameter.dtype, copy=True
-            )
+            result = merged if empty is None or zero == "mean" else merged.masked_fill(empty, 0)
+            yield result.to(parameter.dtype, copy=True)

@@ -34,10 +34,13 @@ def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"Labels must be integers, one for each of {logits.shape[0]} samples; got {labels.dtype}, {tuple(labels.shape)}."
+            f"The labels must be integers, one for each of {logits.shape[0]} samples; they are {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
         )
     if labels.numel() and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
-        raise ValueError(f"Labels must be in 0..{logits.shape[1] - 1}; got {int(labels.min())} to {int(labels.max())}.")
+        raise ValueError(
+            f"The labels must be in 0..{logits.shape[1] - 1}; they go from {int(labels.min())} to {int(labels.max())}."
+        )
     return logits.softmax(1) - F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
 
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -16,6 +17,12 @@ from pl_personalize.functional.layer_rules import raise_to
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
+
+_RANDOM = (
+    "The model is random in eval mode: it does not give the same output twice, and importances per sample are not "
+    "defined. Make it deterministic in eval mode."
+)
+_NO_GRADIENT = "The model's output has no gradient with respect to any of the parameters that count."
 
 
 class _Network(nn.Module):
@@ -63,7 +70,7 @@ class PerSamplePowerSums:
         self._max_scratch_bytes = max_scratch_bytes
         self._modes = {module: module.training for module in model.modules()}
         self._needs_grad = {p: p.requires_grad for p in model.parameters()}
-        # Plain tensors that a module keeps and sets anew in its forward, such as the weight of an old-style weight norm.
+        # Plain tensors that a module sets anew in its forward, such as the weight of an old-style weight norm.
         self._attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in model.modules()}
         wanted = {id(p) for p in parameters.values()}
         layers = [m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values())]
@@ -120,6 +127,7 @@ class PerSamplePowerSums:
             ValueError: If samples of a batch influence each other, if the output is not finite, or if a layer is used
                 in a way that the check did not see.
         """
+        batch = apply_to_collection(batch, Tensor, Tensor.detach)  # an input that needs a gradient is of no use here
         if self._samples_checked < min(2, num_samples):
             self._check(batch, num_samples)
         try:
@@ -172,7 +180,7 @@ class PerSamplePowerSums:
         names = {full_names[id(p)]: name for name, p in parameters.items()}
         values = {full: parameters[name].detach() for full, name in names.items()}
         size = sum(p.numel() * p.element_size() for p in parameters.values())
-        chunk = max(1, self._max_scratch_bytes // size)
+        chunk = max(1, self._max_scratch_bytes // max(1, size))
         gradients = vmap(grad(objective), in_dims=(None, 0, 0))
         tensors = split_batch(batch, num_samples)
         for start in range(0, num_samples, chunk):
@@ -187,7 +195,7 @@ class PerSamplePowerSums:
             logits = self._network(sample)
             if not logits.requires_grad:
                 if len(parameters) == len(self._parameters):
-                    raise ValueError("The model's output does not depend on any of the parameters that count.")
+                    raise ValueError(_NO_GRADIENT)
                 return {name: torch.zeros_like(p) for name, p in parameters.items()}
             gradients = torch.autograd.grad(logits, list(parameters.values()), cotangent, materialize_grads=True)
             return dict(zip(parameters, gradients, strict=True))
@@ -206,11 +214,14 @@ class PerSamplePowerSums:
         with torch.no_grad():
             together = self._network(pair)
             check_logits(together, count)
+            if not _close(together, self._network(pair)):
+                raise ValueError(_RANDOM)
             apart = torch.cat([self._alone(sample) for sample in samples])
         self._refuse_mixed_samples(pair, samples, together, apart)
 
         # A fixed direction without symmetries: the sum of a softmax, for one, has no gradient.
-        direction = torch.arange(together.numel(), dtype=torch.float64).cos().view(together.shape).to(together)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(together.shape, generator=generator, dtype=torch.float64).to(together)
         reference = {name: torch.zeros_like(total) for name, total in self.sums.items()}
         for i, sample in enumerate(samples):
             for name, gradient in self._one_sample(sample, direction[i : i + 1], self._parameters).items():
@@ -236,7 +247,7 @@ class PerSamplePowerSums:
             return list(self._unrecorded())
         tolerance = 1e-3 if direction.dtype in (torch.float32, torch.float64) else 5e-2
         # Where the true gradient is zero, rounding leaves something of the size of the others times the precision.
-        noise = 1e-6**self._power * max(r.norm() / r.numel() ** 0.5 for r in reference.values())
+        noise = 1e-6**self._power * max(r.norm() / max(1, r.numel()) ** 0.5 for r in reference.values())
         return [
             name
             for name, right in reference.items()
@@ -293,10 +304,12 @@ class PerSamplePowerSums:
                 module.register_forward_hook(lambda module, _, output, calls=calls: calls.append((module, output)))
                 for module in self._layer_names
             ]
-            with torch.no_grad():
-                self._network(inputs)
-            for handle in handles:
-                handle.remove()
+            try:
+                with torch.no_grad():
+                    self._network(inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
             outputs.append(calls)
         for (module, both), *ones in zip(*outputs, strict=False):
             parts = [one for _, one in ones]

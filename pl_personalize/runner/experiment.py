@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from typing_extensions import override
 
 from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.callbacks import FisherImportance, MASImportance
@@ -36,6 +37,15 @@ class Work(NamedTuple):
 
     name: str
     run: Callable[[], Stage]
+
+
+class _ResumePoint(ModelCheckpoint):
+    """A checkpoint within an epoch; not at its last step, from where Lightning would go on without its validation."""
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class SeedRun:
@@ -173,7 +183,7 @@ class SeedRun:
         scratch = path.with_suffix("")
         best = ModelCheckpoint(scratch, "best", monitor="val/acc", mode="max", enable_version_counter=False)
         interval = timedelta(seconds=30)
-        last = ModelCheckpoint(scratch, "last", train_time_interval=interval, enable_version_counter=False)
+        last = _ResumePoint(scratch, "last", train_time_interval=interval, enable_version_counter=False)
         trainer = self._lightning(stage, [best, last], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=10)
         resume = scratch / "last.ckpt"
         trainer.fit(learner, datamodule=data, ckpt_path=resume if resume.exists() else None)
