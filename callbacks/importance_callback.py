@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -128,16 +129,17 @@ class ImportanceCallback(Callback):
         strategy = trainer.strategy
         limit = int(getattr(trainer, "fast_dev_run", False)) or None
         data = _Batches(trainer, [_unrepeated(loader, trainer) for loader in loaders], limit)
-        importance = estimate_importance(
-            pl_module,
-            data,
-            self.kind,
-            module=self.module,
-            forward=self.forward,
-            progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
-            all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
-            **self._options,
-        )
+        with _buffers_of_rank_zero(trainer, pl_module):
+            importance = estimate_importance(
+                pl_module,
+                data,
+                self.kind,
+                module=self.module,
+                forward=self.forward,
+                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+                all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
+                **self._options,
+            )
         self.importance = importance
         path = self._resolve_path(trainer)
         self.path = str(strategy.broadcast(str(path)))
@@ -254,6 +256,29 @@ def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
 
 
 @contextmanager
+def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """The same buffers on all ranks inside: DDP synchronises batch-norm statistics only when a forward starts."""
+    buffers = list(pl_module.buffers()) if trainer.world_size > 1 else []
+    with _kept(buffers):
+        with torch.no_grad():
+            for buffer in buffers:
+                buffer.copy_(trainer.strategy.broadcast(buffer))
+        yield
+
+
+@contextmanager
+def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What the tensors hold is put back at the end."""
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
+@contextmanager
 def _best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) -> Iterator[None]:
     """The weights of the best checkpoint inside, the present ones after."""
     path = _best_checkpoint(trainer) if wanted else ""
@@ -266,15 +291,9 @@ def _best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool)
         rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); importances use the last weights.")
         yield
         return
-    tensors = [*pl_module.parameters(), *pl_module.buffers()]
-    present = [tensor.detach().clone() for tensor in tensors]
-    pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-    try:
+    with _kept([*pl_module.parameters(), *pl_module.buffers()]):
+        pl_module.load_state_dict(state, strict=pl_module.strict_loading)
         yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, present, strict=True):
-                tensor.copy_(value)
 
 
 def _best_checkpoint(trainer: Trainer) -> str:
@@ -297,4 +316,9 @@ def _log_summary(logger: Logger, importance: Importance, step: int) -> None:
     elif isinstance(logger, WandbLogger):
         import wandb
 
-        logger.experiment.log({name: wandb.Histogram(value.tolist()) for name, value in nonzero.items()})
+        logger.experiment.log(
+            {
+                name: wandb.Histogram(np_histogram=np.histogram(value.numpy(), bins=64))
+                for name, value in nonzero.items()
+            }
+        )

@@ -91,7 +91,9 @@ class PlateauSchedule(Callback):
                 f"PlateauSchedule monitors {self.monitor!r}, which was not logged; logged were "
                 f"{sorted(trainer.callback_metrics)}."
             )
-        value = float(trainer.callback_metrics[self.monitor])
+        # The mean over processes: a metric that was logged without sync_dist must not let them part.
+        logged = trainer.callback_metrics[self.monitor].to(pl_module.device)
+        value = float(trainer.strategy.reduce(logged, reduce_op="mean"))
         best = self.best if self.best is not None else (-inf if self.mode == "max" else inf)
         if value > best if self.mode == "max" else value < best:
             self.best, self.stagnant = value, 0
@@ -101,6 +103,5 @@ class PlateauSchedule(Callback):
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] *= self.factor
-        trainer.should_stop = trainer.strategy.reduce_boolean_decision(
-            trainer.should_stop or self.stagnant >= self.stop_after, all=False
-        )
+        if self.stagnant >= self.stop_after:
+            trainer.should_stop = True

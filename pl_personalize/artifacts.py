@@ -1,8 +1,8 @@
 """What the project writes to disk: tensors as safetensors with checked metadata, and JSON. Written whole or not at all.
 
 A file has one metadata entry, a JSON object: ``kind``, ``version``, ``names`` (in order), ``aliases``, ``metadata`` and
-``sha256`` (of all of it). One entry, because the order of several differs from process to process, and with it the bytes
-of the file. Tensors that are the same storage are stored once and come back as one.
+``sha256`` (of all of it). One entry, because the order of several differs from process to process, and with it the
+bytes of the file. Tensors that are the same storage are stored once and come back as one.
 """
 
 from __future__ import annotations

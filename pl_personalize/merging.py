@@ -143,11 +143,7 @@ class _Plan:
                     f"Expert {k + 1} of {len(self.experts)} has no importances. Give one mapping for each expert, or "
                     "importances=None for the plain mean."
                 )
-        given = [importance for importance in importances if importance is not None]
-        for k, importance in enumerate(given):
-            if different := sorted(set(importance) ^ set(given[0])):
-                raise ValueError(f"The importances of expert 1 and expert {k + 1} are of different names: {different}.")
-        return given
+        return [importance for importance in importances if importance is not None]
 
     def _check_weights(self, weights: Sequence[float] | None) -> list[float]:
         if weights is None:
@@ -166,7 +162,7 @@ class _Plan:
         if parameters is not None:
             chosen = list(parameters)
         elif self.importances is not None:
-            chosen = list(self.importances[0])
+            chosen = list(dict.fromkeys(name for importance in self.importances for name in importance))
         else:
             chosen = [
                 name
@@ -186,7 +182,7 @@ class _Plan:
                 groups.setdefault(shared.get(name, name), []).append(name)
         if self.importances is None:
             return groups
-        known = self.importances[0]
+        known = {name for importance in self.importances for name in importance}
         return {next((name for name in names if name in known), first): names for first, names in groups.items()}
 
     def _check_entries(self) -> None:

@@ -56,8 +56,8 @@ class TaskAccuracyMatrix(Metric):
         """
         if predictions.dim() != 1 or predictions.shape != labels.shape:
             raise MisconfigurationException(
-                f"predictions and labels must both be (n,); got {tuple(predictions.shape)} and {tuple(labels.shape)}. "
-                "Of logits, take logits.argmax(1)."
+                f"predictions and labels must be of one shape (n,); got {tuple(predictions.shape)} and "
+                f"{tuple(labels.shape)}. Of logits, take logits.argmax(1)."
             )
         for name, index in (("model", model), ("task", task)):
             if not 0 <= index < self.num_tasks:

@@ -38,9 +38,8 @@ def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
             f"{tuple(labels.shape)}."
         )
     if labels.numel() and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
-        raise ValueError(
-            f"The labels must be in 0..{logits.shape[1] - 1}; they go from {int(labels.min())} to {int(labels.max())}."
-        )
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"The labels must be in 0..{logits.shape[1] - 1}; they go from {found}.")
     return logits.softmax(1) - F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
 
 

@@ -268,11 +268,12 @@ class PerSamplePowerSums:
             name: [m for m in self._tape.rules if name in {full for _, full in self._tape.owned(m).values()}]
             for name in recorded.intersection(names)
         }
-        exhausted = [name for name, ms in owners.items() if all(self._tape.rules[m] is VJP_RULE for m in ms)]
+        exhausted = [ms for ms in owners.values() if all(self._tape.rules[m] is VJP_RULE for m in ms)]
         for layer in {m for ms in owners.values() for m in ms}:
             self._tape.rules[layer] = VJP_RULE
-        for name in exhausted:
-            del self._tape.names[id(self._parameters[name])]
+        # All of a layer's parameters go together: where the layer is misread, a bias may be right by chance.
+        for key in {key for ms in exhausted for m in ms for key, _ in self._tape.owned(m).values()}:
+            del self._tape.names[key]
 
     def _alone(self, sample: Any) -> Tensor:
         """The logits of one sample, or a refusal that names the module which cannot do without the others."""

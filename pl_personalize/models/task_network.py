@@ -29,7 +29,10 @@ class TaskNetwork(nn.Module):
 
     def new_head(self, num_classes: int) -> nn.Linear:
         """Replace the head by a freshly initialised one with ``num_classes`` outputs, and return it."""
-        self.head = nn.Linear(self.head.in_features, num_classes, bias=self.head.bias is not None)
+        old = self.head
+        self.head = nn.Linear(
+            old.in_features, num_classes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+        )
         return self.head
 
 

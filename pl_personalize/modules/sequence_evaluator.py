@@ -51,7 +51,7 @@ class SequenceEvaluator(LightningModule):
             raise MisconfigurationException(
                 f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task."
             )
-        self.network = network.requires_grad_(False)
+        self.network = network
         self.bodies, self.heads, self.models = list(bodies), list(heads), models
         self.accuracy = TaskAccuracyMatrix(len(heads))
         self.matrix: Tensor | None = None
@@ -97,7 +97,7 @@ class SequenceEvaluator(LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         """Log the matrix and what is said of it."""
-        matrix = self.accuracy.compute().cpu()
+        matrix = self.accuracy.compute().cpu().view(self.num_tasks, self.num_tasks)  # torchmetrics squeezes a 1×1
         self.matrix = matrix
         results = {
             f"test/acc/t{t + 1}/task{i + 1}": matrix[t, i]

@@ -70,7 +70,6 @@ class TaskLearner(LightningModule):
         self.network = network
         num_classes = network.head.out_features
         self.val_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
-        self.test_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
         self._anchor_names = self._register_anchor(anchor)
 
     def _register_anchor(self, anchor: Mapping[str, Tensor] | None) -> list[str]:
@@ -105,9 +104,10 @@ class TaskLearner(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """The schedule, unless the Trainer has one."""
-        return [
-            PlateauSchedule("val/acc", drop_after=self.hparams["drop_after"], stop_after=self.hparams["stop_after"])
-        ]
+        if any(isinstance(callback, PlateauSchedule) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return []
+        options = {key: self.hparams[key] for key in ("drop_after", "stop_after")}
+        return [PlateauSchedule("val/acc", **options)]
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -148,8 +148,7 @@ class TaskLearner(LightningModule):
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
-        self.test_accuracy(self(x), y)
-        self.log("test/acc", self.test_accuracy)
+        self.log("test/acc", (self(x).argmax(1) == y).float().mean(), batch_size=len(y), sync_dist=True)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

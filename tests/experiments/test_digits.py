@@ -61,7 +61,7 @@ def test_the_importances_of_a_user_were_computed_without_labels_and_for_its_task
 
 
 def test_a_second_call_does_nothing_again(finished):
-    folder, output = finished
+    folder, _ = finished
     manifest = (folder / "manifest.json").read_bytes()
     table = (folder / "results.csv").read_bytes()
     runs = sorted((folder / "wandb").iterdir())
@@ -99,7 +99,9 @@ def test_a_folder_of_another_run_is_refused(finished):
     assert "holds a run with other options (lr: 0.01 there, 0.5 now)" in refused.stderr
 
 
-@pytest.mark.parametrize(("option", "value"), [("--methods", "[FIM]"), ("--training.epochs", "many"), ("--sedes", "[1]")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--methods", "[FIM]"), ("--training.epochs", "many"), ("--sedes", "[1]")]
+)
 def test_a_wrong_option_is_refused_at_once(tmp_path, option, value):
     refused = run(tmp_path / "run", option, value)
     assert refused.returncode == 2

@@ -6,7 +6,7 @@ from networks import StandardisedLinear
 from torch import nn
 
 from pl_personalize.functional import layer_rules
-from pl_personalize.functional.layer_rules import find_layer_rule, power_, register_layer_rule
+from pl_personalize.functional.layer_rules import find_layer_rule, raise_to, register_layer_rule
 
 LAYERS = [
     (nn.Linear(5, 4), (5,)),
@@ -153,8 +153,8 @@ def test_registering_a_rule_for_a_new_layer(monkeypatch):
 
 
 @pytest.mark.parametrize(("power", "expected"), [(1, [3.0, 0.0, 2.0]), (2, [9.0, 0.0, 4.0])])
-def test_power_works_in_place(power, expected):
+def test_power_is_a_new_tensor(power, expected):
     tensor = torch.tensor([-3.0, 0.0, 2.0])
 
-    assert power_(tensor, power) is tensor
-    assert tensor.tolist() == expected
+    assert raise_to(tensor, power).tolist() == expected
+    assert tensor.tolist() == [-3.0, 0.0, 2.0]

@@ -50,8 +50,8 @@ def _sums(model, batches, power=1, count=1, **options):
 
 # What is not "closed form", by the beginning of the names of the parameters that have it.
 SLOWER = {
-    "functional_use": {"layer.weight": "model", "layer.bias": "layer"},
-    "logit_shift": {"0.layer.weight": "model", "0.layer.bias": "layer", "1": "layer"},
+    "functional_use": {"layer": "model"},  # all of a layer, where one of its parameters has no faster path
+    "logit_shift": {"0.layer": "model", "1": "layer"},
     "shared_branches": {"shift": "layer"},
     "raw": {"scale": "layer", "shift": "layer"},
     "attention": {"token": "layer", "norm": "layer", "attention": "model"},

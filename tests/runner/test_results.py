@@ -41,7 +41,7 @@ def test_the_mean_over_users_is_added_for_each_method_and_seed():
 def test_the_csv_has_the_agreed_columns(tmp_path):
     path = write_csv(tmp_path / "results.csv", [row("MAS-RACL", "a"), row("Experts", "a")])
     header, first, second = csv.reader(path.open())
-    assert header == "benchmark,backbone,method,adaptation,user,seed,avg_acc,forgetting".split(",")
+    assert header == ["benchmark", "backbone", "method", "adaptation", "user", "seed", "avg_acc", "forgetting"]
     assert first == ["Digits", "MLP", "MAS-RACL", "none", "a", "1", "62.5000", "25.0000"]
     assert second[-1] == ""
 
