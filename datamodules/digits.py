@@ -15,7 +15,7 @@ from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataM
 from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 16, 16)
-SERVER_PHOTOGRAPHS = 4
+SERVER_PHOTOGRAPHS = 2
 """Photographs that the server has of each of its digits; a user has one."""
 
 
@@ -25,7 +25,7 @@ class DigitsDataModule(TaskIncrementalDataModule):
     The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
     kind through a fixed change (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy.
     The server has both kinds. No digit is in two places: of each class half of the digits go to the server, a half of
-    these as scans and a half as photographs, four of each; and a quarter of the digits to each user. 80 % of the
+    these as scans and a half as photographs, two of each; and a quarter of the digits to each user. 80 % of the
     server's digits are for training; a user's are halved into adapt and eval. Nothing is downloaded.
 
     Args:
@@ -126,7 +126,7 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.6, 1.6])
+    chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
     board_colour, chalk_colour = uniform(0.1, 0.5, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
     image = board_colour * (1 - chalk) + chalk_colour * chalk
     height, width = scan.shape[1:]

@@ -33,7 +33,7 @@ WANDB = WandbOptions()
 
 
 def main(
-    seeds: Sequence[int] = (1, 2, 3),
+    seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[MethodName] = tuple(MERGE_METHODS),
     hidden: Sequence[int] = (100, 100),
     batch_size: int = 20,

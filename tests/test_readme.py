@@ -1,0 +1,44 @@
+"""The code in README.md and docs/ runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Attention
+from reference import naive_importance, relative_error
+
+from pl_personalize import estimate_importance
+from pl_personalize.functional import layer_rules
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(page: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@pytest.mark.skipif(not PAGES[0].exists(), reason="README.md is not beside the tests (they run against a wheel)")
+@pytest.mark.parametrize("page", [page for page in PAGES if page.exists() and code_blocks(page)], ids=lambda p: p.name)
+def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(code_blocks(page), page.name, "exec"), names)
+    if page.name == "README.md":
+        assert names["callback"].importance.num_samples == 40
+        assert (tmp_path / "importances" / "user-7-task-1.safetensors").is_file()
+    if page.name == "importances.md":  # the rule that it registers
+        network, x = Attention(), torch.randn(5, 3, 4)
+        importance = estimate_importance(network, [x], "mas")
+        assert importance.paths["norm.weight"] == "closed form"
+        assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        if page.exists():
+            for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
