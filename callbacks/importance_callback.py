@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +18,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from pl_personalize.callbacks.pass_over_data import PassOverData
+from pl_personalize.estimation import check_options, estimate_importance, select_parameters
 from pl_personalize.functional.per_sample import Forward
-from pl_personalize.importance import Importance, Kind, check_options, estimate_importance, select_parameters
+from pl_personalize.importance import Importance, Kind
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -128,7 +129,7 @@ class ImportanceCallback(Callback):
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
         strategy = trainer.strategy
         limit = int(getattr(trainer, "fast_dev_run", False)) or None
-        data = _Batches(trainer, [_unrepeated(loader, trainer) for loader in loaders], limit)
+        data = PassOverData(trainer, loaders, limit)
         with _buffers_of_rank_zero(trainer, pl_module):
             importance = estimate_importance(
                 pl_module,
@@ -192,21 +193,6 @@ class ImportanceCallback(Callback):
         return folder / f"{self.filename or self.kind}.safetensors"
 
 
-class _Batches:
-    """Several loaders one after the other, each batch brought to the device as in a step of the Trainer."""
-
-    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: int | None) -> None:
-        self._trainer, self._loaders, self._limit = trainer, loaders, limit
-
-    def __iter__(self) -> Iterator[Any]:
-        trainer = self._trainer
-        for batch in chain.from_iterable(islice(iter(loader), self._limit) for loader in self._loaders):
-            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-
-    def __len__(self) -> int:
-        return sum(len(loader) for loader in self._loaders)  # type: ignore[arg-type, misc]
-
-
 def _as_list(loaders: Any) -> list[Iterable[Any]]:
     if isinstance(loaders, Mapping):
         return list(loaders.values())
@@ -216,38 +202,6 @@ def _as_list(loaders: Any) -> list[Iterable[Any]]:
 def _defines(owner: LightningDataModule | LightningModule, hook: str) -> bool:
     base = LightningDataModule if isinstance(owner, LightningDataModule) else LightningModule
     return getattr(type(owner), hook, None) is not getattr(base, hook)
-
-
-def _unrepeated(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
-    """The loader's data in order, each sample once, over all ranks; other iterables as they are."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes; give a DataLoader "
-                "with a map-style dataset."
-            )
-        return loader
-    dataset: Any = loader.dataset
-    if isinstance(sampler := _original_sampler(loader), SubsetRandomSampler):
-        dataset = Subset(dataset, sorted(sampler.indices))
-    by_batch = loader.batch_size is None and loader.batch_sampler is None  # the dataset's items are batches
-    return DataLoader(
-        dataset,
-        batch_size=None if by_batch else loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
-        sampler=range(trainer.global_rank, len(dataset), trainer.world_size),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-    )
-
-
-def _original_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler below those that Lightning puts around it for prediction and for several processes."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
-        sampler = inner
-    return sampler
 
 
 def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:

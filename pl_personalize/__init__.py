@@ -8,7 +8,8 @@ except PackageNotFoundError:  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
 
 from pl_personalize.artifacts import ArtifactError
-from pl_personalize.importance import Importance, estimate_importance
+from pl_personalize.estimation import estimate_importance
+from pl_personalize.importance import Importance
 from pl_personalize.merging import merge, merge_prefixes
 from pl_personalize.modules import MergeModule, TaskLearner
 

@@ -25,6 +25,7 @@ RANKS = {
     "functional": 0,
     "artifacts": 1,
     "importance": 2,
+    "estimation": 2,
     "merging": 2,
     "metrics": 2,
     "models": 2,
@@ -34,7 +35,7 @@ RANKS = {
     "runner": 4,
     "cli": 5,
 }
-PEERS = {("modules", "callbacks"), ("merging", "importance")}
+PEERS = {("modules", "callbacks"), ("estimation", "importance")}
 
 
 def _modules_below(folder: Path, package: str) -> dict[str, Path]:
