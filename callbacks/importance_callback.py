@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from pl_personalize.callbacks.pass_over_data import PassOverData
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
+from pl_personalize.functional.batches import batch_size, slice_batch
 from pl_personalize.functional.per_sample import Forward
 from pl_personalize.importance import Importance, Kind
 
@@ -73,6 +75,10 @@ class ImportanceCallback(Callback):
         self.importance: Importance | None = None
         self.path: str | None = None
 
+    @property
+    def _target(self) -> tuple[Path | None, str]:
+        return self.dirpath, self.filename or self.kind
+
     def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether to estimate now, at the end of ``fit`` or ``predict``. Override to decide otherwise."""
         return True
@@ -85,6 +91,11 @@ class ImportanceCallback(Callback):
                 f"{type(self).__name__} needs whole parameters on every device; the strategy "
                 f"{type(trainer.strategy).__name__} shards them. Use ddp or a single device."
             )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is not self and isinstance(other, ImportanceCallback) and other._target == self._target:
+                raise MisconfigurationException(
+                    f"Two callbacks would write the same file, {self._target[1]}.safetensors. Set filename= for one."
+                )
         if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
             self._check_options(pl_module)
         if isinstance(self.dataloader, str) and stage == "fit":
@@ -101,6 +112,27 @@ class ImportanceCallback(Callback):
         self._check_options(pl_module)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate over two samples, so that what cannot work fails now and not after the training."""
+        if not self.should_estimate(trainer, pl_module) or isinstance(self.dataloader, Iterator):
+            return
+        given = self.dataloader is not None and not isinstance(self.dataloader, str)
+        # Of a named stage nothing is set up yet: two training samples have to do.
+        loader = (self._given_dataloaders() if given else _as_list(trainer.train_dataloader))[:1]
+        try:
+            estimate_importance(
+                pl_module,
+                _two_samples(PassOverData(trainer, loader, [1])),
+                self.kind,
+                module=self.module,
+                forward=self.forward,
+                all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
+                **self._options | {"generator": None},
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate with the best or the last weights, and write the file."""
         if not self.should_estimate(trainer, pl_module):
@@ -114,10 +146,11 @@ class ImportanceCallback(Callback):
         """Estimate over the data that was predicted, with the weights that predicted it, and write the file."""
         if not self.should_estimate(trainer, pl_module):
             return
-        given = self.dataloader is not None and not isinstance(self.dataloader, str)
-        self._estimate(
-            trainer, pl_module, self._given_dataloaders() if given else _as_list(trainer.predict_dataloaders)
-        )
+        if self.dataloader is not None and not isinstance(self.dataloader, str):
+            self._estimate(trainer, pl_module, self._given_dataloaders())
+        else:
+            loaders = _as_list(trainer.predict_dataloaders)
+            self._estimate(trainer, pl_module, loaders, limits=trainer.num_predict_batches)
 
     def _check_options(self, pl_module: LightningModule) -> None:
         try:
@@ -126,10 +159,17 @@ class ImportanceCallback(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
 
-    def _estimate(self, trainer: Trainer, pl_module: LightningModule, loaders: Sequence[Iterable[Any]]) -> None:
+    def _estimate(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loaders: Sequence[Iterable[Any]],
+        limits: Sequence[float] | None = None,
+    ) -> None:
         strategy = trainer.strategy
-        limit = int(getattr(trainer, "fast_dev_run", False)) or None
-        data = PassOverData(trainer, loaders, limit)
+        if limits is None:
+            limits = [int(getattr(trainer, "fast_dev_run", False)) or inf] * len(loaders)
+        data = PassOverData(trainer, loaders, limits)
         with _buffers_of_rank_zero(trainer, pl_module):
             importance = estimate_importance(
                 pl_module,
@@ -163,7 +203,11 @@ class ImportanceCallback(Callback):
     def _given_dataloaders(self) -> list[Iterable[Any]]:
         """What was passed: one iterable of batches, or several DataLoaders."""
         given: Any = self.dataloader
-        several = isinstance(given, list | tuple) and all(isinstance(loader, DataLoader) for loader in given)
+        several = (
+            isinstance(given, list | tuple)
+            and len(given) > 0
+            and all(isinstance(loader, DataLoader) for loader in given)
+        )
         return list(given) if several else [given]
 
     def _hook_owner(
@@ -172,9 +216,9 @@ class ImportanceCallback(Callback):
         """Who provides the dataloader of a stage."""
         hook = f"{stage}_dataloader"
         datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
-        if datamodule is not None and _defines(datamodule, hook):
+        if datamodule is not None and is_overridden(hook, datamodule):
             return datamodule
-        if _defines(pl_module, hook):
+        if is_overridden(hook, pl_module):
             return pl_module
         raise MisconfigurationException(
             f"{type(self).__name__}(dataloader={stage!r}) needs a datamodule or a module with {hook}(); neither "
@@ -190,18 +234,19 @@ class ImportanceCallback(Callback):
                 version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
                 folder = Path(save_dir, str(logger.name), version)
             folder = folder / "importances"
-        return folder / f"{self.filename or self.kind}.safetensors"
+        return folder / f"{self._target[1]}.safetensors"
+
+
+def _two_samples(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        count = batch_size(batch)
+        yield slice_batch(batch, count, slice(0, 2))
 
 
 def _as_list(loaders: Any) -> list[Iterable[Any]]:
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
-
-
-def _defines(owner: LightningDataModule | LightningModule, hook: str) -> bool:
-    base = LightningDataModule if isinstance(owner, LightningDataModule) else LightningModule
-    return getattr(type(owner), hook, None) is not getattr(base, hook)
 
 
 def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from math import inf
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -17,19 +18,22 @@ class PassOverData:
     Args:
         trainer: Whose processes share the data.
         loaders: Where the data come from.
-        limit: Batches to take from each loader, or ``None`` for all.
+        limits: Batches to take from each loader; infinity for all.
 
     Raises:
         MisconfigurationException: If a loader cannot be divided among several processes.
     """
 
-    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: int | None) -> None:
-        self._trainer, self._limit = trainer, limit
+    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float]) -> None:
+        self._trainer = trainer
+        self._limits = [None if limit == inf else int(limit) for limit in limits]
         self._loaders = [_unrepeated(loader, trainer) for loader in loaders]
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self._trainer
-        for batch in chain.from_iterable(islice(iter(loader), self._limit) for loader in self._loaders):
+        for batch in chain.from_iterable(
+            islice(iter(loader), limit) for loader, limit in zip(self._loaders, self._limits, strict=True)
+        ):
             yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
 
     def __len__(self) -> int:

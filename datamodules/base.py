@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Self
@@ -231,10 +232,11 @@ def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
 
 
 def _index(value: int | str, names: Sequence[str], what: str) -> int:
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if isinstance(value, int) and 0 <= value < len(names):
-        return value
+    if isinstance(value, str):
+        if value in names:
+            return names.index(value)
+    elif not isinstance(value, bool) and 0 <= operator.index(value) < len(names):
+        return operator.index(value)
     raise MisconfigurationException(
         f"There is no {what} {value!r}; there are {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
     )

@@ -23,10 +23,12 @@ class DigitsDataModule(TaskIncrementalDataModule):
     """The 1797 handwritten digits of scikit-learn: tasks {0, 1}, {2, 3}, …, {8, 9}, and the users *scan* and *camera*.
 
     The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
-    kind through a fixed change (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy.
-    The server has both kinds. No digit is in two places: of each class half of the digits go to the server, a half of
-    these as scans and a half as photographs, two of each; and a quarter of the digits to each user. 80 % of the
-    server's digits are for training; a user's are halved into adapt and eval. Nothing is downloaded.
+    kind through a camera (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy, random
+    for each image and the same whenever it is made. The server has both kinds.
+
+    No digit is in two places: of each class half of the digits go to the server, a half of these as scans and a half as
+    photographs, two of each; and a quarter of the digits to each user. 80 % of the server's digits are for training; a
+    user's are halved into adapt and eval. Nothing is downloaded.
 
     Args:
         task: See :class:`TaskIncrementalDataModule`.

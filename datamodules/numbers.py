@@ -156,6 +156,9 @@ def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
 def _read_folder(folder: Path) -> _Raw:
     """``<digit>/*`` as RGB 32×32, in sorted order."""
     images, digits = [], []
+    empty = [digit for digit in range(10) if not any((folder / str(digit)).glob("*"))]
+    if 0 < len(empty) < 10:
+        raise MisconfigurationException(f"{folder.resolve()} has no images of the digits {empty}.")
     for digit in range(10):
         files = sorted(path for path in (folder / str(digit)).glob("*") if path.suffix.lower() in _SUFFIXES)
         for path in files:

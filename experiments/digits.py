@@ -9,12 +9,16 @@ Compares MAS-RACL, FIM-RACL, MAS-IMM, FIM-IMM and mean-IMM on scikit-learn's han
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pl_personalize import ArtifactError
 from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
@@ -35,13 +39,13 @@ WANDB = WandbOptions()
 def main(
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[MethodName] = tuple(MERGE_METHODS),
-    hidden: Sequence[int] = (100, 100),
-    batch_size: int = 20,
+    hidden: Sequence[PositiveInt] = (100, 100),
+    batch_size: PositiveInt = 20,
     split_seed: int = 27,
     training: TrainingOptions = TRAINING,
     trainer: TrainerOptions = TRAINER,
     wandb: WandbOptions = WANDB,
-    num_threads: int = 1,
+    num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/digits"),
 ) -> None:
     """Merge five experts on handwritten digits, for a user with a scanner and a user with a camera.
@@ -58,6 +62,10 @@ def main(
         num_threads: Threads for PyTorch; more do not help networks this small.
         output_dir: Folder of the run. Run again, it goes on where it was.
     """
+    if not hidden:
+        raise MisconfigurationException(
+            "hidden must have at least one width: without hidden layers, nothing is shared."
+        )
     torch.set_num_threads(num_threads)
     run_experiment(
         "Digits",
@@ -75,4 +83,7 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    try:
+        auto_cli(main, as_positional=False)
+    except (ArtifactError, MisconfigurationException) as error:
+        sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ The experts are a safetensors file with ``task{1..5}.{hidden1,hidden2,head}.{wei
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,6 +96,8 @@ def main(
         reduction: ``sample`` (exact) or ``batch`` (the published code's estimate, batches of 20).
         num_threads: Threads for PyTorch.
     """
+    if not experts.is_file():
+        sys.exit(f"error: no file of experts at {experts}; say where it is with --experts.")
     torch.set_num_threads(num_threads)
     networks = load_experts(experts)
     results: dict[MethodName, list[tuple[float, float]]] = {method: [] for method in methods}

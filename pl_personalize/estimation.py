@@ -135,11 +135,11 @@ def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: f
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}.")
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}.")
-    if draws != "all" and (not isinstance(draws, int) or draws < 1):
+    if draws != "all" and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
         raise ValueError(f'draws must be a positive integer or "all"; got {draws!r}.')
     if draws != 1 and (kind, reduction) != ("fisher", "sample"):
         raise ValueError(f"draws={draws!r} has a meaning for kind='fisher' with reduction='sample' alone.")
-    if max_scratch_mb <= 0:
+    if not 0 < max_scratch_mb < float("inf"):
         raise ValueError(f"max_scratch_mb must be positive; got {max_scratch_mb}.")
 
 

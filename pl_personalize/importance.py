@@ -75,19 +75,6 @@ class Importance(Mapping[str, Tensor]):
         """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
         return self._like({name: value.to(*args, **kwargs) for name, value in self.items()}, self.num_samples)
 
-    def relative_to(self, module: str) -> Importance:
-        """The part that lies below ``module``, with names relative to it.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        prefix = f"{module}."
-        values = {name.removeprefix(prefix): value for name, value in self.items() if name.startswith(prefix)}
-        if not values:
-            raise ValueError(f"No importance belongs to {module!r}; there are {', '.join(self) or 'none'}.")
-        paths = {name.removeprefix(prefix): path for name, path in self.paths.items() if name.startswith(prefix)}
-        return Importance(values, kind=self.kind, num_samples=self.num_samples, reduction=self.reduction, paths=paths)
-
     def summary(self) -> dict[str, dict[str, float]]:
         """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
         return {

@@ -97,6 +97,14 @@ def _complete(merged: Mapping[str, Tensor], expert: StateDict) -> dict[str, Tens
     return {name: merged[name] if name in merged else copies[shared.get(name, name)] for name in expert}
 
 
+def kind_of(importance: StateDict | None) -> str | None:
+    """The kind of importances and how they were reduced, where the mapping knows it."""
+    kind, reduction = getattr(importance, "kind", None), getattr(importance, "reduction", None)
+    metadata: dict[str, Any] = getattr(importance, "metadata", {})
+    kind, reduction = metadata.get("kind", kind), metadata.get("reduction", reduction)
+    return f"{kind} ({reduction})" if reduction is not None else kind
+
+
 class _Plan:
     """Checked arguments of a merge: what is merged with what, before a tensor is computed."""
 
@@ -109,8 +117,13 @@ class _Plan:
         zero: Zero,
         normalize: Normalize | None,
     ) -> None:
+        if not isinstance(experts, Sequence):
+            raise ValueError(f"experts must be a sequence of state dicts; got a {type(experts).__name__}.")
         if not experts:
             raise ValueError("There are no experts to merge.")
+        for k, expert in enumerate(experts):
+            if not isinstance(expert, Mapping):
+                raise ValueError(f"Expert {k + 1} is a {type(expert).__name__}; give its state dict.")
         if zero not in get_args(Zero):
             raise ValueError(f"zero must be one of {', '.join(get_args(Zero))}; got {zero!r}.")
         if normalize is not None and normalize not in get_args(Normalize):
@@ -128,7 +141,10 @@ class _Plan:
             thetas = _Column(self.experts, source)
             omegas = None if self.importances is None else _Column(self.importances, source, self._scaled)
             start = 0 if keep_all else len(self.experts) - 1
-            yield names, list(prefix_merges(thetas, omegas, self.weights, self.zero, start=start))
+            values = list(prefix_merges(thetas, omegas, self.weights, self.zero, start=start))
+            if not torch.isfinite(values[-1]).all():
+                raise ValueError(f"The parameter {source!r} of an expert has NaN or infinite entries.")
+            yield names, values
 
     def _check_importances(self, importances: Sequence[StateDict | None] | None) -> list[StateDict] | None:
         if importances is None:
@@ -143,6 +159,9 @@ class _Plan:
                     f"Expert {k + 1} of {len(self.experts)} has no importances. Give one mapping for each expert, or "
                     "importances=None for the plain mean."
                 )
+        kinds = {kind for importance in importances if (kind := kind_of(importance)) is not None}
+        if len(kinds) > 1:
+            raise ValueError(f"The importances are of different kinds, {sorted(kinds)}, whose sizes do not compare.")
         return [importance for importance in importances if importance is not None]
 
     def _check_weights(self, weights: Sequence[float] | None) -> list[float]:

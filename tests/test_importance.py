@@ -743,24 +743,6 @@ def test_to_casts_a_copy():
     assert (cast.kind, cast.num_samples, cast.reduction, cast.paths) == ("mas", 8, "batch", {"layer.weight": "layer"})
 
 
-def test_relative_to_drops_the_rest():
-    importance = Importance(
-        {"body.0.w": torch.ones(1), "body2.w": torch.ones(1), "head.w": torch.ones(1)},
-        kind="mas",
-        num_samples=5,
-        reduction="batch",
-        paths={"body.0.w": "loop", "head.w": "layer"},
-    )
-
-    relative = importance.relative_to("body")
-
-    assert list(relative) == ["0.w"]
-    assert relative.paths == {"0.w": "loop"}
-    assert (relative.kind, relative.num_samples, relative.reduction) == ("mas", 5, "batch")
-    with pytest.raises(ValueError, match=r"'bod'.*body\.0\.w, body2\.w, head\.w"):
-        importance.relative_to("bod")
-
-
 def test_summary():
     importance = Importance(
         {"a": torch.tensor([[3.0, 0.0], [4.0, 0.0]]), "b": torch.ones(1)}, kind="mas", num_samples=1
@@ -859,3 +841,55 @@ def test_what_cannot_be_combined_is_refused(others, message):
 def test_combining_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Importance.combine([])
+
+
+@pytest.mark.parametrize("batches", [1, 2], ids=["one batch", "the next batch"])
+def test_mixing_shows_although_the_first_samples_are_the_same(batches):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(x - x.mean(0))
+
+    same, different = torch.ones(3, 6), torch.randn(3, 6)
+    data = [torch.cat([same, different])] if batches == 1 else [same, different]
+    with pytest.raises(ValueError, match="mixes the samples"):
+        estimate_importance(Centred(), data, "mas")
+
+
+def test_a_model_that_fails_on_one_sample_gives_its_own_reason():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x):
+            if len(x) < 2:
+                raise RuntimeError("pairs only")
+            return self.last(x)
+
+    with pytest.raises(ValueError, match="fails on one of its samples alone: pairs only"):
+        estimate_importance(Pairs(), [torch.randn(4, 6)], "mas")
+
+
+def test_a_rule_may_be_of_parameters_of_any_name():
+    from pl_personalize.functional import layer_rules
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.rand(6))
+
+        def forward(self, x):
+            return x * self.factor
+
+    try:
+        layer_rules.register_layer_rule(Scale)(lambda layer, x, grad: {"factor": x * grad})
+        network, x = nn.Sequential(Scale(), nn.Linear(6, 3)), torch.randn(5, 6)
+        importance = estimate_importance(network, [x], "mas")
+    finally:
+        layer_rules._RULES.pop(Scale.forward)
+    assert importance.paths["0.factor"] == "closed form"
+    assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5

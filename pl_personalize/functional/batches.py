@@ -104,6 +104,6 @@ def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:
     return apply_to_collection(batch, Tensor, replace)
 
 
-def slice_batch(batch: Any, num_samples: int, rows: slice) -> Any:
+def slice_batch(batch: Any, num_samples: int, rows: slice | list[int]) -> Any:
     """The samples ``rows`` of a batch, still with a batch dimension."""
     return join_batch(batch, num_samples, [tensor[rows] for tensor in split_batch(batch, num_samples)])

@@ -227,6 +227,9 @@ class GradientTape:
 
     def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:
         try:
-            return rule(layer, *args)
+            gradients = rule(layer, *args)
         except Exception as error:
             raise TapeError(layer, f"its per-sample gradients could not be formed ({error})") from error
+        if gradients is not None and (missing := self.owned(layer).keys() - gradients.keys()):
+            raise TapeError(layer, f"its rule says nothing of {sorted(missing)}")
+        return gradients

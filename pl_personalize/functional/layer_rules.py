@@ -40,7 +40,7 @@ class LayerRule:
     power_sum: PowerSumRule | None = None
 
 
-_RULES: dict[Callable[..., object], LayerRule] = {}
+_RULES: dict[Callable[..., object] | None, LayerRule] = {}
 
 
 def register_layer_rule(
@@ -62,15 +62,8 @@ def register_layer_rule(
 
 
 def find_layer_rule(layer: nn.Module) -> LayerRule | None:
-    """The rule for ``layer``, or ``None`` if it has none.
-
-    A layer whose parameters are not plain (parametrised, weight-normed) or whose ``forward`` was replaced on the
-    instance has none, whatever its class.
-    """
-    rule = _RULES.get(type(layer).forward)
-    if rule is None or "forward" in vars(layer) or set(layer._parameters) - {"weight", "bias"}:
-        return None
-    return rule if isinstance(layer._parameters.get("weight"), nn.Parameter) else None
+    """The rule for what ``layer`` computes, or ``None``; none if its ``forward`` was replaced on the instance."""
+    return None if "forward" in vars(layer) else _RULES.get(getattr(type(layer), "forward", None))
 
 
 def raise_to(tensor: Tensor, power: int) -> Tensor:

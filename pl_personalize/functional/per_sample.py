@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -207,9 +208,10 @@ class PerSamplePowerSums:
 
     def _check(self, batch: Any, num_samples: int) -> None:
         """Choose each parameter's path on two samples, and refuse a model that mixes samples."""
+        other = _other_sample(batch, num_samples)
         count = min(2, num_samples)
         before = {name: total.clone() for name, total in self.sums.items()}
-        pair = slice_batch(batch, num_samples, slice(0, count))
+        pair = slice_batch(batch, num_samples, [0, other or 1][:count])
         samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
         with torch.no_grad():
             together = self._network(pair)
@@ -231,7 +233,7 @@ class PerSamplePowerSums:
             self._take_slower_path(wrong)
         for name, total in before.items():
             self.sums[name].copy_(total)
-        self._samples_checked = count
+        self._samples_checked = 1 if other is None else count  # of two that are the same, one was seen
 
     def _wrong_paths(self, pair: Any, count: int, direction: Tensor, reference: Mapping[str, Tensor]) -> list[str]:
         """The parameters for which the present paths do not give the reference, or a layer's at which a path broke."""
@@ -276,24 +278,26 @@ class PerSamplePowerSums:
             del self._tape.names[key]
 
     def _alone(self, sample: Any) -> Tensor:
-        """The logits of one sample, or a refusal that names the module which cannot do without the others."""
-        entered: list[nn.Module] = []
-        handles = [
-            module.register_forward_pre_hook(lambda module, _: entered.append(module)) for module in self._layer_names
-        ]
+        """The logits of one sample, or a refusal that names the module which fails on it."""
         try:
             logits: Tensor = self._network(sample)
             return logits
         except Exception as error:
-            culprit = self._describe(entered[-1]) if entered else "The model"
-            raise ValueError(
-                f"{culprit} works on a batch but fails on one of its samples alone ({error}), so it mixes the samples "
-                "of a batch, and importances per sample are not defined. Batch norm with track_running_stats=False "
-                "does this."
-            ) from error
-        finally:
+            entered: list[nn.Module] = []
+            handles = [
+                module.register_forward_pre_hook(lambda module, _: entered.append(module))
+                for module in self._layer_names
+            ]
+            with suppress(Exception):
+                self._network(sample)
             for handle in handles:
                 handle.remove()
+            culprit = self._describe(entered[-1]) if entered else "The model"
+            raise ValueError(
+                f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample "
+                "need a model that takes batches of one in eval mode. If it mixes the samples of a batch there, as "
+                "batch norm with track_running_stats=False does, they are not defined."
+            ) from error
 
     def _refuse_mixed_samples(self, pair: Any, samples: Sequence[Any], together: Tensor, apart: Tensor) -> None:
         if together.shape == apart.shape and _close(together, apart):
@@ -336,4 +340,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
         bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
         if a.is_floating_point()
         else bool((a == b).all())
+    )
+
+
+def _other_sample(batch: Any, num_samples: int) -> int | None:
+    """The first sample that differs from sample 0, if there is one."""
+    tensors = split_batch(batch, num_samples)
+    return next(
+        (k for k in range(1, num_samples) if any(not torch.equal(tensor[0], tensor[k]) for tensor in tensors)), None
     )

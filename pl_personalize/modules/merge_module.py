@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from pl_personalize.artifacts import TensorFile, shared_entries
 from pl_personalize.functional.merging import Zero
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
-from pl_personalize.merging import Normalize, StateDict, merge, merge_prefixes
+from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.sequence_evaluator import SequenceEvaluator
 
@@ -28,14 +29,15 @@ class MergeModule(SequenceEvaluator):
     Importance-weighted IMM and RACL of De Lange et al., CVPR 2020: with importances from the server's data one model
     serves everybody (IMM); with importances that each user computed on unlabelled images, each gets a model (RACL);
     without importances it is the plain mean. Bodies are merged; heads are kept per task. The model after task 1 is
-    expert 1 itself.
+    expert 1 itself. Batch-norm statistics are not merged: those of the last expert are taken, with a warning.
 
     Args:
         network: The architecture; its own parameters are not used.
         experts: One for each task: a state dict of a :class:`~pl_personalize.models.TaskNetwork`, or a file that
             :func:`~pl_personalize.artifacts.save_tensors` wrote with kind ``"expert"``, which is read when needed.
-        importances: One mapping or importance file for each expert, with names relative to the body (or to the network:
-            ``body.…``); or for each user's name such a sequence; or ``None`` for the plain mean.
+        importances: One mapping or importance file for each expert, with names relative to the body, to the network
+            (``body.…``) or to a :class:`~pl_personalize.TaskLearner` (``network.body.…``); or for each user's name such
+            a sequence; or ``None`` for the plain mean.
         user: Whose importances to use, where there are several users; by default the datamodule's user.
         zero: See :func:`~pl_personalize.merge`.
         normalize: See :func:`~pl_personalize.merge`.
@@ -64,9 +66,17 @@ class MergeModule(SequenceEvaluator):
         weights: Sequence[float] | None = None,
         models: Literal["all", "last"] = "all",
     ) -> None:
+        if isinstance(experts, str | os.PathLike):
+            raise MisconfigurationException(f"experts must be a sequence, one for each task; got {str(experts)!r}.")
         states = [_open_expert(expert) for expert in experts]
         heads = [_Part(state, "head") for state in states]
         super().__init__(network, [_Part(state, "body") for state in states], heads, models=models)
+        statistics = [name for name in self.bodies[-1] if name.endswith("running_mean")]
+        if statistics and len(states) > 1:
+            rank_zero_warn(
+                f"The body has batch norm ({statistics[0]!r} and others): merged models run on the statistics of the "
+                "last expert, which can cost much accuracy."
+            )
         if isinstance(importances, Mapping):
             for name, one in importances.items():
                 self._check_count(one, f" of user {name!r}")
@@ -92,7 +102,7 @@ class MergeModule(SequenceEvaluator):
                     "Set user=, or give the Trainer a datamodule whose user is one of them."
                 )
             chosen = chosen[name]
-        return None if chosen is None else [_open_importance(one) for one in chosen]
+        return None if chosen is None else [_open_importance(one, set(self.bodies[0])) for one in chosen]
 
     def _user_of_the_datamodule(self) -> str | None:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -142,6 +152,11 @@ class _Part(Mapping[str, Tensor]):
             a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names
         }
 
+    @property
+    def kind(self) -> str | None:
+        """The kind of importances, if that is what these are."""
+        return kind_of(self._state)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._state[self._prefix + name]
 
@@ -153,11 +168,18 @@ class _Part(Mapping[str, Tensor]):
 
 
 def _open_expert(expert: Expert) -> StateDict:
-    return expert if isinstance(expert, Mapping) else TensorFile(expert, kind=EXPERT_KIND)
+    """The entries ``body.…`` and ``head.…`` of an expert; those of a TaskLearner are below ``network``."""
+    if isinstance(expert, nn.Module):
+        raise MisconfigurationException(f"An expert must be a state dict or a file; got a {type(expert).__name__}.")
+    state = expert if isinstance(expert, Mapping) else TensorFile(expert, kind=EXPERT_KIND)
+    return _Part(state, "network") if any(name.startswith("network.body.") for name in state) else state
 
 
-def _open_importance(importance: StateDict | str | os.PathLike[str]) -> StateDict:
+def _open_importance(importance: StateDict | str | os.PathLike[str], body: set[str]) -> StateDict:
+    """The importances with names relative to the body; those of the head have no part in a merge."""
     opened = importance if isinstance(importance, Mapping) else TensorFile(importance, kind=IMPORTANCE_KIND)
-    if opened and all(name.startswith("body.") for name in opened):
-        return {name.removeprefix("body."): value for name, value in opened.items()}
+    if not set(opened) <= body:
+        for module in ("network.body", "body"):
+            if any(name.startswith(f"{module}.") for name in opened):
+                return _Part(opened, module)
     return opened

@@ -33,7 +33,8 @@ class SequenceEvaluator(LightningModule):
         models: ``"all"``, or ``"last"``: only the model after the last task, which has no forgetting.
 
     Raises:
-        MisconfigurationException: If the numbers of bodies, heads and test loaders differ.
+        MisconfigurationException: If the numbers of bodies, heads and test loaders differ, or if entries or shapes do
+            not fit the network.
     """
 
     def __init__(
@@ -53,6 +54,13 @@ class SequenceEvaluator(LightningModule):
             )
         self.network = network
         self.bodies, self.heads, self.models = list(bodies), list(heads), models
+        for t in range(len(heads)):
+            for part, state in (("body", self.bodies[t]), ("head", self.heads[t])):
+                own = set(network.get_submodule(part).state_dict())
+                if different := sorted(own ^ set(state)):
+                    raise MisconfigurationException(
+                        f"The {part} of model {t + 1} does not fit the network: they differ in the entries {different}."
+                    )
         self.accuracy = TaskAccuracyMatrix(len(heads))
         self.matrix: Tensor | None = None
         self._states: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -81,6 +89,14 @@ class SequenceEvaluator(LightningModule):
             t: {f"body.{name}": value.to(self.device) for name, value in bodies[t].items()}
             for t in range(first, self.num_tasks)
         }
+        own = self.network.body.state_dict()
+        for t, state in moved.items():
+            for name, value in own.items():
+                if state[f"body.{name}"].shape != value.shape:
+                    raise MisconfigurationException(
+                        f"{name!r} in the body of model {t + 1} is {tuple(state[f'body.{name}'].shape)}; in the "
+                        f"network it is {tuple(value.shape)}."
+                    )
         heads = [{f"head.{name}": value.to(self.device) for name, value in head.items()} for head in self.heads]
         self._states = {(t, i): moved[t] | heads[i] for t in moved for i in range(t + 1)}
         self.accuracy.reset()

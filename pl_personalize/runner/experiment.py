@@ -218,7 +218,13 @@ class SeedRun:
         trainer.test(evaluator, datamodule=self.data.view(user=user), verbose=False)
         assert evaluator.matrix is not None
         rows: Matrix = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
-        return self.folder.finish(stage, result={"matrix": rows})
+        merged = []
+        if isinstance(evaluator, MergeModule):
+            path = self._path("merged", f"{user}-{method}")
+            merged.append(
+                save_tensors(path, evaluator.export(), kind="merged", metadata={"method": method, "user": user})
+            )
+        return self.folder.finish(stage, artifacts=merged, result={"matrix": rows})
 
     def _evaluator(self, method: MethodName | BoundName, user: str) -> SequenceEvaluator:
         network = self._network(self.data.num_classes(0))

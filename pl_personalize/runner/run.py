@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import shlex
 import subprocess
 import sys
 import warnings
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
 from pl_personalize import __version__
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.experiment import SeedRun
+from pl_personalize.runner.experiment import SeedRun, Work
 from pl_personalize.runner.figures import draw_matrices, draw_methods
 from pl_personalize.runner.methods import BOUNDS, MethodName
 from pl_personalize.runner.metrics_log import MetricsLog
@@ -77,56 +79,78 @@ def run_experiment(
         The rows of ``results.csv``.
 
     Raises:
-        ArtifactError: If the folder holds a run with other options.
+        ArtifactError: If the folder holds a run with other options, or another process works in it.
+        MisconfigurationException: If an option is out of range.
     """
+    _check(methods, seeds, training)
     decisive = {"benchmark": benchmark, "backbone": backbone, "fisher_draws": fisher_draws}
     decisive |= asdict(training) | asdict(trainer) | (options or {})
     decisive.pop("enable_progress_bar")
     folder = RunFolder(output_dir, decisive)
-    log = MetricsLog(folder.metrics_file)
-    runs = [
-        SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer, fisher_draws)
-        for seed in seeds
-    ]
-    pending = {run.seed: [work for work in run.stages() if folder.finished(work.name) is None] for run in runs}
-    total = sum(1 for run in runs for _ in run.stages())
-    rows: list[ResultRow] = []
-    sync_dirs: list[Path] = []
-    done = total - sum(map(len, pending.values()))
-    pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
-    with _quiet_lightning(), tqdm(total=total, unit="stage", initial=done, mininterval=pause) as bar:
-        for run in runs:
-            found = _SeedResults(benchmark, backbone, run)
-            if pending[run.seed]:
-                tracker = _open_tracker(wandb, folder, log, run.seed, decisive, methods)
-                try:
-                    for work in pending[run.seed]:
-                        bar.set_description(work.name, refresh=False)
-                        work.run()
-                        bar.update()
-                    if tracker is not None:
-                        tracker.log_results(with_means_over_users(found.rows()), found.draw(folder.path / "figures"))
-                        sync_dirs.append(tracker.sync_dir)
-                finally:
-                    log.tracker = None
-                    if tracker is not None:
-                        tracker.finish()
-            rows += found.rows()
-    rows = with_means_over_users(rows)
-    _write(folder, benchmark, backbone, rows, runs, decisive)
-    _say(folder, rows, sync_dirs)
+    with folder.locked():
+        log = MetricsLog(folder.metrics_file)
+        runs = [
+            SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer, fisher_draws)
+            for seed in seeds
+        ]
+        pending = [[work for work in run.stages() if folder.finished(work.name) is None] for run in runs]
+        total = sum(1 for run in runs for _ in run.stages())
+        done = total - sum(map(len, pending))
+        pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
+        rows: list[ResultRow] = []
+        with _quiet_lightning(), tqdm(total=total, unit="stage", initial=done, mininterval=pause) as bar:
+            for run, works in zip(runs, pending, strict=True):
+                found = _SeedResults(benchmark, backbone, run)
+                if works or (wandb.mode != "disabled" and folder.finished(_tracked(run.seed)) is None):
+                    _run_seed(found, works, bar, _open_tracker(wandb, folder, log, run.seed, decisive, methods))
+                rows += found.rows()
+        rows = with_means_over_users(rows)
+        _write(folder, benchmark, backbone, rows, runs, decisive)
+        _say(folder, rows, seeds)
     return rows
+
+
+def _check(methods: Sequence[str], seeds: Sequence[int], training: TrainingOptions) -> None:
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise MisconfigurationException(f"{name} must be at least one, and each once; got {list(values)}.")
+    if training.epochs < 1:
+        raise MisconfigurationException(f"training.epochs must be at least 1; got {training.epochs}.")
+
+
+def _tracked(seed: int) -> str:
+    """The stage of bringing a seed's results to W&B."""
+    return f"seed{seed}/tracked"
+
+
+def _run_seed(found: _SeedResults, works: Sequence[Work], bar: tqdm[Any], tracker: WandbTracker | None) -> None:
+    run, folder = found.run, found.run.folder
+    run.log.tracker = tracker
+    try:
+        for work in works:
+            bar.set_description(work.name, refresh=False)
+            work.run()
+            bar.update()
+        if tracker is not None:
+            tracker.log_results(with_means_over_users(found.rows()), found.draw(folder.path / "figures"))
+            earlier = folder.finished(_tracked(run.seed))
+            before = [] if earlier is None else earlier.result["folders"]
+            folder.finish(_tracked(run.seed), result={"folders": [*before, tracker.folder.name]})
+    finally:
+        run.log.tracker = None
+        if tracker is not None:
+            tracker.finish()
 
 
 class _SeedResults:
     """What the finished stages of a seed say."""
 
     def __init__(self, benchmark: str, backbone: str, run: SeedRun) -> None:
-        self._run, self._names = run, {"benchmark": benchmark, "backbone": backbone}
+        self.run, self._names = run, {"benchmark": benchmark, "backbone": backbone}
         self._methods = (*run.methods, *BOUNDS)
 
     def rows(self) -> list[ResultRow]:
-        run = self._run
+        run = self.run
         return [
             result_row(run.matrix(method, user), method=method, user=user, seed=run.seed, **self._names)
             for method in self._methods
@@ -134,7 +158,7 @@ class _SeedResults:
         ]
 
     def draw(self, folder: Path) -> list[Path]:
-        run = self._run
+        run = self.run
         return [
             draw_matrices(
                 folder / f"seed{run.seed}" / f"matrix-{method}.png",
@@ -165,7 +189,6 @@ def _open_tracker(
     for record in log.read():  # what an earlier call logged, if there was one
         if record.stage.startswith(f"seed{seed}/"):
             tracker.log(record)
-    log.tracker = tracker
     return tracker
 
 
@@ -189,16 +212,18 @@ def _write(
         draw_matrices(path, f"{method}: accuracy, {of_seeds}", means, runs[0].data.tasks)
 
 
-def _say(folder: RunFolder, rows: list[ResultRow], sync_dirs: list[Path]) -> None:
+def _say(folder: RunFolder, rows: list[ResultRow], seeds: Sequence[int]) -> None:
     path = folder.path
     print(f"\n{markdown_table(rows)}\n\n{legend(rows)}\n")
     print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
     print(f"Figures:     {path / 'figures'}")
-    print(f"Models:      {path / 'checkpoints'} (experts), {path / 'importances'}")
+    print(f"Models:      {path / 'merged'} (for each user), {path / 'checkpoints'} (experts)")
+    print(f"Importances: {path / 'importances'}")
     print(f"Metrics:     {path / 'metrics.jsonl'}")
-    for sync_dir in sync_dirs:
-        if sync_dir.name.startswith("offline"):
-            print(f"To W&B:      wandb sync {sync_dir}")
+    tracked = [stage.result["folders"] for seed in seeds if (stage := folder.finished(_tracked(seed))) is not None]
+    offline = [name for names in tracked for name in names if name.startswith("offline")]
+    if offline:
+        print("To W&B:      wandb sync " + " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline))
 
 
 def _versions() -> dict[str, str]:

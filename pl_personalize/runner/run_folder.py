@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pl_personalize.artifacts import ArtifactError, file_checksum, read_json, write_json
 
@@ -38,6 +41,9 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ArtifactError(f"{path} is a file; a run needs a folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
         self._manifest = self.path / "manifest.json"
         self.options: dict[str, Any] = json.loads(json.dumps(options))
         self._stages: dict[str, Stage] = {}
@@ -46,6 +52,25 @@ class RunFolder:
             self._read()
         else:
             self._write()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Work in the folder alone.
+
+        Raises:
+            ArtifactError: If another process works in it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ArtifactError(
+                f"Another process works in {self.path}; wait for it, or choose another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def metrics_file(self) -> Path:

@@ -56,7 +56,7 @@ class WandbTracker:
         self._stages: set[str] = set()
 
     @property
-    def sync_dir(self) -> Path:
+    def folder(self) -> Path:
         """The folder that ``wandb sync`` takes."""
         return Path(self._run.dir).parent
 

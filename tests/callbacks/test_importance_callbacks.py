@@ -473,7 +473,9 @@ def test_no_hook_per_step_is_overridden():
     hooks = {name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
     for cls in (MASImportance, FisherImportance):
         mine = {name for name in hooks if getattr(cls, name) is not getattr(Callback, name)}
-        assert mine == {"setup", "on_fit_start", "on_predict_start", "on_train_end", "on_predict_end"}
+        assert mine == {
+            *("setup", "on_fit_start", "on_train_start", "on_train_end", "on_predict_start", "on_predict_end")
+        }
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -581,8 +583,9 @@ def test_tensorboard_logger(tmp_path):
 
 
 def test_wandb_logger_offline(tmp_path, global_state):
-    import wandb
     from wandb.sdk.lib.runid import generate_id
+
+    import wandb
 
     logger, callback = (
         WandbLogger(project="tests", save_dir=str(tmp_path), offline=True, id=generate_id()),
@@ -895,3 +898,52 @@ def test_two_processes_give_what_one_gives(tmp_path, variant):
     for what in ("fit", "predict"):
         ranks = [json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for rank in (0, 1)]
         assert ranks[0] == ranks[1]
+
+
+class Rejected(Net):
+    """A batch norm that mixes the samples of a batch in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.features.append(nn.BatchNorm1d(5, track_running_stats=False))
+
+
+@pytest.mark.parametrize(
+    ("net", "make", "message"),
+    [
+        (Rejected, MASImportance, "mix.* the samples"),
+        (Net, lambda: MASImportance([]), "no samples"),
+        (Net, lambda: FisherImportance([torch.zeros(4, 6)], labels="true"), "labels are needed"),
+    ],
+    ids=["mixes samples", "empty loader", "no labels"],
+)
+def test_what_only_the_data_show_is_refused_before_training(tmp_path, net, make, message):
+    class Steps(Callback):
+        count = 0
+
+        def on_train_batch_end(self, *args):
+            Steps.count += 1
+
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(tmp_path, make(), Steps()).fit(net(), shuffled(Rows()))
+    assert Steps.count == 0
+
+
+def test_two_callbacks_do_not_write_one_file(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"the same file, mas\.safetensors"):
+        trainer(tmp_path, MASImportance(), MASImportance()).fit(Net(), shuffled(Rows()))
+    trainer(tmp_path, MASImportance(), MASImportance(filename="other")).fit(Net(), shuffled(Rows()))
+    assert {path.stem for path in (tmp_path / "importances").iterdir()} == {"mas", "other"}
+
+
+def test_a_datamodule_made_from_datasets_has_its_stages(tmp_path):
+    datamodule = LightningDataModule.from_datasets(Rows(), predict_dataset=Rows(), batch_size=4)
+    callback = MASImportance("predict")
+    trainer(tmp_path, callback).fit(Net(), datamodule=datamodule)
+    assert callback.importance.num_samples == ROWS
+
+
+def test_predict_counts_what_was_predicted(tmp_path):
+    callback = MASImportance()
+    trainer(tmp_path, callback, limit_predict_batches=2).predict(Net(), DataLoader(Rows(), batch_size=4))
+    assert callback.importance.num_samples == 8

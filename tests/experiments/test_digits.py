@@ -3,11 +3,17 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
+
+from pl_personalize.artifacts import load_tensors
+from pl_personalize.datamodules.digits import IMAGE_SHAPE
+from pl_personalize.models import MultiHeadNetwork, mlp
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--seeds", "[3]", "--training.epochs", "1", "--hidden", "[8]", "--methods", "[FIM-RACL, MAS-IMM, mean-IMM]"]
@@ -46,6 +52,9 @@ def test_it_leaves_what_it_says(finished):
     assert str(folder / "results.csv") in output
     assert "wandb sync" in output
     assert len(list((folder / "checkpoints" / "seed3").glob("*.safetensors"))) == 6
+    merged, _ = load_tensors(folder / "merged" / "seed3" / "camera-FIM-RACL.safetensors", kind="merged")
+    body = mlp(IMAGE_SHAPE, 2, [8]).body
+    MultiHeadNetwork(body, [nn.Linear(8, 2) for _ in range(5)]).load_state_dict(merged)
 
 
 def test_the_importances_of_a_user_were_computed_without_labels_and_for_its_task(finished):
@@ -70,6 +79,7 @@ def test_a_second_call_does_nothing_again(finished):
     assert (folder / "manifest.json").read_bytes() == manifest
     assert (folder / "results.csv").read_bytes() == table
     assert sorted((folder / "wandb").iterdir()) == runs
+    assert "wandb sync" in again.stdout
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_results(finished, tmp_path):
@@ -92,18 +102,41 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert (tmp_path / "run" / "results.csv").read_bytes() == (folder / "results.csv").read_bytes()
 
 
-def test_a_folder_of_another_run_is_refused(finished):
-    folder, _ = finished
-    refused = run(folder, "--training.lr", "0.5")
-    assert refused.returncode != 0
-    assert "holds a run with other options (lr: 0.01 there, 0.5 now)" in refused.stderr
+def refusal(monkeypatch, capsys, folder, *options) -> str:
+    """What the script says, in this process, when it refuses."""
+    config = ["--config", str(EXPERIMENTS / "configs" / "digits.yaml")]
+    monkeypatch.setattr(sys, "argv", ["digits.py", *config, *SMALL, "--output_dir", str(folder), *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXPERIMENTS / "digits.py"), run_name="__main__")
+    assert end.value.code not in (0, None)
+    return f"{end.value.code} {capsys.readouterr().err}"
+
+
+def test_a_folder_of_another_run_is_refused(finished, monkeypatch, capsys, global_state):
+    said = refusal(monkeypatch, capsys, finished[0], "--training.lr", "0.5")
+    assert "holds a run with other options (lr: 0.01 there, 0.5 now)" in said
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--methods", "[FIM]"), ("--training.epochs", "many"), ("--sedes", "[1]")]
+    ("option", "value", "message"),
+    [
+        ("--methods", "[FIM]", "FIM"),
+        ("--training.epochs", "many", "many"),
+        ("--training.epochs", "0", "epochs must be at least 1; got 0"),
+        ("--sedes", "[1]", "--sedes"),
+        ("--seeds", "[]", "seeds must be at least one"),
+        ("--seeds", "[1, 1]", "seeds must be at least one, and each once"),
+        ("--hidden", "[]", "hidden must have at least one width"),
+        ("--num_threads", "0", "num_threads"),
+    ],
 )
-def test_a_wrong_option_is_refused_at_once(tmp_path, option, value):
-    refused = run(tmp_path / "run", option, value)
-    assert refused.returncode == 2
-    assert value in refused.stderr or option in refused.stderr
+def test_a_wrong_option_is_refused_at_once(tmp_path, monkeypatch, capsys, global_state, option, value, message):
+    assert message in refusal(monkeypatch, capsys, tmp_path / "run", option, value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_wandb_can_be_tracked_later(tmp_path):
+    assert "wandb sync" not in run(tmp_path / "run", "--wandb.mode", "disabled").stdout
+    tracked = run(tmp_path / "run")
+    assert "wandb sync" in tracked.stdout
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/results*.json"))) == 1

@@ -60,7 +60,7 @@ SLOWER = {
     "data_dependent": {"gain": "loop"},
     "residual": {"norm": "layer", "act": "layer", "up": "layer"},
     "recurrent": {"embed": "layer", "recurrent": "loop"},  # whether an LSTM is vectorised, torch decides
-    "parametrised": {"0.bias": "layer", "2.bias": "layer", "0.par": "model", "2.par": "model"},
+    "parametrised": {"0.par": "model", "2.par": "model"},
     "patched": {"0": "layer"},
     "subclassed": {"0": "layer", "2": "layer"},
 }

@@ -13,8 +13,8 @@ from torch import nn
 from pl_personalize import ArtifactError, Importance, estimate_importance
 from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.datamodules import tensor_loader
-from pl_personalize.models import MultiHeadNetwork, TaskNetwork
-from pl_personalize.modules import MergeModule
+from pl_personalize.models import MultiHeadNetwork, TaskNetwork, mlp
+from pl_personalize.modules import MergeModule, TaskLearner
 
 CLASSES, ROWS = (2, 4, 3), (25, 31, 29)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -290,3 +290,46 @@ def test_the_experts_are_left_as_they_were(tmp_path):
     evaluate(MergeModule(network(9), STATES, ANN), tmp_path)
     for state, same in zip(STATES, before, strict=True):
         assert all(torch.equal(state[name], same[name]) for name in same)
+
+
+@pytest.mark.parametrize("prefix", ["", "body.", "network.body."])
+def test_importances_of_a_whole_network_or_learner_fit(prefix):
+    """Those of the head have no part in a merge."""
+    torch.manual_seed(0)
+    experts = [mlp((4,), 2, [3]).state_dict() for _ in range(2)]
+    names = [name for name in experts[0] if name.startswith("body.")]
+    importances = [
+        {prefix + name.removeprefix("body."): torch.rand(experts[0][name].shape) for name in names} for _ in range(2)
+    ]
+    plain = MergeModule(
+        mlp((4,), 2, [3]), experts, [{k.removeprefix(prefix): v for k, v in i.items()} for i in importances]
+    )
+    if prefix:
+        head = prefix.replace("body.", "head.weight")
+        importances = [{**importance, head: torch.rand(2, 3)} for importance in importances]
+    merged = MergeModule(mlp((4,), 2, [3]), experts, importances).export()
+    assert all(torch.equal(value, plain.export()[name]) for name, value in merged.items())
+
+
+def test_a_learners_state_dict_is_an_expert():
+    networks = [mlp((4,), 2, [3]) for _ in range(2)]
+    expected = MergeModule(networks[0], [network.state_dict() for network in networks]).export()
+    merged = MergeModule(networks[0], [TaskLearner(network).state_dict() for network in networks]).export()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+
+
+def test_importances_of_different_kinds_are_refused():
+    experts = [mlp((4,), 2, [3]).state_dict() for _ in range(2)]
+    values = {n.removeprefix("body."): torch.ones_like(v) for n, v in experts[0].items() if n.startswith("body.")}
+    importances = [Importance(values, kind=kind, num_samples=1) for kind in ("mas", "fisher")]
+    with pytest.raises(ValueError, match=r"different kinds, \['fisher \(sample\)', 'mas \(sample\)'\]"):
+        MergeModule(mlp((4,), 2, [3]), experts, importances).export()
+
+
+def test_batch_norm_statistics_of_the_last_expert_are_announced():
+    def network():
+        return TaskNetwork(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), nn.Linear(3, 2))
+
+    with pytest.warns(UserWarning, match=r"statistics of the last expert"):
+        MergeModule(network(), [network().state_dict() for _ in range(2)])

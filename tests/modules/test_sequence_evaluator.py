@@ -8,8 +8,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from pl_personalize.datamodules import tensor_loader
-from pl_personalize.models import TaskNetwork
+from pl_personalize.datamodules import DigitsDataModule, tensor_loader
+from pl_personalize.datamodules.digits import IMAGE_SHAPE
+from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.modules import SequenceEvaluator
 
 CLASSES, ROWS = (2, 4, 3), (11, 9, 14)
@@ -146,3 +147,15 @@ def test_a_body_for_each_head_is_needed():
         SequenceEvaluator(network(9), [], [])
     with pytest.raises(MisconfigurationException, match="'first'"):
         SequenceEvaluator(network(9), BODIES, HEADS, models="first")
+
+
+def test_models_that_do_not_fit_the_network_are_refused(tmp_path):
+    """Else a layer that the models lack would be tested with the network's own, random parameters."""
+    small = mlp(IMAGE_SHAPE, 2, [4])
+    bodies, heads = [small.body.state_dict()] * 5, [small.head.state_dict()] * 5
+    with pytest.raises(MisconfigurationException, match=r"body of model 1 .*hidden2\.bias"):
+        SequenceEvaluator(mlp(IMAGE_SHAPE, 2, [4, 4]), bodies, heads)
+    evaluator = SequenceEvaluator(mlp(IMAGE_SHAPE, 2, [6]), bodies, heads)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"'hidden1\.weight' .* is \(4, 768\); .*\(6, 768\)"):
+        trainer.test(evaluator, datamodule=DigitsDataModule(user=0), verbose=False)

@@ -40,3 +40,17 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         RunFolder(tmp_path, {})
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    first, second = RunFolder(tmp_path, {}), RunFolder(tmp_path, {})
+    with first.locked(), pytest.raises(ArtifactError, match="Another process works in"), second.locked():
+        pass
+    with second.locked():
+        pass
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ArtifactError, match="is a file; a run needs a folder"):
+        RunFolder(tmp_path / "run", {})
