@@ -37,7 +37,7 @@ WANDB = WandbOptions()
 
 
 def main(
-    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    seeds: Sequence[int] = (1, 2, 3, 4),
     methods: Sequence[MethodName] = tuple(MERGE_METHODS),
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
