@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pl_personalize.callbacks.pass_over_data import PassOverData
+from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
 from pl_personalize.functional.batches import batch_size, slice_batch
 from pl_personalize.functional.per_sample import Forward
@@ -114,15 +114,17 @@ class ImportanceCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate over two samples, so that what cannot work fails now and not after the training."""
-        if not self.should_estimate(trainer, pl_module) or isinstance(self.dataloader, Iterator):
+        if not self.should_estimate(trainer, pl_module):
             return
         given = self.dataloader is not None and not isinstance(self.dataloader, str)
         # Of a named stage nothing is set up yet: two training samples have to do.
-        loader = (self._given_dataloaders() if given else _as_list(trainer.train_dataloader))[:1]
+        loaders = self._given_dataloaders() if given else _as_list(trainer.train_dataloader)
+        if not loaders or not can_be_read_again(loaders[0]):
+            return
         try:
             estimate_importance(
                 pl_module,
-                _two_samples(PassOverData(trainer, loader, [1])),
+                _two_samples(PassOverData(trainer, loaders[:1], [1])),
                 self.kind,
                 module=self.module,
                 forward=self.forward,

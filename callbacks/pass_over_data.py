@@ -70,3 +70,8 @@ def _original_sampler(loader: DataLoader[Any]) -> Any:
     while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
         sampler = inner
     return sampler
+
+
+def can_be_read_again(loader: Iterable[Any]) -> bool:
+    """Whether a look at the first batch leaves the data as they were: not for an iterator or a stream."""
+    return not isinstance(loader, Iterator) and not isinstance(getattr(loader, "dataset", None), IterableDataset)

@@ -947,3 +947,10 @@ def test_predict_counts_what_was_predicted(tmp_path):
     callback = MASImportance()
     trainer(tmp_path, callback, limit_predict_batches=2).predict(Net(), DataLoader(Rows(), batch_size=4))
     assert callback.importance.num_samples == 8
+
+
+def test_a_stream_is_not_looked_at_before_it_is_used(tmp_path):
+    """What is read of it is gone."""
+    data, callback = Rows(), MASImportance(batch for batch in DataLoader(Rows(), batch_size=4))
+    trainer(tmp_path, callback).fit(Net(), shuffled(data))
+    assert callback.importance.num_samples == ROWS
