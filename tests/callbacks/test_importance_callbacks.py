@@ -583,9 +583,8 @@ def test_tensorboard_logger(tmp_path):
 
 
 def test_wandb_logger_offline(tmp_path, global_state):
-    from wandb.sdk.lib.runid import generate_id
-
     import wandb
+    from wandb.sdk.lib.runid import generate_id
 
     logger, callback = (
         WandbLogger(project="tests", save_dir=str(tmp_path), offline=True, id=generate_id()),
