@@ -317,9 +317,13 @@ def _log_summary(logger: Logger, importance: Importance, step: int) -> None:
     elif isinstance(logger, WandbLogger):
         import wandb
 
-        logger.experiment.log(
-            {
-                name: wandb.Histogram(np_histogram=np.histogram(value.numpy(), bins=64))
-                for name, value in nonzero.items()
-            }
-        )
+        histograms = {name: wandb.Histogram(np_histogram=_histogram(value)) for name, value in nonzero.items()}
+        logger.experiment.log(histograms)
+
+
+def _histogram(values: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Counts and edges of 64 bins, also where all values are (almost) the same."""
+    array = values.double().numpy()
+    low, high = float(array.min()), float(array.max())
+    margin = 0.5 if high - low < 1e-6 else 0.0
+    return np.histogram(array, bins=64, range=(low - margin, high + margin))

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.callbacks import FisherImportance, MASImportance
-from pl_personalize.callbacks.importance_callback import ImportanceCallback
+from pl_personalize.callbacks.importance_callback import ImportanceCallback, _histogram
 
 ROWS = 23
 
@@ -953,3 +953,11 @@ def test_a_stream_is_not_looked_at_before_it_is_used(tmp_path):
     data, callback = Rows(), MASImportance(batch for batch in DataLoader(Rows(), batch_size=4))
     trainer(tmp_path, callback).fit(Net(), shuffled(data))
     assert callback.importance.num_samples == ROWS
+
+
+@pytest.mark.parametrize("values", [[2.0], [1.0, 1.0], [1.0, 1.0 + 1e-7], [0.0, 1.0, 5.0]])
+def test_histograms_of_values_that_hardly_differ(values):
+    counts, edges = _histogram(torch.tensor(values))
+    assert counts.sum() == len(values)
+    assert len(edges) == 65
+    assert (edges[1:] > edges[:-1]).all()
