@@ -24,6 +24,7 @@ def code_blocks(page: Path) -> str:
 def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # its service writes the console's log relative to its own folder
     monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
     names: dict[str, object] = {"__name__": "__main__"}
     exec(compile(code_blocks(page), page.name, "exec"), names)

@@ -203,7 +203,7 @@ def _write(
     title = f"{benchmark}, {backbone}"
     seeds = {"seeds": [run.seed for run in runs]}
     write_csv(folder.path / "results.csv", rows)
-    write_markdown(folder.path / "results.md", title, rows, seeds | options | {"versions": _versions()})
+    write_markdown(folder.path / "results.md", title, rows, seeds | options | _versions())
     draw_methods(folder.path / "figures" / "methods.png", title, rows)
     for method in runs[0].methods:
         means = {user: torch.stack([run.matrix(method, user) for run in runs]).mean(0) for user in runs[0].data.users}
