@@ -53,7 +53,14 @@ def batch_labels(batch: Any) -> Tensor:
 def call_model(model: torch.nn.Module, batch: Any) -> Any:
     """Call ``model`` on the input of ``batch``; a dict becomes keyword arguments, without its labels."""
     if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        try:
+            return model(**inputs)
+        except TypeError as error:
+            raise ValueError(
+                f"The entries {list(inputs)} of a batch do not fit as keyword arguments of {type(model).__name__}: "
+                f"{error}. Say how logits are computed: forward=lambda model, batch: ..."
+            ) from error
     return model(batch if isinstance(batch, Tensor) else batch[0])
 
 

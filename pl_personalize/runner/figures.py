@@ -82,7 +82,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     axis.set_xticks(range(len(methods)), methods)
     axis.set_ylabel("average accuracy (%)")
     axis.set_title(title)
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(users), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)

@@ -98,7 +98,10 @@ def run_experiment(
         done = total - sum(map(len, pending))
         pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
         rows: list[ResultRow] = []
-        with _quiet_lightning(), tqdm(total=total, unit="stage", initial=done, mininterval=pause) as bar:
+        with (
+            _quiet_lightning(),
+            tqdm(total=total, unit="stage", initial=done, mininterval=pause, disable=done == total) as bar,
+        ):
             for run, works in zip(runs, pending, strict=True):
                 found = _SeedResults(benchmark, backbone, run)
                 if works or (wandb.mode != "disabled" and folder.finished(_tracked(run.seed)) is None):

@@ -123,3 +123,8 @@ def test_joining_the_split_rows_gives_the_batch(batch):
     assert type(doubled) is type(batch)
     assert all(map(torch.equal, batch_tensors(doubled), [2 * tensor for tensor in batch_tensors(batch)]))
     assert torch.equal(batch_tensors(batch)[0], X)
+
+
+def test_a_dict_that_is_no_set_of_keyword_arguments_is_explained():
+    with pytest.raises(ValueError, match=r"entries \['image'\] .* of Linear: .*forward=lambda model, batch"):
+        call_model(nn.Linear(2, 1), {"image": torch.zeros(1, 2), "label": torch.zeros(1)})
