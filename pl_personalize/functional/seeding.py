@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
+
 
 def derive_seed(*parts: int | str) -> int:
     """A seed in 0..2**63-1 that depends on all parts and their order, the same in every process and release.
@@ -13,3 +15,13 @@ def derive_seed(*parts: int | str) -> int:
         True
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Seed the generators that a module on ``device`` draws from: that of the CPU, and the device's own.
+
+    ``torch.manual_seed`` seeds every kind of accelerator that the build knows, at 0.5 ms a call where none is there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

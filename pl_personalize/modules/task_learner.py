@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
 from pl_personalize.functional.penalties import add_l2_gradient_
-from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
 
 
@@ -29,7 +29,8 @@ class TaskLearner(LightningModule):
     Randomness inside the network (dropout) is drawn from a seed that follows from ``seed``, ``task`` and the step, so a
     run that was stopped in the middle of an epoch and resumed equals the uninterrupted one, bit for bit.
 
-    Logs ``train/loss``, ``val/loss`` and ``val/acc`` (in [0, 1]).
+    Logs ``train/loss`` (every ``log_every_n_steps``, and of an epoch's last batch), ``val/loss`` and ``val/acc`` (in
+    [0, 1]).
 
     Args:
         network: Body and head. It is trained in place.
@@ -117,15 +118,17 @@ class TaskLearner(LightningModule):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Reseed, so that the step's randomness does not depend on what ran before it in this process."""
-        torch.manual_seed(
-            derive_seed(self.hparams["seed"], self.hparams["task"], self.current_epoch, batch_idx, self.global_rank)
-        )
+        run = self.hparams["seed"], self.hparams["task"]
+        reseed(self.device, derive_seed(*run, self.current_epoch, batch_idx, self.global_rank))
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
-        self.log("train/loss", loss, on_step=True, on_epoch=False)
+        # A logged value costs Lightning about as much as a small network's step: log only what somebody would see.
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.trainer.is_last_batch or (every and (self.global_step + 1) % every == 0):
+            self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
 
     @override
