@@ -129,11 +129,13 @@ class TaskIncrementalDataModule(LightningDataModule):
         """Number of classes of a task, or of all."""
         return len(self.classes[self.task_index(task)]) if task is not None else sum(map(len, self.classes))
 
-    def view(self, *, task: int | str | None = None, user: int | str | None = None) -> Self:
-        """The same data, which is shared in memory, for another task and user."""
+    def view(self, *, task: int | str | None = None, user: int | str | None = None, seed: int | None = None) -> Self:
+        """The same data, which is shared in memory, for another task and user, and in another order (``seed``)."""
         other = copy.copy(self)
         other.trainer = None
         other.task, other.user = task, user
+        if seed is not None:
+            other.seed = seed
         return other
 
     # Splits, each loaded once

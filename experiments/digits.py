@@ -23,7 +23,9 @@ from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.runner import (
-    MERGE_METHODS,
+    METHODS,
+    ImportanceOptions,
+    LoggerName,
     MethodName,
     TrainerOptions,
     TrainingOptions,
@@ -32,18 +34,21 @@ from pl_personalize.runner import (
 )
 
 TRAINING = TrainingOptions(epochs=20, lr=0.01)
+IMPORTANCE = ImportanceOptions()
 TRAINER = TrainerOptions(accelerator="cpu")
 WANDB = WandbOptions()
 
 
 def main(
     seeds: Sequence[int] = (1, 2, 3, 4),
-    methods: Sequence[MethodName] = tuple(MERGE_METHODS),
+    methods: Sequence[MethodName] = tuple(METHODS),
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
     split_seed: int = 27,
     training: TrainingOptions = TRAINING,
+    importance: ImportanceOptions = IMPORTANCE,
     trainer: TrainerOptions = TRAINER,
+    loggers: Sequence[LoggerName] = ("wandb",),
     wandb: WandbOptions = WANDB,
     num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/digits"),
@@ -51,13 +56,15 @@ def main(
     """Merge five experts on handwritten digits, for a user with a scanner and a user with a camera.
 
     Args:
-        seeds: Seeds of initial parameters and of the order of the data; one run each.
+        seeds: Seeds of initial parameters and of the order of the data.
         methods: What is compared.
         hidden: Widths of the hidden layers.
         batch_size: For training.
         split_seed: Seed of the division of the images among server and users.
         training: How experts are trained.
+        importance: How importances are estimated.
         trainer: For the Lightning Trainers.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
         wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; more do not help networks this small.
         output_dir: Folder of the run. Run again, it goes on where it was.
@@ -70,12 +77,14 @@ def main(
     run_experiment(
         "Digits",
         f"MLP {'-'.join(map(str, hidden))}",
-        lambda seed: DigitsDataModule(seed=seed, batch_size=batch_size, split_seed=split_seed),
+        DigitsDataModule(batch_size=batch_size, split_seed=split_seed),
         lambda num_classes: mlp(IMAGE_SHAPE, num_classes, hidden),
         methods=methods,
         seeds=seeds,
         training=training,
+        importance=importance,
         trainer=trainer,
+        loggers=loggers,
         wandb=wandb,
         output_dir=output_dir,
         options={"batch_size": batch_size, "split_seed": split_seed},

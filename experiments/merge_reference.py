@@ -25,7 +25,7 @@ from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.merging import merge_prefixes
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork, mlp
-from pl_personalize.runner import MERGE_METHODS, MethodName
+from pl_personalize.runner import MERGING_METHODS, METHODS, MethodName
 
 
 def load_experts(path: Path) -> list[TaskNetwork]:
@@ -45,7 +45,7 @@ def estimate(
     experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, method: MethodName, reduction: str, draw: int
 ) -> list[Importance] | None:
     """The importances that a method takes, for the data's present user."""
-    merge = MERGE_METHODS[method]
+    merge = METHODS[method]
     if merge.kind is None:
         return None
     importances = []
@@ -81,7 +81,7 @@ def main(
     data_dir: Path = Path("../shared/data"),
     sources: Sequence[str] = ("../shared/data/meter-digits", "mnist"),
     draws: Sequence[int] = (1, 2, 3, 4, 5),
-    methods: Sequence[MethodName] = tuple(MERGE_METHODS),
+    methods: Sequence[MethodName] = MERGING_METHODS,
     reduction: Literal["sample", "batch"] = "sample",
     num_threads: int = 1,
 ) -> None:
@@ -109,7 +109,7 @@ def main(
             importances = None
             for user in data.users:
                 view = data.view(user=user)
-                if importances is None or MERGE_METHODS[method].source == "user":
+                if importances is None or METHODS[method].source == "user":
                     importances = estimate(networks, view, method, reduction, draw)
                 matrix = 100 * evaluate(networks, importances, view)
                 found.append((float(average_accuracy(matrix)), float(forgetting(matrix))))

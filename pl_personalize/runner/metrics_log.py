@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,13 +20,6 @@ class Record(NamedTuple):
     metrics: dict[str, float]
 
 
-class Tracker(Protocol):
-    """Somebody who follows an experiment."""
-
-    def log(self, record: Record) -> None:
-        """Take a record."""
-
-
 class MetricsLog:
     """Appends records to a file of JSON lines, and hands them on.
 
@@ -35,22 +28,24 @@ class MetricsLog:
 
     Args:
         path: The file.
-        tracker: Who gets each record, too.
+
+    Attributes:
+        followers: Who gets each record, too.
     """
 
-    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self.tracker = tracker
+        self.followers: list[Callable[[Record], None]] = []
 
     def append(self, record: Record) -> None:
-        """Write a record, and hand it to the tracker."""
+        """Write a record, and hand it to the followers."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # the process was killed in a line
                 file.write(b"\n")
             file.write((json.dumps(record._asdict()) + "\n").encode())
-        if self.tracker is not None:
-            self.tracker.log(record)
+        for follower in self.followers:
+            follower(record)
 
     def read(self) -> list[Record]:
         """All records, by stage in the order in which stages began, and by step."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+LoggerName = Literal["wandb", "csv", "tensorboard"]
+ArtifactName = Literal["experts", "importances", "merged"]
 
 
 @dataclass
@@ -30,6 +34,21 @@ class TrainingOptions:
 
 
 @dataclass
+class ImportanceOptions:
+    """How importances are estimated.
+
+    Attributes:
+        reduction: ``sample``: exact, per sample; ``batch``: the published code's estimate, which depends on the batch
+            size and the order, for comparison.
+        fisher_draws: Labels drawn for each sample in a Fisher information, or ``all`` for the exact expectation over
+            the classes. It has no meaning for ``batch``, which draws one.
+    """
+
+    reduction: Literal["sample", "batch"] = "sample"
+    fisher_draws: int | Literal["all"] = "all"
+
+
+@dataclass
 class TrainerOptions:
     """What is passed on to the Lightning Trainer of every stage.
 
@@ -37,23 +56,31 @@ class TrainerOptions:
         accelerator: Such as ``cpu``, ``gpu`` or ``auto``.
         precision: Such as ``32-true`` or ``bf16-mixed``.
         enable_progress_bar: Lightning's own bars in every stage, besides the one over all stages.
+        log_every_n_steps: Steps between two values of the training loss.
     """
 
     accelerator: str = "auto"
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
     enable_progress_bar: bool = False
+    log_every_n_steps: int = 10
 
 
 @dataclass
 class WandbOptions:
-    """Tracking in Weights & Biases.
+    """Tracking in Weights & Biases, if it is among the loggers.
 
     Attributes:
         mode: ``offline`` writes to the run's folder and sends nothing; ``online`` sends; ``disabled`` does neither.
         project: Name of the project.
         entity: User or team, by default your own.
+        group: What the runs of this call have in common, by default the benchmark and the name of the run's folder.
+        artifacts: What is stored with the run: ``experts``, ``importances``, ``merged``; by default nothing.
+        images_of: Users of whose images some are shown in the run; by default nobody's leave this machine.
     """
 
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "pl-personalize"
     entity: str | None = None
+    group: str | None = None
+    artifacts: Sequence[ArtifactName] = ()
+    images_of: Sequence[str] = ()

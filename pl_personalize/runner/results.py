@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pl_personalize.artifacts import write_atomically
+from pl_personalize.artifacts import ArtifactError, write_atomically
 from pl_personalize.metrics import average_accuracy, forgetting
-from pl_personalize.runner.methods import BOUNDS
+from pl_personalize.runner.methods import METHODS
+from pl_personalize.runner.paper import PaperResult
 
 ALL_USERS = "all"
 
@@ -74,56 +75,125 @@ def with_means_over_users(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return complete
 
 
-def write_csv(path: Path, rows: Iterable[ResultRow]) -> Path:
-    """Write ``results.csv``: one line for each row, numbers with four decimals, empty where there is none."""
+def write_csv(path: Path, rows: Sequence[Any], row_type: type[Any] = ResultRow, *, decimals: int = 4) -> Path:
+    """Write dataclass rows: a line for each, empty where there is no value.
+
+    Args:
+        path: The file, such as ``results.csv``.
+        rows: The rows.
+        row_type: Their class, whose fields are the columns.
+        decimals: Of numbers that are no integers.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(ResultRow)])
+    writer.writerow([field.name for field in fields(row_type)])
     for row in rows:
         values = asdict(row)
-        writer.writerow(["" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in values.values()])
+        writer.writerow(
+            ["" if v is None else f"{v:.{decimals}f}" if isinstance(v, float) else v for v in values.values()]
+        )
     return write_atomically(path, text.getvalue().encode())
 
 
-def summarise(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
-    """For each method and user the mean accuracy over seeds, its standard deviation, and in brackets the forgetting."""
-    cells: dict[str, dict[str, list[ResultRow]]] = {}
-    for row in rows:
-        cells.setdefault(row.method, {}).setdefault(row.user, []).append(row)
-    return {m: {user: _cell(found) for user, found in by_user.items()} for m, by_user in cells.items()}
+def read_csv(path: Path) -> list[ResultRow]:
+    """Read a ``results.csv``.
+
+    Raises:
+        ArtifactError: If it is missing or not such a file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                ResultRow(
+                    benchmark=row["benchmark"],
+                    backbone=row["backbone"],
+                    method=row["method"],
+                    adaptation=row["adaptation"],
+                    user=row["user"],
+                    seed=int(row["seed"]),
+                    avg_acc=float(row["avg_acc"]),
+                    forgetting=float(row["forgetting"]) if row["forgetting"] else None,
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read as a table of results: {error}") from error
 
 
-def _cell(rows: Sequence[ResultRow]) -> str:
+def cell(rows: Sequence[ResultRow]) -> str:
+    """Mean accuracy over seeds, its standard deviation, and in brackets the forgetting."""
     accuracies = [row.avg_acc for row in rows]
     spread = f" ± {stdev(accuracies):.1f}" if len(rows) > 1 else ""
     lost = [row.forgetting for row in rows if row.forgetting is not None]
     return f"{mean(accuracies):.1f}{spread} ({f'{mean(lost):.1f}' if lost else 'n/a'})"
 
 
-def markdown_table(rows: Sequence[ResultRow]) -> str:
-    """The summary as a Markdown table, methods by users."""
-    summary = summarise(rows)
+def results_table(
+    rows: Sequence[ResultRow],
+    marks: Mapping[tuple[str, str], str] | None = None,
+    paper: Mapping[str, PaperResult] | None = None,
+) -> str:
+    """The results as a Markdown table, methods by users.
+
+    Args:
+        rows: The results.
+        marks: What stands behind the figures of a method and user.
+        paper: The paper's figures by method, for a column of their own.
+    """
     users = list(dict.fromkeys(row.user for row in rows))
     lines = [["method", *[f"user {user}" if user != ALL_USERS else "all users" for user in users]]]
-    lines += [[method, *[cells.get(user, "") for user in users]] for method, cells in summary.items()]
+    for method in dict.fromkeys(row.method for row in rows):
+        line = [method]
+        for user in users:
+            found = [row for row in rows if (row.method, row.user) == (method, user)]
+            mark = (marks or {}).get((method, user), "")
+            line.append(" ".join(filter(None, [cell(found) if found else "", mark])))
+        lines.append(line)
+    if paper:
+        lines[0].append("paper")
+        for line in lines[1:]:
+            found_there = paper.get(line[0])
+            lost = "n/a" if found_there is None or found_there.forgetting is None else f"{found_there.forgetting:.1f}"
+            line.append("" if found_there is None else f"{found_there.avg_acc:.1f} ({lost})")
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first of which is the header, as a Markdown table.
+
+    Example:
+        >>> print(markdown_table([["a", "b"], ["1", "200"]]))
+        | a | b   |
+        |---|-----|
+        | 1 | 200 |
+    """
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
+    text = ["| " + " | ".join(c.ljust(width) for c, width in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
 
 
-def legend(rows: Sequence[ResultRow]) -> str:
+def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str | None = None) -> str:
     """What the numbers of the table are."""
     seeds = sorted({row.seed for row in rows})
     spread = f", mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f", seed {seeds[0]}"
-    bounds = "; ".join(f"{name}: {what}" for name, what in BOUNDS.items() if any(row.method == name for row in rows))
-    return f"Average accuracy in percent (forgetting){spread}. Bounds: {bounds}."
+    found = {row.method for row in rows}
+    bounds = "; ".join(f"{name}: {method.bound}" for name, method in METHODS.items() if method.bound and name in found)
+    sentences = [f"Average accuracy in percent (forgetting){spread}."]
+    if bounds:
+        sentences.append(f"Bounds: {bounds}.")
+    if marked:
+        sentences.append(
+            "* the best of the other methods; ≈ within noise of it (paired t-test over seeds, for all users over seeds "
+            "and users, Holm-corrected, p ≥ 0.05)."
+        )
+    if paper_note:
+        sentences.append(paper_note)
+    return " ".join(sentences)
 
 
-def write_markdown(path: Path, title: str, rows: Sequence[ResultRow], options: Mapping[str, Any]) -> Path:
+def write_markdown(path: Path, title: str, table: str, text: str, options: Mapping[str, Any]) -> Path:
     """Write ``results.md``: the table, what it means, and the options that it was made with."""
     listed = "\n".join(f"* {key}: {value}" for key, value in options.items())
-    text = f"# {title}\n\n{markdown_table(rows)}\n\n{legend(rows)}\n\n## Options\n\n{listed}\n"
-    return write_atomically(path, text.encode())
+    content = f"# {title}\n\n{table}\n\n{text}\n\n## Options\n\n{listed}\n"
+    return write_atomically(path, content.encode())

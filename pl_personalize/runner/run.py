@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
+import os
 import shlex
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
-from pl_personalize import __version__
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.experiment import SeedRun, Work
+from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.figures import draw_matrices, draw_methods
-from pl_personalize.runner.methods import BOUNDS, MethodName
-from pl_personalize.runner.metrics_log import MetricsLog
-from pl_personalize.runner.options import TrainerOptions, TrainingOptions, WandbOptions
+from pl_personalize.runner.following import Following, rows_of, versions
+from pl_personalize.runner.joint_run import JointRun
+from pl_personalize.runner.methods import METHODS, MethodName, by_server
+from pl_personalize.runner.options import (
+    ArtifactName,
+    ImportanceOptions,
+    LoggerName,
+    TrainerOptions,
+    TrainingOptions,
+    WandbOptions,
+)
+from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.results import (
+    ALL_USERS,
     ResultRow,
     legend,
     markdown_table,
-    result_row,
+    results_table,
     with_means_over_users,
     write_csv,
     write_markdown,
 )
 from pl_personalize.runner.run_folder import RunFolder
-from pl_personalize.runner.wandb_tracker import WandbTracker
+from pl_personalize.runner.server_run import ServerRun, Setting
+from pl_personalize.runner.significance import Comparison, compare_methods, marks
+
+SERVER_RUNS: dict[str, type[ServerRun]] = {run.server: run for run in (ExpertRun, JointRun)}
 
 
 def run_experiment(
     benchmark: str,
     backbone: str,
-    make_datamodule: Callable[[int], TaskIncrementalDataModule],
+    datamodule: TaskIncrementalDataModule,
     make_network: Callable[[int], TaskNetwork],
     *,
     methods: Sequence[MethodName],
     seeds: Sequence[int],
-    training: TrainingOptions,
-    trainer: TrainerOptions,
-    wandb: WandbOptions,
     output_dir: Path,
-    fisher_draws: int | Literal["all"] = "all",
-    options: dict[str, Any] | None = None,
+    training: TrainingOptions,
+    importance: ImportanceOptions,
+    trainer: TrainerOptions,
+    loggers: Sequence[LoggerName] = ("wandb",),
+    wandb: WandbOptions | None = None,
+    options: Mapping[str, Any] | None = None,
+    paper: Mapping[str, PaperResult] | None = None,
+    paper_note: str | None = None,
 ) -> list[ResultRow]:
-    """Train the experts, compute importances, merge and test, for each seed; write and print what came out.
+    """Train, compute importances, merge and test, for each seed; write and print what came out.
 
     Stages that an earlier call finished in ``output_dir`` are not done again; a stage that was interrupted goes on from
     its last checkpoint.
@@ -64,187 +77,176 @@ def run_experiment(
     Args:
         benchmark: Its name, for the results.
         backbone: Name of the network, for the results.
-        make_datamodule: The benchmark for a seed.
+        datamodule: The benchmark.
         make_network: The network for a number of classes.
         methods: What is compared.
-        seeds: One run each.
-        training: How experts are trained.
-        trainer: For the Trainers.
-        wandb: Tracking.
+        seeds: Seeds of initial parameters and of the order of the data.
         output_dir: The run's folder.
-        fisher_draws: Labels drawn for each sample in a Fisher information, or ``"all"`` for the exact expectation.
+        training: How models are trained.
+        importance: How importances are estimated.
+        trainer: For the Trainers.
+        loggers: Who follows the runs; several, or nobody. There is one run for each seed and server method.
+        wandb: Tracking in Weights & Biases.
         options: Further options that the results depend on.
+        paper: The paper's figures, to stand beside ours.
+        paper_note: What to know when comparing with them.
 
     Returns:
         The rows of ``results.csv``.
 
     Raises:
         ArtifactError: If the folder holds a run with other options, or another process works in it.
-        MisconfigurationException: If an option is out of range.
+        MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
-    _check(methods, seeds, training)
-    decisive = {"benchmark": benchmark, "backbone": backbone, "fisher_draws": fisher_draws}
-    decisive |= asdict(training) | asdict(trainer) | (options or {})
-    decisive.pop("enable_progress_bar")
+    wandb = wandb or WandbOptions()
+    if wandb.mode == "disabled":
+        loggers = [name for name in loggers if name != "wandb"]
+    _check(datamodule, methods, seeds, training, importance, loggers, wandb)
+    servers = by_server(methods)
+    if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
+        output_dir = _folder_in_a_sweep(output_dir, len(servers) * len(seeds))
+    decisive = {"benchmark": benchmark, "backbone": backbone} | asdict(training) | asdict(importance) | asdict(trainer)
+    decisive |= options or {}
+    for name in ("enable_progress_bar", "log_every_n_steps"):
+        decisive.pop(name)
+    datamodule.prepare_data()
     folder = RunFolder(output_dir, decisive)
-    with folder.locked():
-        log = MetricsLog(folder.metrics_file)
-        runs = [
-            SeedRun(folder, log, make_datamodule(seed), make_network, methods, seed, training, trainer, fisher_draws)
-            for seed in seeds
-        ]
+    with folder.locked(), _quiet_lightning():
+        setting = Setting(folder, datamodule, make_network, training, importance, trainer)
+        runs = [SERVER_RUNS[server](setting, group, seed) for seed in seeds for server, group in servers.items()]
         pending = [[work for work in run.stages() if folder.finished(work.name) is None] for run in runs]
         total = sum(1 for run in runs for _ in run.stages())
         done = total - sum(map(len, pending))
         pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
-        rows: list[ResultRow] = []
-        with (
-            _quiet_lightning(),
-            tqdm(total=total, unit="stage", initial=done, mininterval=pause, disable=done == total) as bar,
-        ):
+        with tqdm(total=total, unit="stage", initial=done, mininterval=pause, disable=done == total) as bar:
             for run, works in zip(runs, pending, strict=True):
-                found = _SeedResults(benchmark, backbone, run)
-                if works or (wandb.mode != "disabled" and folder.finished(_tracked(run.seed)) is None):
-                    _run_seed(found, works, bar, _open_tracker(wandb, folder, log, run.seed, decisive, methods))
-                rows += found.rows()
-        rows = with_means_over_users(rows)
-        _write(folder, benchmark, backbone, rows, runs, decisive)
-        _say(folder, rows, seeds)
+                follow = Following(run, benchmark, backbone, decisive, wandb)
+                wanted = [name for name in loggers if works or folder.finished(follow.stage(name)) is None]
+                with follow.opened(wanted):
+                    for work in works:
+                        bar.set_description(work.name, refresh=False)
+                        work.run()
+                        bar.update()
+        rows = [row for run in runs for row in rows_of(run, benchmark, backbone)]
+        order = list(methods)
+        rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.method)))  # type: ignore[arg-type]
+        _finish(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers)
     return rows
 
 
-def _check(methods: Sequence[str], seeds: Sequence[int], training: TrainingOptions) -> None:
+def _check(
+    datamodule: TaskIncrementalDataModule,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    training: TrainingOptions,
+    importance: ImportanceOptions,
+    loggers: Sequence[str],
+    wandb: WandbOptions,
+) -> None:
     for name, values in (("methods", methods), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise MisconfigurationException(f"{name} must be at least one, and each once; got {list(values)}.")
+    known: list[tuple[str, Sequence[str], Sequence[str]]] = [
+        ("methods", methods, list(METHODS)),
+        ("loggers", loggers, get_args(LoggerName)),
+        ("wandb.artifacts", wandb.artifacts, get_args(ArtifactName)),
+        ("wandb.images_of", wandb.images_of, datamodule.users),
+    ]
+    for name, chosen, there in known:
+        if unknown := [one for one in chosen if one not in there]:
+            raise MisconfigurationException(f"{name}: there is no {unknown[0]!r}; there are {', '.join(there)}.")
     if training.epochs < 1:
         raise MisconfigurationException(f"training.epochs must be at least 1; got {training.epochs}.")
-
-
-def _tracked(seed: int) -> str:
-    """The stage of bringing a seed's results to W&B."""
-    return f"seed{seed}/tracked"
-
-
-def _run_seed(found: _SeedResults, works: Sequence[Work], bar: tqdm[Any], tracker: WandbTracker | None) -> None:
-    run, folder = found.run, found.run.folder
-    run.log.tracker = tracker
-    try:
-        for work in works:
-            bar.set_description(work.name, refresh=False)
-            work.run()
-            bar.update()
-        if tracker is not None:
-            tracker.log_results(with_means_over_users(found.rows()), found.draw(folder.path / "figures"))
-            earlier = folder.finished(_tracked(run.seed))
-            before = [] if earlier is None else earlier.result["folders"]
-            folder.finish(_tracked(run.seed), result={"folders": [*before, tracker.folder.name]})
-    finally:
-        run.log.tracker = None
-        if tracker is not None:
-            tracker.finish()
-
-
-class _SeedResults:
-    """What the finished stages of a seed say."""
-
-    def __init__(self, benchmark: str, backbone: str, run: SeedRun) -> None:
-        self.run, self._names = run, {"benchmark": benchmark, "backbone": backbone}
-        self._methods = (*run.methods, *BOUNDS)
-
-    def rows(self) -> list[ResultRow]:
-        run = self.run
-        return [
-            result_row(run.matrix(method, user), method=method, user=user, seed=run.seed, **self._names)
-            for method in self._methods
-            for user in run.data.users
-        ]
-
-    def draw(self, folder: Path) -> list[Path]:
-        run = self.run
-        return [
-            draw_matrices(
-                folder / f"seed{run.seed}" / f"matrix-{method}.png",
-                f"{method}, seed {run.seed}",
-                {user: run.matrix(method, user) for user in run.data.users},
-                run.data.tasks,
+    if importance.fisher_draws != "all" and importance.fisher_draws < 1:
+        raise MisconfigurationException(f"fisher_draws must be at least 1, or 'all'; got {importance.fisher_draws}.")
+    for package in ("matplotlib", "scipy", *(["tensorboard"] if "tensorboard" in loggers else [])):
+        if find_spec(package) is None:  # they are needed at the end: say so at the start
+            raise MisconfigurationException(
+                f"An experiment needs {package}, which is not installed: pip install 'pl-personalize[experiments]'"
             )
-            for method in run.methods
-        ]
 
 
-def _open_tracker(
-    options: WandbOptions,
+def _folder_in_a_sweep(output_dir: Path, runs: int) -> Path:
+    """A sweep's agent starts the same command with other options: each gets a folder of its own."""
+    if runs != 1:
+        raise MisconfigurationException(
+            f"In a sweep a call is one run of W&B, but these seeds and methods make {runs}: give one seed, and methods "
+            "that the server trains for in one way (not Joint beside others)."
+        )
+    return output_dir / os.environ.get("WANDB_RUN_ID", "run")
+
+
+def _finish(
     folder: RunFolder,
-    log: MetricsLog,
-    seed: int,
-    decisive: dict[str, Any],
-    methods: Sequence[str],
-) -> WandbTracker | None:
-    if options.mode == "disabled":
-        return None
-    group = f"{decisive['benchmark']}-{folder.path.name}"
-    identity = hashlib.sha256(f"{folder.path.resolve()}|{decisive}|{seed}".encode()).hexdigest()[:12]
-    config = {**decisive, "seed": seed, "methods": list(methods), "versions": _versions(), "git_commit": _git_commit()}
-    tracker = WandbTracker(
-        options, folder.path, name=f"{group}-seed{seed}", group=group, run_id=identity, config=config
-    )
-    for record in log.read():  # what an earlier call logged, if there was one
-        if record.stage.startswith(f"seed{seed}/"):
-            tracker.log(record)
-    return tracker
-
-
-def _write(
-    folder: RunFolder,
-    benchmark: str,
-    backbone: str,
     rows: list[ResultRow],
-    runs: list[SeedRun],
-    options: dict[str, Any],
+    runs: Sequence[ServerRun],
+    options: Mapping[str, Any],
+    paper: Mapping[str, PaperResult] | None,
+    paper_note: str | None,
+    tracked: Sequence[str],
 ) -> None:
-    title = f"{benchmark}, {backbone}"
-    seeds = {"seeds": [run.seed for run in runs]}
-    write_csv(folder.path / "results.csv", rows)
-    write_markdown(folder.path / "results.md", title, rows, seeds | options | _versions())
-    draw_methods(folder.path / "figures" / "methods.png", title, rows)
-    for method in runs[0].methods:
-        means = {user: torch.stack([run.matrix(method, user) for run in runs]).mean(0) for user in runs[0].data.users}
-        of_seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
-        path = folder.path / "figures" / f"matrix-{method}.png"
-        draw_matrices(path, f"{method}: accuracy, {of_seeds}", means, runs[0].data.tasks)
-
-
-def _say(folder: RunFolder, rows: list[ResultRow], seeds: Sequence[int]) -> None:
+    """Write the tables and figures, print the table, and say where everything is."""
     path = folder.path
-    print(f"\n{markdown_table(rows)}\n\n{legend(rows)}\n")
+    competitors = [name for name in dict.fromkeys(row.method for row in rows) if METHODS[name].bound is None]  # type: ignore[index]
+    comparisons = compare_methods(rows, competitors)
+    table = results_table(rows, marks(rows, comparisons, competitors), paper)
+    text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
+    title = f"{rows[0].benchmark}, {rows[0].backbone}"
+    write_csv(path / "results.csv", rows)
+    write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
+    write_markdown(path / "results.md", title, table, _with_comparisons(text, comparisons), {**options, **versions()})
+    draw_methods(path / "figures" / "methods.png", title, rows)
+    _draw_means(path / "figures", runs)
+
+    print(f"\n{table}\n\n{text}\n")
     print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
+    print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")
     print(f"Figures:     {path / 'figures'}")
-    print(f"Models:      {path / 'merged'} (for each user), {path / 'checkpoints'} (experts)")
-    print(f"Importances: {path / 'importances'}")
+    print(f"Models:      {path / 'checkpoints'}" + (f", {path / 'merged'} (for each user)" if competitors else ""))
+    if (path / "importances").is_dir():
+        print(f"Importances: {path / 'importances'}")
     print(f"Metrics:     {path / 'metrics.jsonl'}")
-    tracked = [stage.result["folders"] for seed in seeds if (stage := folder.finished(_tracked(seed))) is not None]
-    offline = [name for names in tracked for name in names if name.startswith("offline")]
+    if "csv" in tracked:
+        print(f"CSV:         {path / 'csv'}")
+    if "tensorboard" in tracked:
+        print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
+    stages = [folder.finished(f"{run.name}/tracked/wandb") for run in runs]
+    offline = [s.result["folder"] for s in stages if s is not None and s.result["folder"].startswith("offline")]
     if offline:
         print("To W&B:      wandb sync " + " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline))
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "pl_personalize": __version__,
-        "lightning": lightning.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
+    """The legend, and the differences between methods over all users."""
+    lines = [
+        [
+            one.method,
+            one.other,
+            f"{one.difference:+.2f}",
+            f"{one.p:.2g}",
+            f"{one.p_adjusted:.2g}",
+            "≈" if one.within_noise else "",
+        ]
+        for one in comparisons
+        if one.user == ALL_USERS
+    ]
+    if not lines:
+        return text
+    header = ["method", "other", "difference", "p", "p (Holm)", "within noise"]
+    return f"{text}\n\n## Differences over seeds and users\n\n{markdown_table([header, *lines])}"
 
 
-def _git_commit() -> str | None:
-    """The commit of the working folder, if it is a checkout."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+def _draw_means(folder: Path, runs: Sequence[ServerRun]) -> None:
+    """The accuracy matrix of each method, mean over seeds."""
+    groups: dict[MethodName, list[ServerRun]] = {}
+    for run in runs:
+        for method in run.methods:
+            groups.setdefault(method, []).append(run)
+    for method, group in groups.items():
+        users, tasks = group[0].data.users, group[0].data.tasks
+        means = {user: torch.stack([run.matrix(method, user) for run in group]).mean(0) for user in users}
+        of_seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
+        draw_matrices(folder / f"matrix-{method}.png", f"{method}: accuracy, {of_seeds}", means, tasks)
 
 
 @contextmanager

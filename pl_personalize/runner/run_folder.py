@@ -97,6 +97,15 @@ class RunFolder:
         self._write()
         return done
 
+    def checksums(self, paths: Sequence[Path]) -> dict[str, str]:
+        """The SHA-256 of files that finished stages made, by their names in the folder.
+
+        Raises:
+            KeyError: If no finished stage made such a file.
+        """
+        known = {name: checksum for stage in self._stages.values() for name, checksum in stage.artifacts.items()}
+        return {name: known[name] for name in (str(path.relative_to(self.path)) for path in paths)}
+
     def _read(self) -> None:
         content = read_json(self._manifest)
         try:

@@ -1,0 +1,160 @@
+"""Who follows a run, from its first step to its results."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pl_personalize.importance import Importance
+from pl_personalize.runner.expert_run import ExpertRun
+from pl_personalize.runner.figures import draw_matrices
+from pl_personalize.runner.metrics_log import Record
+from pl_personalize.runner.options import WandbOptions
+from pl_personalize.runner.results import ResultRow, result_row, with_means_over_users
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.tracking import RunResults, Tracker, csv_tracker, tensorboard_tracker
+from pl_personalize.runner.wandb_tracker import WandbTracker
+
+_PACKAGES = ("pl-personalize", "lightning", "torch", "torchvision", "torchmetrics", "wandb", "numpy")
+
+
+class Following:
+    """The trackers of a run: opened, told what was and what comes, and given the results at the end.
+
+    Args:
+        run: Who is followed.
+        benchmark: Its name.
+        backbone: Name of the network.
+        options: What the results depend on.
+        wandb: Tracking in Weights & Biases.
+    """
+
+    def __init__(
+        self, run: ServerRun, benchmark: str, backbone: str, options: Mapping[str, Any], wandb: WandbOptions
+    ) -> None:
+        self._run, self._benchmark, self._backbone = run, benchmark, backbone
+        self._options, self._wandb = options, wandb
+
+    def stage(self, logger: str) -> str:
+        """The stage of bringing the run's results to a logger."""
+        return f"{self._run.name}/tracked/{logger}"
+
+    @contextmanager
+    def opened(self, loggers: Sequence[str]) -> Iterator[None]:
+        """Follow what happens inside; then log the results."""
+        run = self._run
+        trackers: dict[str, Tracker] = {}
+        try:
+            for name in loggers:
+                trackers[name] = self._open(name)
+            for tracker in trackers.values():
+                relay = self._relay(tracker)
+                for record in run.log.read():  # what an earlier call logged, if there was one
+                    relay(record)
+                run.log.followers.append(relay)
+            yield
+            for name, tracker in trackers.items():
+                self._conclude(tracker)
+                place = tracker.folder.name if isinstance(tracker, WandbTracker) else None
+                run.folder.finish(self.stage(name), result={"folder": place})
+        finally:
+            run.log.followers.clear()
+            for tracker in trackers.values():
+                tracker.finish()
+
+    def _relay(self, tracker: Tracker) -> Callable[[Record], None]:
+        """Passes on the records of this run, with the stage's name relative to it."""
+        prefix = f"{self._run.name}/"
+
+        def relay(record: Record) -> None:
+            if record.stage.startswith(prefix):
+                tracker.log(record._replace(stage=record.stage.removeprefix(prefix)))
+
+        return relay
+
+    def _open(self, logger: str) -> Tracker:
+        run, folder = self._run, self._run.folder.path
+        place = f"{run.server}-seed{run.seed}"
+        if logger == "csv":
+            return csv_tracker(folder / "csv" / place)
+        if logger == "tensorboard":
+            return tensorboard_tracker(folder / "tensorboard" / place)
+        group = self._wandb.group or f"{self._benchmark}-{folder.name}"
+        identity = hashlib.sha256(f"{folder.resolve()}|{self._options}|{run.name}".encode()).hexdigest()[:12]
+        tracker = WandbTracker(
+            self._wandb,
+            folder,
+            name=f"{group}-{place}",
+            group=group,
+            job_type=run.server,
+            tags=[self._benchmark, self._backbone, run.server, *run.methods],
+            run_id=identity,
+            config={
+                **self._options,
+                "server_method": run.server,
+                "seed": run.seed,
+                "methods": list(run.methods),
+                "tasks": list(run.data.tasks),
+                "users": list(run.data.users),
+                "versions": versions(),
+                "git_commit": git_commit(),
+            },
+        )
+        for user in self._wandb.images_of:
+            splits = [run.data.user_split(user, task)[0].images[:8] for task in range(run.num_tasks)]
+            tracker.log_images(user, torch.cat(splits))
+        return tracker
+
+    def _conclude(self, tracker: Tracker) -> None:
+        run = self._run
+        if isinstance(run, ExpertRun):
+            for owner, kind, task in run.estimates():
+                path = run.importance_path(owner, kind, task)
+                tracker.log_importance(owner, task + 1, Importance.load(path))
+        matrices: dict[tuple[str, str], Tensor] = {}
+        matrices |= {(method, user): run.matrix(method, user) for method in run.methods for user in run.data.users}
+        figures = [
+            draw_matrices(
+                run.folder.path / "figures" / run.name / f"matrix-{method}.png",
+                f"{method}, seed {run.seed}",
+                {user: matrices[method, user] for user in run.data.users},
+                run.data.tasks,
+            )
+            for method in run.methods
+        ]
+        rows = with_means_over_users(rows_of(run, self._benchmark, self._backbone))
+        tracker.log_results(RunResults(rows, matrices, run.validation(), figures))
+        if isinstance(tracker, WandbTracker):
+            tracker.log_artifacts([file for file in run.files() if file.what in self._wandb.artifacts])
+
+
+def rows_of(run: ServerRun, benchmark: str, backbone: str) -> list[ResultRow]:
+    """What the finished tests of a run say."""
+    names = {"benchmark": benchmark, "backbone": backbone, "seed": run.seed}
+    return [
+        result_row(run.matrix(method, user), method=method, user=user, **names)  # type: ignore[arg-type]
+        for method in run.methods
+        for user in run.data.users
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder, if it is a checkout."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
