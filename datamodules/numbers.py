@@ -94,28 +94,29 @@ class NumbersDataModule(TaskIncrementalDataModule):
         """The training images of all sources, 80 % for training."""
         parts = []
         for source, name in zip(self.sources, self.users, strict=True):
-            found = self._of_task(source, True, task)
-            order = torch.randperm(
-                len(found.labels), generator=torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
-            )[: self.max_per_source]
-            parts.append(LabelledImages(found.images[order], found.labels[order]))
+            images, labels = self._of_task(source, True, task)
+            generator = torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
+            order = torch.randperm(len(labels), generator=generator)[: self.max_per_source]
+            parts.append(LabelledImages(_standardise(images[order], source), labels[order]))
         return random_split(concatenate(parts), 0.8, self.split_seed, "server", task)
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
         """The test images of the user's source, halved."""
-        found = self._of_task(self.sources[user], False, task)
+        images, labels = self._of_task(self.sources[user], False, task)
+        found = LabelledImages(_standardise(images, self.sources[user]), labels)
         evaluation, adapt = random_split(found, 0.5, self.split_seed, "user", self.users[user], task)
         return adapt, evaluation
 
-    def _of_task(self, source: str, train: bool, task: int) -> LabelledImages:
+    def _of_task(self, source: str, train: bool, task: int) -> _Raw:
+        """The images of a task as they were read, and their class in it."""
         key = source, train
         if key not in self._raw:
             self._raw[key] = self._read(source, train)
         images, digits = self._raw[key]
         lowest = int(self.classes[task][0])
         chosen = (digits == lowest) | (digits == lowest + 1)
-        return LabelledImages(_standardise(images[chosen], source), digits[chosen].long() - lowest)
+        return images[chosen], digits[chosen].long() - lowest
 
     def _read(self, source: str, train: bool) -> _Raw:
         if source not in _COLLECTIONS:

@@ -8,118 +8,20 @@ The first benchmark of De Lange et al., CVPR 2020: SVHN and MNIST, an MLP 100-10
     python experiments/numbers.py --config experiments/configs/numbers-fim-racl.yaml --wandb.mode online
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 
-import torch
-from jsonargparse import auto_cli
-from jsonargparse.typing import PositiveInt
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from pl_personalize import ArtifactError
-from pl_personalize.datamodules import NumbersDataModule
-from pl_personalize.datamodules.numbers import IMAGE_SHAPE
-from pl_personalize.models import mlp
-from pl_personalize.runner import (
-    METHODS,
-    ImportanceOptions,
-    LoggerName,
-    MethodName,
-    TrainerOptions,
-    TrainingOptions,
-    WandbOptions,
-    paper_results,
-    run_experiment,
-)
-
-PAPER_SOURCES = ("svhn", "mnist")
-TRAINING = TrainingOptions()
-IMPORTANCE = ImportanceOptions()
-TRAINER = TrainerOptions(accelerator="cpu")
-WANDB = WandbOptions()
-
-
-def main(
-    data_dir: Path = Path("../shared/data"),
-    sources: Sequence[str] = PAPER_SOURCES,
-    download: bool = False,
-    max_per_source: PositiveInt | None = 10_000,
-    split_seed: int = 27,
-    seeds: Sequence[int] = (1, 2, 3, 4, 5),
-    methods: Sequence[MethodName] = tuple(METHODS),
-    hidden: Sequence[PositiveInt] = (100, 100),
-    batch_size: PositiveInt = 20,
-    eval_batch_size: PositiveInt = 256,
-    training: TrainingOptions = TRAINING,
-    importance: ImportanceOptions = IMPORTANCE,
-    trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] = ("wandb",),
-    wandb: WandbOptions = WANDB,
-    num_threads: PositiveInt = 1,
-    output_dir: Path = Path("runs/numbers"),
-) -> None:
-    """Train, merge and test on Numbers, for a user of each source.
-
-    Args:
-        data_dir: Folder of the collections that have names.
-        sources: Names (``svhn``, ``mnist``, ``usps``) or folders with ``{train,test}/<digit>/*``; each is one user.
-        download: Fetch collections that are missing.
-        max_per_source: Cap on the server's images of a task and source; null for all.
-        split_seed: Seed of the choice and the division of the images.
-        seeds: Seeds of initial parameters and of the order of the data.
-        methods: What is compared.
-        hidden: Widths of the hidden layers.
-        batch_size: For training.
-        eval_batch_size: For importances and tests; it matters for ``--importance.reduction batch`` alone.
-        training: How models are trained.
-        importance: How importances are estimated.
-        trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
-        wandb: Tracking in Weights & Biases.
-        num_threads: Threads for PyTorch; more do not help networks this small.
-        output_dir: Folder of the run. Run again, it goes on where it was.
-    """
-    torch.set_num_threads(num_threads)
-    data = NumbersDataModule(
-        data_dir,
-        sources,
-        download=download,
-        max_per_source=max_per_source,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size,
-        split_seed=split_seed,
-    )
-    different = f", here {', '.join(data.users)}: compare methods, not levels" if data.users != PAPER_SOURCES else ""
-    run_experiment(
-        "Numbers",
-        f"MLP {'-'.join(map(str, hidden))}",
-        data,
-        lambda num_classes: mlp(IMAGE_SHAPE, num_classes, hidden),
-        methods=methods,
-        seeds=seeds,
-        output_dir=output_dir,
-        training=training,
-        importance=importance,
-        trainer=trainer,
-        loggers=loggers,
-        wandb=wandb,
-        options={
-            "sources": list(sources),
-            "max_per_source": max_per_source,
-            "split_seed": split_seed,
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-        },
-        paper=paper_results("Numbers", "MLP"),
-        paper_note=f"In the paper, the users are svhn and mnist{different}.",
-    )
-
-
 if __name__ == "__main__":
-    try:
-        auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")
+    from numbers_benchmark import run
+
+    run()
+else:
+    # Python looks into a script's own folder first: when a library wants the standard library's module of this name, it
+    # finds this file. So hand that module on.
+    here = Path(__file__).parent
+    found = PathFinder.find_spec("numbers", [path for path in sys.path if Path(path).resolve() != here.resolve()])
+    assert found is not None and found.loader is not None
+    sys.modules[__name__] = module_from_spec(found)
+    found.loader.exec_module(sys.modules[__name__])

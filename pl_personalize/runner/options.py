@@ -62,7 +62,7 @@ class TrainerOptions:
     accelerator: str = "auto"
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
     enable_progress_bar: bool = False
-    log_every_n_steps: int = 10
+    log_every_n_steps: int = 50
 
 
 @dataclass
