@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -83,11 +84,19 @@ class NumbersDataModule(TaskIncrementalDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Fetch what is missing, if asked to."""
-        for source in self.sources if self.download else ():
-            if source in _COLLECTIONS:
+        """Fetch what is missing, if asked to; else see that nothing is.
+
+        Raises:
+            MisconfigurationException: If a source is missing or cannot be fetched.
+        """
+        for source in self.sources:
+            if source not in _COLLECTIONS:
+                _check_folder(Path(source))
+            elif self.download:
                 for train in (True, False):
-                    _COLLECTIONS[source](self.data_dir, train, True)
+                    self._read(source, train)
+            else:
+                _COLLECTIONS[source].check(self.data_dir)
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
@@ -120,13 +129,17 @@ class NumbersDataModule(TaskIncrementalDataModule):
 
     def _read(self, source: str, train: bool) -> _Raw:
         if source not in _COLLECTIONS:
+            _check_folder(Path(source))
             return _read_folder(Path(source) / ("train" if train else "test"))
+        collection = _COLLECTIONS[source]
+        if not self.download:
+            collection.check(self.data_dir)
         try:
-            return _COLLECTIONS[source](self.data_dir, train, self.download)
-        except (RuntimeError, OSError) as error:
+            return collection.read(self.data_dir, train, self.download)
+        except (RuntimeError, OSError, ValueError) as error:
             raise MisconfigurationException(
-                f"The data set {source!r} was looked for in {self.data_dir.resolve()} and is not there or not whole "
-                f"({error}). Either fetch it with download=True, or put its files there as torchvision has them."
+                f"The data set {source!r} in {self.data_dir.resolve()} cannot be "
+                f"{'fetched or read' if self.download else 'read'}: {error}"
             ) from error
 
 
@@ -137,21 +150,6 @@ def _standardise(images: Tensor, source: str) -> Tensor:
         images = resize(images, [32, 32], InterpolationMode.BILINEAR, antialias=True)
     cropped: Tensor = center_crop(images, list(IMAGE_SHAPE[1:]))
     return (cropped.float() / 255 - 0.5).div(0.5).expand(-1, 3, -1, -1)
-
-
-def _read_mnist(data_dir: Path, train: bool, download: bool) -> _Raw:
-    data = torchvision.datasets.MNIST(data_dir, train=train, download=download)
-    return data.data[:, None], data.targets
-
-
-def _read_svhn(data_dir: Path, train: bool, download: bool) -> _Raw:
-    data = torchvision.datasets.SVHN(data_dir / "SVHN", split="train" if train else "test", download=download)
-    return torch.from_numpy(data.data), torch.from_numpy(data.labels)
-
-
-def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
-    data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
-    return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
 
 
 def _read_folder(folder: Path) -> _Raw:
@@ -180,8 +178,54 @@ def _read_folder(folder: Path) -> _Raw:
     return torch.stack(images), torch.tensor(digits)
 
 
-_COLLECTIONS: dict[str, Callable[[Path, bool, bool], _Raw]] = {
-    "mnist": _read_mnist,
-    "svhn": _read_svhn,
-    "usps": _read_usps,
+def _check_folder(folder: Path) -> None:
+    """See that a source that is no collection is a folder of digits."""
+    missing = [part for part in ("train", "test") if not (folder / part).is_dir()]
+    if missing:
+        raise MisconfigurationException(
+            f"The source {str(folder)!r} was looked for in {folder.resolve()}, where there is no folder "
+            f"{' and no folder '.join(missing)}. Either make it, as train/<digit>/* and test/<digit>/*, or choose one "
+            f"of the collections {', '.join(_COLLECTIONS)}."
+        )
+
+
+def _read_mnist(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.MNIST(data_dir, train=train, download=download)
+    return data.data[:, None], data.targets
+
+
+def _read_svhn(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.SVHN(data_dir / "SVHN", split="train" if train else "test", download=download)
+    return torch.from_numpy(data.data), torch.from_numpy(data.labels)
+
+
+def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
+    data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
+    return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
+
+
+class _Collection(NamedTuple):
+    """A data set of torchvision: its name, its reader, and its files below the data folder."""
+
+    name: str
+    read: Callable[[Path, bool, bool], _Raw]
+    files: Sequence[str]
+
+    def check(self, data_dir: Path) -> None:
+        """See that the files are there."""
+        missing = [file for file in self.files if not (data_dir / file).is_file()]
+        if missing:
+            raise MisconfigurationException(
+                f"The data set {self.name!r} was looked for in {data_dir.resolve()}, where there is no "
+                f"{' and no '.join(missing)}. Either fetch it with download=True (--download true on the command "
+                "line), or put these files there yourself; they are those of torchvision."
+            )
+
+
+_MNIST_FILES = [f"MNIST/raw/{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1")]
+_MNIST_FILES += [f"MNIST/raw/{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")]
+_COLLECTIONS = {
+    "mnist": _Collection("mnist", _read_mnist, _MNIST_FILES),
+    "svhn": _Collection("svhn", _read_svhn, ["SVHN/train_32x32.mat", "SVHN/test_32x32.mat"]),
+    "usps": _Collection("usps", _read_usps, ["USPS/usps.bz2", "USPS/usps.t.bz2"]),
 }

@@ -22,6 +22,7 @@ else:
     # finds this file. So hand that module on.
     here = Path(__file__).parent
     found = PathFinder.find_spec("numbers", [path for path in sys.path if Path(path).resolve() != here.resolve()])
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     sys.modules[__name__] = module_from_spec(found)
     found.loader.exec_module(sys.modules[__name__])

@@ -184,7 +184,7 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
         sentences.append(f"Bounds: {bounds}.")
     if marked:
         sentences.append(
-            "* the best of the other methods; ≈ within noise of it (paired t-test over seeds, for all users over seeds "
+            "* the best method, bounds apart; ≈ within noise of it (paired t-test over seeds, for all users over seeds "
             "and users, Holm-corrected, p ≥ 0.05)."
         )
     if paper_note:

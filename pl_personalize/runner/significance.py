@@ -52,12 +52,14 @@ def compare_methods(rows: Sequence[ResultRow], methods: Sequence[str]) -> list[C
         methods: What to compare.
 
     Returns:
-        Nothing for a user with fewer than two pairs.
+        Nothing for a single seed: that says nothing of chance.
     """
     accuracies: dict[str, dict[tuple[str, int], float]] = {method: {} for method in methods}
     for row in rows:
         if row.method in accuracies and row.user != ALL_USERS:
             accuracies[row.method][row.user, row.seed] = row.avg_acc
+    if len({row.seed for row in rows}) < 2:
+        return []
     users = list(dict.fromkeys(row.user for row in rows if row.user != ALL_USERS))
     found: list[Comparison] = []
     for user in [*users, ALL_USERS]:

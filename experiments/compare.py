@@ -1,0 +1,52 @@
+"""Compare two tables of results, method by method: Welch's t-test over seeds.
+
+python experiments/compare.py runs/numbers/results.csv experiments/reference/numbers_meter_digits_published_code.csv
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+from jsonargparse import auto_cli
+
+from pl_personalize import ArtifactError
+from pl_personalize.runner.results import ALL_USERS, ResultRow, cell, markdown_table, read_csv
+from pl_personalize.runner.significance import LEVEL, welch_test
+
+
+def compare(ours: list[ResultRow], theirs: list[ResultRow], user: str) -> list[list[str]]:
+    """The lines of a table: for each method that both have, the figures, the difference, p and a verdict."""
+    lines = [["method", "ours", "theirs", "difference", "p (Welch)", "verdict"]]
+    for method in dict.fromkeys(row.method for row in ours):
+        first, second = ([row for row in rows if (row.method, row.user) == (method, user)] for rows in (ours, theirs))
+        if min(len(first), len(second)) < 2:
+            continue
+        accuracies = [[row.avg_acc for row in rows] for rows in (first, second)]
+        difference, p = mean(accuracies[0]) - mean(accuracies[1]), welch_test(*accuracies)
+        verdict = "no significant difference" if p >= LEVEL else "ours above" if difference > 0 else "ours below"
+        lines.append([method, cell(first), cell(second), f"{difference:+.2f}", f"{p:.3f}", verdict])
+    return lines
+
+
+def main(ours: Path, theirs: Path, user: str = ALL_USERS) -> None:
+    """Compare two tables of results.
+
+    Args:
+        ours: A ``results.csv``.
+        theirs: Another, of the same columns.
+        user: Whose figures to compare.
+    """
+    try:
+        lines = compare(read_csv(ours), read_csv(theirs), user)
+    except ArtifactError as error:
+        sys.exit(f"error: {error}")
+    if len(lines) == 1:
+        sys.exit(f"error: {ours} and {theirs} have no method with two seeds each for user {user!r} in common.")
+    print(markdown_table(lines))
+    print("\nAverage accuracy in percent (forgetting), mean ± standard deviation over seeds.")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
