@@ -25,14 +25,8 @@ def test_a_line_that_was_cut_is_passed_over(tmp_path):
     assert log.read()[-1] == Record("expert", 2, {"loss": 2.0})
 
 
-def test_the_tracker_gets_every_record(tmp_path):
-    class Spy:
-        def __init__(self):
-            self.records = []
-
-        def log(self, record):
-            self.records.append(record)
-
-    spy = Spy()
-    StageLogger(MetricsLog(tmp_path / "metrics.jsonl", spy), "expert").log_metrics({"loss": 1.0, "epoch": 3}, step=7)
-    assert spy.records == [Record("expert", 7, {"loss": 1.0})]
+def test_a_follower_gets_every_record(tmp_path):
+    log, records = MetricsLog(tmp_path / "metrics.jsonl"), []
+    log.followers.append(records.append)
+    StageLogger(log, "expert").log_metrics({"loss": 1.0, "epoch": 3}, step=7)
+    assert records == [Record("expert", 7, {"loss": 1.0})]

@@ -3,8 +3,10 @@ import csv
 import pytest
 import torch
 
+from pl_personalize import ArtifactError
 from pl_personalize.runner.figures import draw_matrices, draw_methods
-from pl_personalize.runner.results import markdown_table, result_row, with_means_over_users, write_csv
+from pl_personalize.runner.paper import PaperResult
+from pl_personalize.runner.results import legend, read_csv, result_row, results_table, with_means_over_users, write_csv
 
 NAN = float("nan")
 MATRIX = torch.tensor([[1.0, NAN], [0.5, 0.75]])
@@ -48,8 +50,38 @@ def test_the_csv_has_the_agreed_columns(tmp_path):
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds():
     better = torch.tensor([[1.0, NAN], [0.7, 0.75]])  # 72.5 and 15.0
-    table = markdown_table([row("MAS-RACL", "a"), row("MAS-RACL", "a", 2, better)])
-    assert "67.5 ± 7.1 (20.0)" in table
+    table = results_table([row("MAS-RACL", "a"), row("MAS-RACL", "a", 2, better)])
+    assert "| 67.5 ± 7.1 (20.0) |" in table
+
+
+def test_marks_and_the_papers_figures_stand_in_the_table():
+    rows = [row("MAS-RACL", "a"), row("Joint", "a")]
+    paper = {"MAS-RACL": PaperResult(84.01, -0.22)}
+    lines = results_table(rows, {("MAS-RACL", "a"): "≈"}, paper).splitlines()
+    assert lines[0] == "| method   | user a        | paper       |"
+    assert lines[2] == "| MAS-RACL | 62.5 (25.0) ≈ | 84.0 (-0.2) |"
+    assert lines[3].endswith("|             |")
+
+
+def test_the_legend_says_what_is_in_the_table():
+    assert "Joint: one model trained on all tasks" in legend([row("Joint", "a")])
+    plain = legend([row("MAS-RACL", "a")])
+    assert "Joint" not in plain
+    assert "≈" not in plain
+    assert "≈ within noise" in legend([row("MAS-RACL", "a")], marked=True)
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    rows = [row("MAS-RACL", "a"), row("Experts", "a")]
+    assert read_csv(write_csv(tmp_path / "results.csv", rows)) == rows
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "benchmark,backbone,method,adaptation,user,seed,avg_acc,forgetting\nN,M,A,none,u,one,1.0,\n", None])
+def test_another_file_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.csv").write_text(content)
+    with pytest.raises(ArtifactError, match=r"results\.csv cannot be read as a table of results"):
+        read_csv(tmp_path / "results.csv")
 
 
 def test_figures_are_drawn(tmp_path):

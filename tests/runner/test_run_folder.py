@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -27,6 +28,16 @@ def test_a_stage_whose_file_is_not_what_it_was_counts_as_not_done(tmp_path, dama
     else:
         path.unlink()
     assert RunFolder(tmp_path, {}).finished("train") is None
+
+
+def test_it_knows_the_checksums_of_what_stages_made(tmp_path):
+    folder, path = RunFolder(tmp_path, {}), tmp_path / "room" / "model.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"abc")
+    folder.finish("train", artifacts=[path])
+    assert folder.checksums([path]) == {"room/model.bin": hashlib.sha256(b"abc").hexdigest()}
+    with pytest.raises(KeyError):
+        folder.checksums([tmp_path / "other.bin"])
 
 
 def test_other_options_are_refused_and_named(tmp_path):

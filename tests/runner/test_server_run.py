@@ -5,7 +5,7 @@ from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.modules import TaskLearner
-from pl_personalize.runner.experiment import _ResumePoint
+from pl_personalize.runner.server_run import ResumePoint
 
 
 def steps_of_checkpoints(folder, cls: type[ModelCheckpoint]) -> set[int]:
@@ -25,4 +25,4 @@ def steps_of_checkpoints(folder, cls: type[ModelCheckpoint]) -> set[int]:
 
 def test_a_resume_point_is_never_before_the_validation_of_its_epoch(tmp_path):
     assert steps_of_checkpoints(tmp_path / "plain", ModelCheckpoint) == {1, 2, 3, 4, 5, 6}
-    assert steps_of_checkpoints(tmp_path / "ours", _ResumePoint) == {1, 2, 4, 5}
+    assert steps_of_checkpoints(tmp_path / "ours", ResumePoint) == {1, 2, 4, 5}

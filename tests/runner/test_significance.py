@@ -1,0 +1,97 @@
+import math
+
+import pytest
+from scipy import stats
+
+from pl_personalize.runner.results import ResultRow, with_means_over_users
+from pl_personalize.runner.significance import compare_methods, holm, marks, paired_test, welch_test
+
+
+def rows(table):
+    """``{(method, user): accuracies of seeds 1, 2, …}`` as rows, with means over users."""
+    return with_means_over_users(
+        [
+            ResultRow("Numbers", "MLP", method, "none", user, seed, accuracy, None)
+            for (method, user), accuracies in table.items()
+            for seed, accuracy in enumerate(accuracies, 1)
+        ]
+    )
+
+
+TABLE = {
+    ("A", "u"): [90.0, 91.0, 92.0, 90.0],
+    ("A", "v"): [80.0, 81.0, 82.0, 81.5],
+    ("B", "u"): [89.0, 89.9, 91.1, 88.9],
+    ("B", "v"): [79.1, 79.9, 81.0, 80.6],
+    ("C", "u"): [90.5, 90.5, 92.5, 90.0],
+    ("C", "v"): [79.5, 81.5, 81.5, 82.0],
+}
+
+
+def test_pairs_are_of_one_seed_and_user():
+    found = {(one.user, one.method, one.other): one for one in compare_methods(rows(TABLE), ["A", "B", "C"])}
+    assert set(found) == {(u, *pair) for u in ("u", "v", "all") for pair in (("A", "B"), ("A", "C"), ("B", "C"))}
+    expected = stats.ttest_rel(TABLE["A", "u"], TABLE["B", "u"]).pvalue
+    assert found["u", "A", "B"].p == pytest.approx(expected)
+    assert found["u", "A", "B"].pairs == 4
+    everybody = stats.ttest_rel(TABLE["A", "u"] + TABLE["A", "v"], TABLE["B", "u"] + TABLE["B", "v"])
+    assert found["all", "A", "B"].p == pytest.approx(everybody.pvalue)
+    assert found["all", "A", "B"].pairs == 8
+    assert found["all", "A", "B"].difference == pytest.approx(1.0)
+
+
+def test_noise_is_told_from_a_difference():
+    found = {(one.user, one.method, one.other): one for one in compare_methods(rows(TABLE), ["A", "B", "C"])}
+    assert not found["u", "A", "B"].within_noise
+    assert found["u", "A", "C"].within_noise
+
+
+def test_the_best_and_what_is_within_noise_of_it_are_marked():
+    table = rows(TABLE)
+    assert marks(table, compare_methods(table, ["A", "B", "C"]), ["A", "B", "C"]) == {
+        ("A", "u"): "≈",
+        ("C", "u"): "*",
+        ("A", "v"): "*",
+        ("C", "v"): "≈",
+        ("C", "all"): "*",
+        ("A", "all"): "≈",
+    }
+
+
+def test_a_seed_that_one_method_lacks_is_no_pair():
+    table = dict(TABLE)
+    table["B", "u"] = table["B", "u"][:3]
+    found = {(one.user, one.method, one.other): one.pairs for one in compare_methods(rows(table), ["A", "B"])}
+    assert found == {("u", "A", "B"): 3, ("v", "A", "B"): 4, ("all", "A", "B"): 7}
+
+
+def test_one_seed_says_nothing_of_chance():
+    table = rows({key: values[:1] for key, values in TABLE.items()})
+    assert compare_methods(table, ["A", "B", "C"]) == []
+    assert marks(table, [], ["A", "B", "C"]) == {}
+
+
+def test_without_variance_the_test_is_still_defined():
+    assert paired_test([0.0, 0.0, 0.0]) == 1.0
+    assert paired_test([1.0, 1.0]) == 0.0
+    assert welch_test([1.0, 1.0], [1.0, 1.0]) == 1.0
+    assert welch_test([1.0, 1.0], [2.0, 2.0]) == 0.0
+
+
+def test_holm_is_monotone_and_at_most_one():
+    assert holm([0.5, 0.001, 0.02, 0.9]) == [1.0, 0.004, 0.06, 1.0]
+    assert holm([]) == []
+    assert not any(map(math.isnan, holm([0.3])))
+
+
+def test_welch_agrees_with_its_formula():
+    first, second = [1.0, 2.0, 4.0], [5.0, 5.5, 9.0, 7.0]
+
+    def mean_and_error(values):
+        mean = sum(values) / len(values)
+        return mean, sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)
+
+    (m1, e1), (m2, e2) = mean_and_error(first), mean_and_error(second)
+    t = (m1 - m2) / math.sqrt(e1 + e2)
+    freedom = (e1 + e2) ** 2 / (e1**2 / 2 + e2**2 / 3)
+    assert welch_test(first, second) == pytest.approx(2 * stats.t.sf(abs(t), freedom))
