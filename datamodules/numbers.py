@@ -12,6 +12,7 @@ import torchvision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from typing_extensions import override
 
@@ -78,7 +79,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
             eval_batch_size=eval_batch_size,
             seed=seed,
         )
-        self.data_dir, self.sources, self.download = Path(data_dir), tuple(sources), download
+        self.data_dir, self.sources, self.download = Path(data_dir).expanduser(), tuple(sources), download
         self.max_per_source, self.split_seed = max_per_source, split_seed
         self._raw: dict[tuple[str, bool], _Raw] = {}
 
@@ -101,7 +102,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
         """The training images of all sources, 80 % for training."""
-        parts = []
+        parts: list[LabelledImages] = []
         for source, name in zip(self.sources, self.users, strict=True):
             images, labels = self._of_task(source, True, task)
             generator = torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
@@ -136,33 +137,35 @@ class NumbersDataModule(TaskIncrementalDataModule):
             collection.check(self.data_dir)
         try:
             return collection.read(self.data_dir, train, self.download)
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # readers and downloads of other packages: what they raise is not documented
             raise MisconfigurationException(
                 f"The data set {source!r} in {self.data_dir.resolve()} cannot be "
-                f"{'fetched or read' if self.download else 'read'}: {error}"
+                f"{'fetched or read' if self.download else 'read'}: {type(error).__name__}: {error}"
             ) from error
 
 
 def _standardise(images: Tensor, source: str) -> Tensor:
     if source == "mnist":
-        return ((images.float() / 255 - 0.1307) / 0.3081).expand(-1, 3, -1, -1)
+        return images.float().div_(255).sub_(0.1307).div_(0.3081).expand(-1, 3, -1, -1)
     if images.shape[-2:] != (32, 32):
         images = resize(images, [32, 32], InterpolationMode.BILINEAR, antialias=True)
     cropped: Tensor = center_crop(images, list(IMAGE_SHAPE[1:]))
-    return (cropped.float() / 255 - 0.5).div(0.5).expand(-1, 3, -1, -1)
+    return cropped.float().div_(255).sub_(0.5).div_(0.5).expand(-1, 3, -1, -1)
 
 
 def _read_folder(folder: Path) -> _Raw:
     """``<digit>/*`` as RGB 32×32, in sorted order."""
     images, digits = [], []
-    empty = [digit for digit in range(10) if not any((folder / str(digit)).glob("*"))]
+    files = [sorted(p for p in (folder / str(d)).glob("*") if p.suffix.lower() in _SUFFIXES) for d in range(10)]
+    empty = [digit for digit, paths in enumerate(files) if not paths]
     if 0 < len(empty) < 10:
         raise MisconfigurationException(f"{folder.resolve()} has no images of the digits {empty}.")
-    for digit in range(10):
-        files = sorted(path for path in (folder / str(digit)).glob("*") if path.suffix.lower() in _SUFFIXES)
-        for path in files:
+    for digit, paths in enumerate(files):
+        for path in paths:
             try:
                 with Image.open(path) as opened:
+                    if opened.mode.startswith(("I", "F")):  # Pillow would clip its values at 255
+                        raise MisconfigurationException(f"{path} has more than 8 bits a channel; convert it to 8.")
                     image = opened.convert("RGB")
             except OSError as error:
                 raise MisconfigurationException(f"{path} cannot be read as an image: {error}") from error
@@ -200,6 +203,10 @@ def _read_svhn(data_dir: Path, train: bool, download: bool) -> _Raw:
 
 
 def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
+    _, name, md5 = torchvision.datasets.USPS.split_list["train" if train else "test"]
+    path = data_dir / "USPS" / name
+    if download and path.is_file() and not check_integrity(path, md5):
+        path.unlink()  # torchvision looks at the checksum of what it has just fetched, and never again
     data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
     return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
 

@@ -44,7 +44,7 @@ def main(
     methods: Sequence[MethodName] = tuple(METHODS),
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
-    eval_batch_size: PositiveInt = 256,
+    eval_batch_size: PositiveInt = 1000,
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
     trainer: TrainerOptions = TRAINER,

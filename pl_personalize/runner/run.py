@@ -6,7 +6,9 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -109,6 +111,7 @@ def run_experiment(
     decisive |= options or {}
     for name in ("enable_progress_bar", "log_every_n_steps"):
         decisive.pop(name)
+    start, seconds = time.perf_counter(), Counter[str]()
     datamodule.prepare_data()
     folder = RunFolder(output_dir, decisive)
     with folder.locked(), _quiet_lightning():
@@ -125,12 +128,17 @@ def run_experiment(
                 with follow.opened(wanted):
                     for work in works:
                         bar.set_description(work.name, refresh=False)
+                        begun = time.perf_counter()
                         work.run()
+                        seconds[work.kind] += time.perf_counter() - begun
                         bar.update()
         rows = [row for run in runs for row in rows_of(run, benchmark, backbone)]
         order = list(methods)
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.method)))  # type: ignore[arg-type]
         _finish(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers)
+        if seconds:
+            seconds["the rest"] = time.perf_counter() - start - seconds.total()
+            print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     return rows
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,6 +64,11 @@ class Work(NamedTuple):
 
     name: str
     run: Callable[[], Stage]
+
+    @property
+    def kind(self) -> str:
+        """``train``, ``importance`` or ``test``."""
+        return self.name.split("/")[2]
 
 
 class ServerRun(ABC):
@@ -186,12 +191,9 @@ class ServerRun(ABC):
         epochs = options.pop("epochs")
         learner = TaskLearner(network, anchor=anchor, seed=self.seed, task=task, **options)
         scratch = path.with_suffix("")
-        best = ModelCheckpoint(scratch, "best", monitor="val/acc", mode="max", enable_version_counter=False)
-        interval = timedelta(seconds=30)
-        last = ResumePoint(scratch, "last", train_time_interval=interval, enable_version_counter=False)
-        trainer = self._lightning(stage, [best, last], max_epochs=epochs, num_sanity_val_steps=0)
-        resume = scratch / "last.ckpt"
-        trainer.fit(learner, datamodule=data, ckpt_path=resume if resume.exists() else None)
+        best = Checkpoints(scratch)
+        trainer = self._lightning(stage, [best], max_epochs=epochs, num_sanity_val_steps=0)
+        trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
         learner.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
         accuracy = float(best.best_model_score or 0.0)
         metadata = {"stage": stage, "val_acc": accuracy}
@@ -221,13 +223,25 @@ class ServerRun(ABC):
         return []
 
 
-class ResumePoint(ModelCheckpoint):
-    """A checkpoint within an epoch; not at its last step, from where Lightning would go on without its validation."""
+class Checkpoints(ModelCheckpoint):
+    """The model with the best validation accuracy, and now and then a checkpoint to resume from.
+
+    The latter within an epoch, but not at its last step, from where Lightning would go on without its validation.
+
+    Args:
+        folder: Where they are.
+        seconds: Between two checkpoints to resume from.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 30) -> None:
+        super().__init__(folder, "best", monitor="val/acc", mode="max", enable_version_counter=False)
+        self.resume, self._seconds, self._saved = folder / "last.ckpt", seconds, time.monotonic()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *args, **kwargs)
+        if time.monotonic() - self._saved >= self._seconds and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.resume)
+            self._saved = time.monotonic()
 
 
 def part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

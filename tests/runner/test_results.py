@@ -76,7 +76,10 @@ def test_what_was_written_is_read_back(tmp_path):
     assert read_csv(write_csv(tmp_path / "results.csv", rows)) == rows
 
 
-@pytest.mark.parametrize("content", ["a,b\n1,2\n", "benchmark,backbone,method,adaptation,user,seed,avg_acc,forgetting\nN,M,A,none,u,one,1.0,\n", None])
+@pytest.mark.parametrize(
+    "content",
+    ["a,b\n1,2\n", "benchmark,backbone,method,adaptation,user,seed,avg_acc,forgetting\nN,M,A,none,u,one,1.0,\n", None],
+)
 def test_another_file_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "results.csv").write_text(content)

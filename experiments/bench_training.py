@@ -1,0 +1,116 @@
+"""What a training step of Numbers costs, and where it goes: ratios of loops that take turns in one process.
+
+python experiments/bench_training.py
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_personalize import TaskLearner
+from pl_personalize.datamodules.loader import tensor_loader
+from pl_personalize.datamodules.numbers import IMAGE_SHAPE
+from pl_personalize.models import mlp
+from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
+from pl_personalize.runner.results import markdown_table
+from pl_personalize.runner.server_run import Checkpoints
+
+BATCH = 20
+
+
+class Bare(LightningModule):
+    """The least that Lightning trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp(IMAGE_SHAPE, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.001, momentum=0.9)
+
+
+def fit(module: LightningModule, images: Tensor, labels: Tensor, folder: Path | None = None) -> None:
+    """One epoch in a Trainer; with a folder, as the runner has it: checkpoints, schedule and a log."""
+    callbacks = [] if folder is None else [Checkpoints(folder)]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False if folder is None else StageLogger(MetricsLog(folder / "metrics.jsonl"), "train/task1"),
+        callbacks=[*callbacks],
+        enable_checkpointing=folder is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    val = None if folder is None else tensor_loader(images[:BATCH], labels[:BATCH], batch_size=BATCH)
+    trainer.fit(module, tensor_loader(images, labels, batch_size=BATCH, shuffle=True, repeat=True), val)
+
+
+def loop(batches: Callable[[], DataLoader[list[Tensor]]]) -> None:
+    """One epoch in plain PyTorch."""
+    network = mlp(IMAGE_SHAPE, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
+    for images, labels in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+
+def main(rounds: int = 7, steps: int = 400) -> None:
+    """Time loops that take turns, one thread.
+
+    Args:
+        rounds: How often each has its turn; the median counts.
+        steps: Of training, in each turn.
+    """
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    images, labels = torch.randn(steps * BATCH, *IMAGE_SHAPE), torch.randint(0, 2, (steps * BATCH,))
+    anchor = mlp(IMAGE_SHAPE, 2).body.state_dict()
+    with tempfile.TemporaryDirectory() as scratch:
+        loops: dict[str, Callable[[], None]] = {
+            "plain PyTorch, our loader": lambda: loop(lambda: tensor_loader(images, labels, batch_size=BATCH)),
+            "plain PyTorch, DataLoader of samples": lambda: loop(
+                lambda: DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True)
+            ),
+            "Lightning, the least module": lambda: fit(Bare(), images, labels),
+            "TaskLearner, nothing else": lambda: fit(TaskLearner(mlp(IMAGE_SHAPE, 2)), images, labels),
+            "TaskLearner with L2-transfer, checkpoints and log": lambda: fit(
+                TaskLearner(mlp(IMAGE_SHAPE, 2), anchor=anchor), images, labels, Path(scratch)
+            ),
+        }
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        for turn in range(rounds + 1):
+            for name, run in loops.items():
+                start = time.perf_counter()
+                run()
+                if turn:  # the first is for warming up
+                    times[name].append(1000 * (time.perf_counter() - start) / steps)
+    base = median(times["plain PyTorch, our loader"])
+    lines = [["loop", "ms a step", "ratio"]]
+    lines += [[name, f"{median(found):.2f}", f"{median(found) / base:.2f}"] for name, found in times.items()]
+    print(markdown_table(lines))
+    print(f"\nMedian of {rounds} turns of {steps} steps; MLP 100-100, batches of {BATCH}, one thread.")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
