@@ -1,40 +1,18 @@
 """NumbersDataModule on small files in the real layouts."""
 
-import struct
-
-import numpy as np
 import pytest
 import torch
+from digit_files import write_mnist, write_photos
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
 
 from pl_personalize.datamodules import NumbersDataModule
-
-COUNTS = {"train": 6, "test": 4}
-
-
-def write_idx(path, array: np.ndarray) -> None:
-    path.write_bytes(
-        struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    )
 
 
 @pytest.fixture
 def data_dir(tmp_path):
     """MNIST as torchvision has it, and a folder of colour images; every image has its digit as its brightness."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        digits = np.repeat(np.arange(10, dtype=np.uint8), COUNTS[split])
-        write_idx(
-            raw / f"{prefix}-images-idx3-ubyte", np.broadcast_to(digits[:, None, None], (len(digits), 28, 28)).copy()
-        )
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", digits)
-        for digit in range(10):
-            folder = tmp_path / "photos" / split / str(digit)
-            folder.mkdir(parents=True)
-            for k in range(COUNTS[split]):
-                Image.new("RGB", (32, 32), (digit, 10 * digit, 255)).save(folder / f"{k}.png")
+    write_mnist(tmp_path)
+    write_photos(tmp_path / "photos")
     return tmp_path
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pl_personalize.artifacts import load_tensors
+from pl_personalize.artifacts import file_checksum, load_tensors
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import MultiHeadNetwork, mlp
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SMALL = ["--seeds", "[3]", "--training.epochs", "1", "--hidden", "[8]", "--methods", "[FIM-RACL, MAS-IMM, mean-IMM]"]
+SMALL = ["--seeds", "[3]", "--training.epochs", "1", "--hidden", "[8]", "--methods"]
+SMALL += ["[FIM-RACL, MAS-IMM, mean-IMM, Experts, Joint]"]
 
 
 def run(folder, *options, code=None):
@@ -51,8 +52,16 @@ def test_it_leaves_what_it_says(finished):
     assert "| FIM-RACL |" in (folder / "results.md").read_text()
     assert str(folder / "results.csv") in output
     assert "wandb sync" in output
-    assert len(list((folder / "checkpoints" / "seed3").glob("*.safetensors"))) == 6
-    merged, _ = load_tensors(folder / "merged" / "seed3" / "camera-FIM-RACL.safetensors", kind="merged")
+    assert len(list((folder / "checkpoints" / "IMM" / "seed3").glob("*.safetensors"))) == 5
+    assert len(list((folder / "checkpoints" / "Joint" / "seed3").glob("*.safetensors"))) == 1
+    merged, metadata = load_tensors(folder / "merged" / "IMM" / "seed3" / "camera-FIM-RACL.safetensors", kind="merged")
+    sources = metadata["sources"]
+    assert sorted(sources) == sorted(
+        f"{place}{task}.safetensors"
+        for place in ("checkpoints/IMM/seed3/task", "importances/IMM/seed3/camera-fisher-task")
+        for task in range(1, 6)
+    )
+    assert all(file_checksum(folder / name) == checksum for name, checksum in sources.items())
     body = mlp(IMAGE_SHAPE, 2, [8]).body
     MultiHeadNetwork(body, [nn.Linear(8, 2) for _ in range(5)]).load_state_dict(merged)
 
@@ -62,7 +71,7 @@ def test_the_importances_of_a_user_were_computed_without_labels_and_for_its_task
     from pl_personalize.datamodules import DigitsDataModule
 
     folder, _ = finished
-    importance = Importance.load(folder / "importances" / "seed3" / "camera-fisher-task2.safetensors")
+    importance = Importance.load(folder / "importances" / "IMM" / "seed3" / "camera-fisher-task2.safetensors")
     data = DigitsDataModule(user="camera")
     assert importance.kind == "fisher"
     assert importance.num_samples == len(data.user_split("camera", 1)[0].labels)
@@ -87,19 +96,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(finished, tmp_path)
     # The process dies, as by SIGKILL, when the third expert is about to be trained.
     code = f"""
 import os, runpy, sys
-from pl_personalize.runner.experiment import SeedRun
-train = SeedRun._train_expert
-SeedRun._train_expert = lambda self, task, stage: os._exit(9) if task == 2 else train(self, task, stage)
+from pl_personalize.runner.expert_run import ExpertRun
+train = ExpertRun._train_expert
+ExpertRun._train_expert = lambda self, task, stage: os._exit(9) if task == 2 else train(self, task, stage)
 sys.argv[0] = {str(EXPERIMENTS / "digits.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    killed = run(tmp_path / "run", "--wandb.mode", "disabled", code=code)
+    killed = run(tmp_path / "run", "--loggers", "[csv]", code=code)
     assert killed.returncode == 9, killed.stderr
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
-    assert sorted(stages) == ["seed3/expert/task1", "seed3/expert/task2"]
-    resumed = run(tmp_path / "run", "--wandb.mode", "disabled")
+    assert sorted(stages) == ["IMM/seed3/train/task1", "IMM/seed3/train/task2"]
+    resumed = run(tmp_path / "run", "--loggers", "[csv, tensorboard]")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "run" / "results.csv").read_bytes() == (folder / "results.csv").read_bytes()
+    assert "wandb" not in resumed.stdout
+    # What the killed process had logged is told again, so each follower has every stage.
+    for task in range(1, 6):
+        (row,) = csv.DictReader((tmp_path / "run" / "csv" / "IMM-seed3" / f"train-task{task}" / "metrics.csv").open())
+        assert 0 <= float(row["val/acc"]) <= 1
+        assert len(list((tmp_path / "run" / "tensorboard" / "IMM-seed3" / f"train-task{task}").glob("events*"))) == 1
 
 
 def refusal(monkeypatch, capsys, folder, *options) -> str:
@@ -128,6 +143,9 @@ def test_a_folder_of_another_run_is_refused(finished, monkeypatch, capsys, globa
         ("--seeds", "[1, 1]", "seeds must be at least one, and each once"),
         ("--hidden", "[]", "hidden must have at least one width"),
         ("--num_threads", "0", "num_threads"),
+        ("--loggers", "[mlflow]", "mlflow"),
+        ("--importance.fisher_draws", "0", "fisher_draws must be at least 1"),
+        ("--wandb.images_of", "[everybody]", "wandb.images_of: there is no 'everybody'; there are scan, camera"),
     ],
 )
 def test_a_wrong_option_is_refused_at_once(tmp_path, monkeypatch, capsys, global_state, option, value, message):
@@ -139,4 +157,5 @@ def test_a_run_without_wandb_can_be_tracked_later(tmp_path):
     assert "wandb sync" not in run(tmp_path / "run", "--wandb.mode", "disabled").stdout
     tracked = run(tmp_path / "run")
     assert "wandb sync" in tracked.stdout
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/results*.json"))) == 1
+    tables = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/results*.json")
+    assert len(list(tables)) == 2  # of the runs IMM and Joint

@@ -1,0 +1,44 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from pl_personalize.runner.results import ResultRow, write_csv
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+REFERENCE = EXPERIMENTS / "reference" / "numbers_meter_digits_published_code.csv"
+
+
+def table(path, accuracies):
+    rows = [
+        ResultRow("Numbers", "MLP", method, "none", "all", seed, accuracy, 0.5)
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values, 1)
+    ]
+    return write_csv(path, rows)
+
+
+def compare(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    runpy.run_path(str(EXPERIMENTS / "compare.py"), run_name="__main__")
+
+
+def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
+    ours = {"MAS-IMM": [92.0, 93.0, 93.5], "FIM-IMM": [80.0, 80.1, 80.2], "FIM-RACL": [99.0, 99.1, 99.2]}
+    ours["Joint"] = [99.0]
+    compare(monkeypatch, table(tmp_path / "results.csv", ours), REFERENCE)
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    assert "no significant difference" in lines["MAS-IMM"]
+    assert "ours below" in lines["FIM-IMM"]
+    assert "ours above" in lines["FIM-RACL"]
+    assert "| 94.3 ± 0.9 (-1.0) |" in lines["FIM-IMM"]  # the mean of the five
+    assert "Joint" not in lines
+
+
+def test_tables_without_a_method_in_common_are_refused(tmp_path, monkeypatch):
+    ours = table(tmp_path / "results.csv", {"Joint": [99.0, 98.0]})
+    with pytest.raises(SystemExit, match="have no method with two seeds each"):
+        compare(monkeypatch, ours, REFERENCE)
+    with pytest.raises(SystemExit, match=r"none\.csv cannot be read"):
+        compare(monkeypatch, tmp_path / "none.csv", REFERENCE)

@@ -1,0 +1,221 @@
+"""Numbers as somebody would run it: every configuration through the script itself, shrunk by its own options."""
+
+import csv
+import hashlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from digit_files import write_mnist, write_photos, write_svhn
+from torchvision.datasets import SVHN
+from wandb_file import read_run
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+CONFIGS = sorted(path.name for path in (EXPERIMENTS / "configs").glob("*.yaml"))
+SMALL = ["--training.epochs", "1", "--hidden", "[8]"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Every collection that a configuration names, small."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder)
+    write_svhn(folder)
+    write_photos(folder / "meter-digits")
+    return folder
+
+
+@pytest.fixture
+def small_svhn(data_dir, monkeypatch):
+    """torchvision knows SVHN's files by their checksums."""
+    found = {}
+    for split, (url, name, _) in SVHN.split_list.items():
+        path = data_dir / "SVHN" / name
+        found[split] = [url, name, hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""]
+    monkeypatch.setattr(SVHN, "split_list", found)
+
+
+def run_here(monkeypatch, script, *options):
+    """Run the script in this process, as Python would."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
+
+
+def run_apart(command, **environment):
+    return subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=EXPERIMENTS.parent,
+    )
+
+
+def results(folder):
+    return list(csv.DictReader((folder / "results.csv").open()))
+
+
+def small_seeds(config):
+    return ["--seeds", str(config["seeds"][:2])]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("numbers") and "sweep" not in name])
+def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_path, monkeypatch, capsys, global_state):
+    config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
+    sources = [str(data_dir / "meter-digits") if "/" in source else source for source in config["sources"]]
+    shrunk = ["--data_dir", data_dir, "--download", "false", "--sources", json.dumps(sources), "--loggers", "[]"]
+    options = [*SMALL, *shrunk, *small_seeds(config), "--output_dir", tmp_path / "run"]
+    run_here(monkeypatch, "numbers.py", "--config", EXPERIMENTS / "configs" / name, *options)
+    rows = results(tmp_path / "run")
+    assert {row["method"] for row in rows} == set(config["methods"])
+    assert {row["user"] for row in rows} == {Path(source).name for source in sources} | {"all"}
+    assert {row["seed"] for row in rows} == {"1", "2"}
+    output = capsys.readouterr().out
+    assert "wandb" not in output
+    assert "| paper " in output
+    if "MAS-RACL" in config["methods"]:
+        assert "84.0 (-0.2)" in output
+
+
+def test_a_configuration_is_tested_or_no_configuration():
+    tested = [name for name in CONFIGS if name.startswith("numbers")]
+    assert [name for name in CONFIGS if name not in tested] == ["digits.yaml"]  # test_digits.py runs it
+
+
+@pytest.fixture(scope="module")
+def tracked(data_dir, tmp_path_factory):
+    """A run with everything that W&B can have, from a process of its own."""
+    folder = tmp_path_factory.mktemp("numbers") / "run"
+    sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
+    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1, 2]", "--output_dir", folder]
+    methods = ["--methods", "[FIM-RACL, MAS-IMM, Joint]", "--wandb.images_of", "[mnist]"]
+    artifacts = ["--wandb.artifacts", "[experts, importances, merged]", "--trainer.log_every_n_steps", "1"]
+    done = run_apart([sys.executable, EXPERIMENTS / "numbers.py", *SMALL, *options, *methods, *artifacts])
+    assert done.returncode == 0, done.stderr
+    runs = [read_run(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
+    return folder, done.stdout, {(run.run.job_type, run.config["seed"]): run for run in runs}
+
+
+def test_there_is_a_run_for_each_server_method_and_seed(tracked):
+    _, output, runs = tracked
+    assert set(runs) == {("IMM", 1), ("IMM", 2), ("Joint", 1), ("Joint", 2)}
+    assert len({run.run.run_id for run in runs.values()}) == 4
+    assert {run.run.run_group for run in runs.values()} == {"Numbers-run"}
+    assert set(runs["IMM", 1].run.tags) == {"Numbers", "MLP 8", "IMM", "FIM-RACL", "MAS-IMM"}
+    (command,) = [line for line in output.splitlines() if line.startswith("To W&B:")]
+    folders = [str(runs[key].folder) for key in (("IMM", 1), ("Joint", 1), ("IMM", 2), ("Joint", 2))]
+    assert command.removeprefix("To W&B:").split() == ["wandb", "sync", *folders]
+
+
+def test_a_run_has_its_configuration(tracked):
+    config = tracked[2]["IMM", 2].config
+    assert (config["benchmark"], config["lr"], config["epochs"], config["seed"]) == ("Numbers", 0.001, 1, 2)
+    assert config["users"] == ["meter-digits", "mnist"]
+    assert config["versions"]["torch"].startswith("2")
+    assert len(config["git_commit"]) == 40
+
+
+def test_the_curves_of_the_tasks_have_their_own_axes(tracked):
+    run = tracked[2]["IMM", 1]
+    for task in range(1, 6):
+        steps = [step for step, _ in run.curve(f"train/loss/task{task}")]
+        assert steps == [0]  # 19 images are a single batch of 20, in every task
+        assert run.step_metrics[f"train/loss/task{task}"] == f"step/task{task}"
+        assert len(run.curve(f"val/acc/task{task}")) == 1
+    assert run.curve("importance/fisher/mnist")[-1][0] == 5
+    assert [step for step, _ in tracked[2]["Joint", 1].curve("val/acc/all")] == [4]
+
+
+def test_the_tables_are_those_of_the_results(tracked):
+    folder, _, runs = tracked
+    written = {(r["method"], r["user"], int(r["seed"])): float(r["avg_acc"]) for r in results(folder)}
+    logged = {(r["method"], r["user"], r["seed"]): r["avg_acc"] for run in runs.values() for r in run.table("results")}
+    assert logged == pytest.approx(written, abs=1e-4)
+    run = runs["IMM", 1]
+    cells = {(c["method"], c["user"], c["after_task"], c["task"]): c["accuracy"] for c in run.table("accuracy_matrix")}
+    last = [cells["MAS-IMM", "mnist", 5, task] for task in range(1, 6)]
+    assert 100 * sum(last) / 5 == pytest.approx(run.summary["MAS-IMM/mnist/avg_acc"])
+
+
+def test_artifacts_and_images_are_there_because_they_were_asked_for(tracked):
+    run = tracked[2]["IMM", 1]
+    kinds = [artifact.type for artifact in run.artifacts]
+    # 5 experts; Fisher of two users and MAS of the server, for each; two methods for two users
+    assert (kinds.count("expert"), kinds.count("importance"), kinds.count("merged-model")) == (5, 15, 4)
+    assert [key for row in run.history for key in row if key.startswith("images/")] == ["images/mnist"]
+
+
+def test_no_image_of_a_user_is_logged_by_itself(data_dir, tmp_path, monkeypatch, global_state):
+    options = ["--data_dir", data_dir, "--sources", "[mnist]", "--seeds", "[1]", "--methods", "[mean-IMM]"]
+    run_here(monkeypatch, "numbers.py", *SMALL, *options, "--output_dir", tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    run = read_run(folder)
+    images = [key for row in run.history for key, value in row.items() if "image" in str(value)]
+    assert images == ["figures/matrix-mean-IMM"]
+    assert {artifact.type for artifact in run.artifacts} == {"run_table"}
+
+
+def test_the_sweep_runs_as_its_agent_would_start_it(data_dir, tmp_path):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+    config = load_sweep_config(str(EXPERIMENTS / "configs" / "numbers-sweep.yaml"))
+    chosen = {name: {"value": parameter["values"][0]} for name, parameter in config["parameters"].items()}
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [sys.executable],
+        "${program}": [config["program"]],
+        "${args}": create_sweep_command_args({"args": chosen})["args"],
+    }
+    command = [word for part in create_sweep_command(config["command"]) for word in macros.get(part, [part])]
+    options = ["--download=false", f"--data_dir={data_dir}", "--sources=[mnist]", f"--output_dir={tmp_path}", *SMALL]
+    options += ["--wandb.mode=offline"]
+    done = run_apart([*command, *options], WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="run1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "run1" / "wandb").glob("offline-run-*")
+    run = read_run(folder)
+    assert (run.run.run_id, run.run.sweep_id) == ("run1", "sweep1")
+    assert (run.config["lr"], run.config["l2_transfer"]) == (0.0003, 0.0001)
+    assert 0 <= run.summary[config["metric"]["name"]] <= 1
+
+
+def refusal(monkeypatch, capsys, *options):
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, "numbers.py", *options)
+    assert end.value.code not in (0, None)
+    return f"{end.value.code} {capsys.readouterr().err}"
+
+
+def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch, capsys, global_state):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    options = ["--data_dir", data_dir, "--sources", "[mnist]", "--output_dir", tmp_path / "run"]
+    said = refusal(monkeypatch, capsys, *options, "--seeds", "[1, 2]", "--methods", "[MAS-IMM, Joint]")
+    assert "In a sweep a call is one run of W&B, but these seeds and methods make 4" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sources", "[svhn]"], "The data set 'svhn' was looked for in"),
+        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' was looked for in"),
+        (["--sources", "[mnist]", "--max_per_source", "0"], "max_per_source"),
+        (["--sources", "[]"], "sources must be at least one"),
+    ],
+)
+def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch, capsys, global_state, options, message):
+    said = refusal(monkeypatch, capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "run", *options)
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_scripts_of_the_folder_still_find_the_standard_librarys_numbers():
+    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import numbers; print(numbers.Real)"
+    done = run_apart([sys.executable, "-c", code])
+    assert done.stdout.strip() == "<class 'numbers.Real'>", done.stderr
