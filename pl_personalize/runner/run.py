@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -111,7 +111,8 @@ def run_experiment(
     decisive |= options or {}
     for name in ("enable_progress_bar", "log_every_n_steps"):
         decisive.pop(name)
-    start, seconds = time.perf_counter(), Counter[str]()
+    start = time.perf_counter()
+    seconds: dict[str, float] = defaultdict(float)
     datamodule.prepare_data()
     folder = RunFolder(output_dir, decisive)
     with folder.locked(), _quiet_lightning():
@@ -137,7 +138,7 @@ def run_experiment(
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.method)))  # type: ignore[arg-type]
         _finish(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers)
         if seconds:
-            seconds["the rest"] = time.perf_counter() - start - seconds.total()
+            seconds["the rest"] = time.perf_counter() - start - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     return rows
 
