@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.callbacks.importance_callback import ImportanceCallback, Stage
+from pl_personalize.callbacks.estimation_callback import Stage
+from pl_personalize.callbacks.importance_callback import ImportanceCallback
 from pl_personalize.functional.per_sample import Forward
 
 

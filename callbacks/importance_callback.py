@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import inf
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again
+from pl_personalize.callbacks.estimation_callback import (
+    EstimationCallback,
+    Stage,
+    as_list,
+    best_weights,
+    buffers_of_rank_zero,
+    sum_over_ranks,
+)
+from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
-from pl_personalize.functional.batches import batch_size, slice_batch
 from pl_personalize.functional.per_sample import Forward
 from pl_personalize.importance import Importance, Kind
 
-Stage = Literal["train", "val", "test", "predict"]
-_SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
 
-
-class ImportanceCallback(Callback):
+class ImportanceCallback(EstimationCallback):
     """Estimates importances when ``fit`` ends, or over the data of a ``predict`` run; see the subclasses.
 
     Subclasses set :attr:`kind`. Override :meth:`should_estimate` to decide when it runs.
     """
 
     kind: Kind
+    folder = "importances"
 
     def __init__(
         self,
@@ -55,16 +53,9 @@ class ImportanceCallback(Callback):
         generator: torch.Generator | None = None,
         draws: int | Literal["all"] = 1,
     ) -> None:
-        super().__init__()
-        if isinstance(dataloader, str) and dataloader not in _SETUP_STAGES:
-            raise MisconfigurationException(
-                f"dataloader must be an iterable of batches or one of {', '.join(_SETUP_STAGES)}; got {dataloader!r}."
-            )
-        if weights not in ("best", "last"):
-            raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
-        self.dataloader, self.weights, self.module, self.forward = dataloader, weights, module, forward
-        self.dirpath = None if dirpath is None else Path(dirpath)
-        self.filename = filename
+        super().__init__(
+            dataloader, weights=weights, module=module, forward=forward, dirpath=dirpath, filename=filename
+        )
         self._options: dict[str, Any] = {
             "exclude": tuple(exclude),
             "reduction": reduction,
@@ -73,33 +64,18 @@ class ImportanceCallback(Callback):
             "draws": draws,
         }
         self.importance: Importance | None = None
-        self.path: str | None = None
 
     @property
-    def _target(self) -> tuple[Path | None, str]:
-        return self.dirpath, self.filename or self.kind
-
-    def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether to estimate now, at the end of ``fit`` or ``predict``. Override to decide otherwise."""
-        return True
+    @override
+    def default_filename(self) -> str:
+        return self.kind
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any training."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole parameters on every device; the strategy "
-                f"{type(trainer.strategy).__name__} shards them. Use ddp or a single device."
-            )
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and isinstance(other, ImportanceCallback) and other._target == self._target:
-                raise MisconfigurationException(
-                    f"Two callbacks would write the same file, {self._target[1]}.safetensors. Set filename= for one."
-                )
+        super().setup(trainer, pl_module, stage)
         if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
             self._check_options(pl_module)
-        if isinstance(self.dataloader, str) and stage == "fit":
-            self._hook_owner(trainer, pl_module, self.dataloader)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,17 +94,17 @@ class ImportanceCallback(Callback):
             return
         given = self.dataloader is not None and not isinstance(self.dataloader, str)
         # Of a named stage nothing is set up yet: two training samples have to do.
-        loaders = self._given_dataloaders() if given else _as_list(trainer.train_dataloader)
+        loaders = self.given_dataloaders() if given else as_list(trainer.train_dataloader)
         if not loaders or not can_be_read_again(loaders[0]):
             return
         try:
             estimate_importance(
                 pl_module,
-                _two_samples(PassOverData(trainer, loaders[:1], [1])),
+                two_samples(PassOverData(trainer, loaders[:1], [1])),
                 self.kind,
                 module=self.module,
                 forward=self.forward,
-                all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
+                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
                 **self._options | {"generator": None},
             )
         except ValueError as error:
@@ -139,8 +115,8 @@ class ImportanceCallback(Callback):
         """Estimate with the best or the last weights, and write the file."""
         if not self.should_estimate(trainer, pl_module):
             return
-        loaders = self._fit_dataloaders(trainer, pl_module)
-        with _best_weights(trainer, pl_module, wanted=self.weights == "best"):
+        loaders = self.fit_dataloaders(trainer, pl_module)
+        with best_weights(trainer, pl_module, wanted=self.weights == "best"):
             self._estimate(trainer, pl_module, loaders)
 
     @override
@@ -149,9 +125,9 @@ class ImportanceCallback(Callback):
         if not self.should_estimate(trainer, pl_module):
             return
         if self.dataloader is not None and not isinstance(self.dataloader, str):
-            self._estimate(trainer, pl_module, self._given_dataloaders())
+            self._estimate(trainer, pl_module, self.given_dataloaders())
         else:
-            loaders = _as_list(trainer.predict_dataloaders)
+            loaders = as_list(trainer.predict_dataloaders)
             self._estimate(trainer, pl_module, loaders, limits=trainer.num_predict_batches)
 
     def _check_options(self, pl_module: LightningModule) -> None:
@@ -169,10 +145,8 @@ class ImportanceCallback(Callback):
         limits: Sequence[float] | None = None,
     ) -> None:
         strategy = trainer.strategy
-        if limits is None:
-            limits = [int(getattr(trainer, "fast_dev_run", False)) or inf] * len(loaders)
-        data = PassOverData(trainer, loaders, limits)
-        with _buffers_of_rank_zero(trainer, pl_module):
+        data = self.pass_over(trainer, loaders, limits)
+        with buffers_of_rank_zero(trainer, pl_module):
             importance = estimate_importance(
                 pl_module,
                 data,
@@ -180,126 +154,17 @@ class ImportanceCallback(Callback):
                 module=self.module,
                 forward=self.forward,
                 progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
-                all_reduce=None if trainer.world_size == 1 else lambda total: _sum_over_ranks(trainer, total),
+                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
                 **self._options,
             )
         self.importance = importance
-        path = self._resolve_path(trainer)
+        path = self.resolve_path(trainer)
         self.path = str(strategy.broadcast(str(path)))
         if trainer.is_global_zero:
             importance.save(self.path)
             for logger in trainer.loggers:
                 _log_summary(logger, importance, trainer.global_step)
         strategy.barrier("importance")
-
-    def _fit_dataloaders(self, trainer: Trainer, pl_module: LightningModule) -> list[Iterable[Any]]:
-        if self.dataloader is None:
-            return _as_list(trainer.train_dataloader)
-        if not isinstance(self.dataloader, str):
-            return self._given_dataloaders()
-        owner = self._hook_owner(trainer, pl_module, self.dataloader)
-        if isinstance(owner, LightningDataModule):
-            owner.setup(_SETUP_STAGES[self.dataloader])
-        return _as_list(getattr(owner, f"{self.dataloader}_dataloader")())
-
-    def _given_dataloaders(self) -> list[Iterable[Any]]:
-        """What was passed: one iterable of batches, or several DataLoaders."""
-        given: Any = self.dataloader
-        several = (
-            isinstance(given, list | tuple)
-            and len(given) > 0
-            and all(isinstance(loader, DataLoader) for loader in given)
-        )
-        return list(given) if several else [given]
-
-    def _hook_owner(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str
-    ) -> LightningDataModule | LightningModule:
-        """Who provides the dataloader of a stage."""
-        hook = f"{stage}_dataloader"
-        datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
-        if datamodule is not None and is_overridden(hook, datamodule):
-            return datamodule
-        if is_overridden(hook, pl_module):
-            return pl_module
-        raise MisconfigurationException(
-            f"{type(self).__name__}(dataloader={stage!r}) needs a datamodule or a module with {hook}(); neither "
-            f"{type(datamodule).__name__} nor {type(pl_module).__name__} has one. Pass the dataloader itself."
-        )
-
-    def _resolve_path(self, trainer: Trainer) -> Path:
-        folder = self.dirpath
-        if folder is None:
-            folder = Path(trainer.default_root_dir)
-            if trainer.loggers and (save_dir := trainer.loggers[0].save_dir) is not None:
-                logger = trainer.loggers[0]
-                version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-                folder = Path(save_dir, str(logger.name), version)
-            folder = folder / "importances"
-        return folder / f"{self._target[1]}.safetensors"
-
-
-def _two_samples(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        count = batch_size(batch)
-        yield slice_batch(batch, count, slice(0, 2))
-
-
-def _as_list(loaders: Any) -> list[Iterable[Any]]:
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
-
-
-def _sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
-    summed: Tensor = trainer.strategy.reduce(total, reduce_op="sum")
-    return summed
-
-
-@contextmanager
-def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The same buffers on all ranks inside: DDP synchronises batch-norm statistics only when a forward starts."""
-    buffers = list(pl_module.buffers()) if trainer.world_size > 1 else []
-    with _kept(buffers):
-        with torch.no_grad():
-            for buffer in buffers:
-                buffer.copy_(trainer.strategy.broadcast(buffer))
-        yield
-
-
-@contextmanager
-def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What the tensors hold is put back at the end."""
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-
-
-@contextmanager
-def _best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) -> Iterator[None]:
-    """The weights of the best checkpoint inside, the present ones after."""
-    path = _best_checkpoint(trainer) if wanted else ""
-    if not path:
-        yield
-        return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # after training, a file that cannot be read must not cost the whole result
-        rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); importances use the last weights.")
-        yield
-        return
-    with _kept([*pl_module.parameters(), *pl_module.buffers()]):
-        pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-        yield
-
-
-def _best_checkpoint(trainer: Trainer) -> str:
-    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-    return next((c.best_model_path for c in checkpoints if c.best_model_path), "")
 
 
 def _log_summary(logger: Logger, importance: Importance, step: int) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
+from pl_personalize.functional.batches import batch_size, slice_batch
+
 
 class PassOverData:
     """Several loaders one after the other, each sample once; each batch is brought to the device as by the Trainer.
@@ -75,3 +77,9 @@ def _original_sampler(loader: DataLoader[Any]) -> Any:
 def can_be_read_again(loader: Iterable[Any]) -> bool:
     """Whether a look at the first batch leaves the data as they were: not for an iterator or a stream."""
     return not isinstance(loader, Iterator) and not isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
+def two_samples(batches: Iterable[Any]) -> Iterator[Any]:
+    """The first two samples of each batch, to try something out."""
+    for batch in batches:
+        yield slice_batch(batch, batch_size(batch), slice(0, 2))

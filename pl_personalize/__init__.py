@@ -7,7 +7,9 @@ try:
 except PackageNotFoundError:  # a checkout that is on the path but not installed
     __version__ = "0.0.0"
 
+from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import ArtifactError
+from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.importance import Importance
 from pl_personalize.merging import merge, merge_prefixes
@@ -15,9 +17,11 @@ from pl_personalize.modules import MergeModule, TaskLearner
 
 __all__ = [
     "ArtifactError",
+    "BatchNormStatistics",
     "Importance",
     "MergeModule",
     "TaskLearner",
+    "adapt_batchnorm",
     "estimate_importance",
     "merge",
     "merge_prefixes",

@@ -80,6 +80,11 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors on any device: names, types, shapes and values."""
+    return _checksum({}, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
 def save_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
+from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
@@ -91,17 +89,16 @@ def estimate_importance(
     """
     check_options(kind, reduction, draws, max_scratch_mb)
     parameters = select_parameters(model, module, exclude)
-    buffers = _buffers(model)
     device = next(iter(parameters.values())).device
     batches = _batches(dataloader, device, progress)
     estimate = _sums_per_sample if reduction == "sample" else _sums_per_batch
     with (
-        _random_state_kept(device),
+        random_state_kept(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        try:
+        with buffers_kept(model):
             sums, counts, paths = estimate(
                 model,
                 parameters,
@@ -112,8 +109,6 @@ def estimate_importance(
                 forward=forward or call_model,
                 max_scratch_bytes=int(max_scratch_mb * 2**20),
             )
-        finally:
-            _restore_buffers(buffers)
         if all_reduce is not None:
             sums = {name: all_reduce(total) for name, total in sums.items()}
             counts = all_reduce(counts)
@@ -173,36 +168,6 @@ def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[st
             + " (all are frozen or excluded), so there is nothing to estimate."
         )
     return chosen
-
-
-def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Every buffer: where it is, itself, and a copy of what it holds."""
-    return [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-
-@torch.no_grad()
-def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    for module, name, buffer, value in buffers:
-        module._buffers[name] = buffer  # a forward may have put another in its place
-        if not torch.equal(buffer, value):
-            buffer.copy_(value)
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Put the global generators of torch, NumPy and Python back, whatever happens inside."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _below(parameter: str, name: str) -> bool:
@@ -273,14 +238,11 @@ def _sums_per_batch(
     max_scratch_bytes: int,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, str]]:
     """The published code's estimates (De Lange et al., CVPR 2020): |mean gradient of a batch|, or its square."""
-    modes = {child: child.training for child in model.modules()}
     sums = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
     }
     count = num_batches = 0
-    try:
-        for child in modes:
-            child.training = False
+    with evaluating(model):
         for batch in batches:
             num_samples = batch_size(batch)
             if num_samples == 0:
@@ -304,8 +266,5 @@ def _sums_per_batch(
                 total.add_(gradient.abs() if kind == "mas" else gradient.square())
             count += num_samples
             num_batches += 1
-    finally:
-        for child, training in modes.items():
-            child.training = training
     counts = torch.tensor([count, num_batches], device=next(iter(parameters.values())).device)
     return sums, counts, dict.fromkeys(parameters, "batch")

@@ -1,0 +1,239 @@
+"""Batch norm adapted to a user's unlabelled data, without training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from pl_personalize.adaptation import Forward, check_adaptation, estimate_batchnorm
+from pl_personalize.artifacts import tensor_checksum
+from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
+from pl_personalize.callbacks.estimation_callback import (
+    EstimationCallback,
+    Stage,
+    as_list,
+    best_checkpoint,
+    best_weights,
+    buffers_of_rank_zero,
+    sum_over_ranks,
+)
+from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
+
+
+class AdaBN(EstimationCallback):
+    """Re-estimates batch-norm statistics on unlabelled data (AdaBN, Li et al., 2016); no parameter changes.
+
+    When ``fit`` ends::
+
+        trainer = Trainer(callbacks=[AdaBN("predict")])  # the user's unlabelled images
+        trainer.fit(model, datamodule=datamodule)  # afterwards the model in memory is adapted; callback.path
+        trainer.test(model, datamodule=datamodule, ckpt_path="best")  # with the adapted statistics, too
+
+    A checkpoint was saved before, and holds the statistics of the training. So those that were estimated are written to
+    a file of their own (:class:`~pl_personalize.BatchNormStatistics`), and are applied again when a ``test`` or
+    ``predict`` run starts with the weights that they were estimated for. With weights that are not known, they are
+    estimated then, if data were passed or named; a ``predict`` run without any adapts to the images that it predicts::
+
+        Trainer(callbacks=[AdaBN()]).predict(model, images)
+
+    Under DDP each process takes a part of the data, without repetition, and all end with the same statistics. Several
+    dataloaders count as one set of data. Autocast is off while estimating.
+
+    Args:
+        dataloader: The data: an iterable of batches; the name of a stage (``"train"``, ``"val"``, ``"predict"``,
+            ``"test"``), whose dataloader the datamodule (after ``setup`` for it) or the module provides; or ``None``:
+            after ``fit`` the dataset of the train loader, in order, each sample once. Labels are not looked at.
+            ``"test"`` adapts to the very images that are tested (transductive): say so where you report it.
+        exact: See :func:`~pl_personalize.adapt_batchnorm`.
+        prior_samples: See there.
+        weights: For ``fit``: whose statistics are written: of the ``"best"`` checkpoint of a ModelCheckpoint that
+            monitors a metric, where there is one, or of the ``"last"`` weights. The model in memory is adapted anyway.
+        module: Only batch norm below this submodule; names are relative to it.
+        forward: ``(module, batch) -> anything`` where calling the module on the input is not enough.
+        dirpath: Folder of the file; by default ``batchnorm`` in the first logger's folder, else in the Trainer's
+            ``default_root_dir``.
+        filename: Name of the file without ending; by default ``adabn``.
+        max_scratch_mb: See :func:`~pl_personalize.adapt_batchnorm`.
+
+    Attributes:
+        statistics: What was written, or used last.
+        path: Its file.
+
+    Raises:
+        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a stage
+            without dataloader, a module that does not exist, or a layer with ``track_running_stats=False``.
+    """
+
+    folder = "batchnorm"
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any] | Stage | None = None,
+        *,
+        exact: bool = False,
+        prior_samples: float = 0,
+        weights: Literal["best", "last"] = "best",
+        module: str | None = None,
+        forward: Forward | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        max_scratch_mb: float = 256,
+    ) -> None:
+        super().__init__(
+            dataloader, weights=weights, module=module, forward=forward, dirpath=dirpath, filename=filename
+        )
+        try:
+            check_adaptation(prior_samples, max_scratch_mb)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        self._options: dict[str, Any] = {
+            "exact": exact,
+            "prior_samples": prior_samples,
+            "max_scratch_mb": max_scratch_mb,
+        }
+        self.statistics: BatchNormStatistics | None = None
+        self._known: dict[str, BatchNormStatistics] = {}
+
+    @property
+    @override
+    def default_filename(self) -> str:
+        return "adabn"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before any training."""
+        super().setup(trainer, pl_module, stage)
+        if not is_overridden("configure_model", pl_module):  # else there may be no layers yet
+            self._has_layers(pl_module)
+        if self.dataloader == "test":
+            rank_zero_info("AdaBN adapts to the test images themselves: the results are transductive.")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate over two samples, so that what cannot work fails now and not after the training."""
+        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
+            return
+        given = self.dataloader is not None and not isinstance(self.dataloader, str)
+        # Of a named stage nothing is set up yet: two training samples have to do.
+        loaders = self.given_dataloaders() if given else as_list(trainer.train_dataloader)
+        if loaders and can_be_read_again(loaders[0]):
+            batches = list(two_samples(PassOverData(trainer, loaders[:1], [1])))
+            self._estimate(trainer, pl_module, batches, prior_samples=1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adapt the model in memory, and write the statistics of the best or the last weights."""
+        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
+            return
+        data = self.pass_over(trainer, self.fit_dataloaders(trainer, pl_module))
+        self._known.clear()
+        statistics = self._estimate(trainer, pl_module, data)
+        statistics.apply(self._part(pl_module))
+        if self.weights == "best" and best_checkpoint(trainer):
+            with best_weights(trainer, pl_module, wanted=True):
+                known = self._known.get(self._fingerprint(pl_module))
+                statistics = known or self._estimate(trainer, pl_module, data)
+        self._write(trainer, statistics)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the statistics that belong to the weights at hand, which a checkpoint may have brought."""
+        if self.dataloader == "test":
+            self._adapt(trainer, pl_module, as_list(trainer.test_dataloaders), trainer.num_test_batches)
+        else:
+            self._adapt(trainer, pl_module, [] if self.dataloader is None else None)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the statistics that belong to the weights at hand, or adapt to what is predicted."""
+        if self.dataloader in (None, "predict"):
+            self._adapt(trainer, pl_module, as_list(trainer.predict_dataloaders), trainer.num_predict_batches)
+        else:
+            self._adapt(trainer, pl_module)
+
+    def _adapt(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loaders: Sequence[Iterable[Any]] | None = None,
+        limits: Sequence[float] | None = None,
+    ) -> None:
+        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
+            return
+        fingerprint = self._fingerprint(pl_module)
+        found = self._known.get(fingerprint) or self._written(trainer, fingerprint)
+        if found is None:
+            if loaders is None:
+                loaders = self.chosen_dataloaders(trainer, pl_module)
+            if not loaders:
+                rank_zero_warn(
+                    "AdaBN has no statistics for the weights at hand, so they are used as they are. Statistics of the "
+                    "best checkpoint fit test(ckpt_path='best'); with data to adapt to, AdaBN(dataloader), they are "
+                    "estimated when a test starts."
+                )
+                return
+            with torch.inference_mode(False):
+                found = self._estimate(trainer, pl_module, self.pass_over(trainer, loaders, limits))
+                self._write(trainer, found)
+        self.statistics = found
+        found.apply(self._part(pl_module))
+
+    def _estimate(
+        self, trainer: Trainer, pl_module: LightningModule, data: Iterable[Any], **changed: Any
+    ) -> BatchNormStatistics:
+        try:
+            with buffers_of_rank_zero(trainer, pl_module):
+                found = estimate_batchnorm(
+                    pl_module,
+                    data,
+                    module=self.module,
+                    forward=self.forward,
+                    progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+                    all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
+                    **self._options | changed,
+                )
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
+        found.fingerprint = self._fingerprint(pl_module)
+        if not changed:
+            self._known[found.fingerprint] = found
+        return found
+
+    def _write(self, trainer: Trainer, statistics: BatchNormStatistics) -> None:
+        self.statistics = statistics
+        self.path = str(trainer.strategy.broadcast(str(self.resolve_path(trainer))))
+        if trainer.is_global_zero:
+            statistics.save(self.path)
+        trainer.strategy.barrier("batchnorm")
+
+    def _written(self, trainer: Trainer, fingerprint: str) -> BatchNormStatistics | None:
+        """What another process, or an earlier run, has written for these weights."""
+        path = Path(self.path) if self.path else self.resolve_path(trainer)
+        if not path.is_file():
+            return None
+        found = BatchNormStatistics.load(path)
+        return found if found.fingerprint == fingerprint else None
+
+    def _part(self, pl_module: LightningModule) -> torch.nn.Module:
+        return pl_module if self.module is None else pl_module.get_submodule(self.module)
+
+    def _fingerprint(self, pl_module: LightningModule) -> str:
+        return tensor_checksum(dict(pl_module.named_parameters()))
+
+    def _has_layers(self, pl_module: LightningModule) -> bool:
+        try:
+            found = bool(batchnorm_layers(pl_module, self.module))
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
+        if not found:
+            rank_zero_warn(f"{type(pl_module).__name__} has no batch-norm layers: {type(self).__name__} does nothing.")
+        return found

@@ -1,0 +1,150 @@
+"""Batch norm adapted to a user's labelled data: γ and β trained, all other parameters fixed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from pl_personalize.adaptation import Forward, adapt_batchnorm, check_adaptation
+from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.callbacks.estimation_callback import as_list, no_limits, sum_over_ranks
+from pl_personalize.callbacks.pass_over_data import PassOverData
+
+
+class AdaBNS(BaseFinetuning):
+    """Trains the scales and shifts (γ and β) of batch-norm layers alone: AdaBN-S of De Lange et al., CVPR 2020.
+
+    For a user who has a few labelled images::
+
+        Trainer(max_epochs=5, callbacks=[AdaBNS()]).fit(model, labelled_images)
+
+    Loss, optimiser and labels are the module's own; all other parameters need no gradient while ``fit`` runs, and are
+    after it as they were. Before the first step the running statistics are re-estimated on the training images, as
+    :func:`~pl_personalize.adapt_batchnorm` does, and then fixed: γ and β are trained for the statistics that are used
+    afterwards, and a last batch of one image does no harm.
+
+    Args:
+        statistics: ``"adapt"``, see above; ``"keep"`` fixes those that the model has; ``"batch"`` is what training
+            usually does, and what the published code did: each step normalises by its batch, and the running statistics
+            move along by the layer's momentum.
+        module: Only batch norm below this submodule.
+        exact: For ``"adapt"``, see :func:`~pl_personalize.adapt_batchnorm`.
+        prior_samples: For ``"adapt"``, see there.
+        forward: For ``"adapt"``: ``(module, batch) -> anything`` where calling the module on the input is not enough.
+
+    Raises:
+        MisconfigurationException: In ``setup``, for an unknown option, a strategy that shards parameters, a module that
+            does not exist, or a layer with ``track_running_stats=False``. Without batch-norm layers, or if none has γ
+            and β, there is a warning, and the callback does nothing.
+    """
+
+    def __init__(
+        self,
+        statistics: Literal["adapt", "keep", "batch"] = "adapt",
+        *,
+        module: str | None = None,
+        exact: bool = False,
+        prior_samples: float = 0,
+        forward: Forward | None = None,
+    ) -> None:
+        super().__init__()
+        if statistics not in ("adapt", "keep", "batch"):
+            raise MisconfigurationException(f"statistics must be 'adapt', 'keep' or 'batch'; got {statistics!r}.")
+        try:
+            check_adaptation(prior_samples, max_scratch_mb=1)
+        except ValueError as error:
+            raise MisconfigurationException(f"AdaBNS: {error}") from error
+        self.statistics, self.module = statistics, module
+        self._options: dict[str, Any] = {"exact": exact, "prior_samples": prior_samples, "forward": forward}
+        self._layers: list[_BatchNorm] = []
+        self._before: list[tuple[nn.Parameter, bool]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, then freeze."""
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"AdaBNS needs whole parameters on every device; the strategy {type(trainer.strategy).__name__} shards "
+                "them. Use ddp or a single device."
+            )
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        """Let γ and β of the chosen layers need a gradient, and nothing else."""
+        try:
+            layers = list(batchnorm_layers(pl_module, self.module).values())
+        except ValueError as error:
+            raise MisconfigurationException(f"AdaBNS on {type(pl_module).__name__}: {error}") from error
+        affine = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        if not affine:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} has no batch-norm layers with γ and β: AdaBNS does nothing, and all "
+                "parameters are trained."
+            )
+            return
+        self._layers = layers
+        self._before = [(p, p.requires_grad) for p in pl_module.parameters()]
+        self._modes = [(layer, layer.training) for layer in layers]
+        # Not by Lightning's freeze(): that would switch off the running statistics of layers that are not trained.
+        for parameter in pl_module.parameters():
+            parameter.requires_grad_(False)
+        for parameter in affine:
+            parameter.requires_grad_(True)
+
+    @override
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        """Nothing is unfrozen on the way."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adapt the statistics; a run that is resumed has them from its checkpoint."""
+        if not self._layers or self.statistics != "adapt" or trainer.ckpt_path is not None:
+            return
+        loaders = as_list(trainer.train_dataloader)
+        try:
+            adapt_batchnorm(
+                pl_module,
+                PassOverData(trainer, loaders, no_limits(trainer, loaders)),
+                module=self.module,
+                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
+                **self._options,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"AdaBNS on {type(pl_module).__name__}: {error}") from error
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the statistics fixed, unless they move along."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.statistics != "batch":
+            for layer in self._layers:
+                layer.eval()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let every parameter need a gradient, and every layer be in the mode, as before."""
+        self._restore()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same when the training was interrupted."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for parameter, needs_grad in self._before:
+            parameter.requires_grad_(needs_grad)
+        for layer, training in self._modes:
+            layer.training = training
+        self._layers, self._before, self._modes = [], [], []

@@ -1,0 +1,161 @@
+"""Running statistics of batch-norm layers, apart from the model: small tensors to be kept, averaged and applied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pl_personalize.artifacts import load_tensors, save_tensors
+from pl_personalize.functional.moments import pooled_statistics
+
+ARTIFACT_KIND = "batchnorm"
+MEAN, VARIANCE = "running_mean", "running_var"
+
+
+class BatchNormStatistics(Mapping[str, Tensor]):
+    """Running means and variances by their names in a state dict: ``{layer}.running_mean``, ``{layer}.running_var``.
+
+    Args:
+        tensors: Each (C,).
+        num_samples: How many samples they were estimated from; 0 if that is not known.
+        fingerprint: Of the parameters with which they were estimated, if that was noted.
+
+    Raises:
+        ValueError: If a mean or variance has no counterpart, or a variance is negative.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2))
+        >>> sorted(BatchNormStatistics.of(model))
+        ['0.running_mean', '0.running_var']
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, num_samples: int = 0, fingerprint: str | None = None) -> None:
+        self._tensors = dict(tensors)
+        self.num_samples, self.fingerprint = num_samples, fingerprint
+        for layer in self.layers:
+            for what in (MEAN, VARIANCE):
+                value = self._tensors.get(f"{layer}.{what}".removeprefix("."))
+                if value is None:
+                    raise ValueError(f"There is no {what} of the layer {layer!r}; there are {list(self._tensors)}.")
+                if not torch.isfinite(value).all() or (what == VARIANCE and (value < 0).any()):
+                    raise ValueError(f"The {what} of the layer {layer!r} has entries that no data can have.")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """A copy of what the layers of a model have now.
+
+        Raises:
+            ValueError: As :func:`batchnorm_layers` does.
+        """
+        found: dict[str, Tensor] = {}
+        for name, layer in batchnorm_layers(model).items():
+            for what in (MEAN, VARIANCE):
+                found[f"{name}.{what}".removeprefix(".")] = getattr(layer, what).detach().clone()
+        return cls(found)
+
+    @classmethod
+    def average(cls, parts: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Statistics of the mixture, in equal parts, of what several were estimated from.
+
+        Means and second moments are averaged, so that a variance has also what lies between the means.
+
+        Raises:
+            ValueError: If there are none, or they are of different layers.
+        """
+        parts = [part if isinstance(part, BatchNormStatistics) else cls(part) for part in parts]
+        if not parts or any(part.keys() != parts[0].keys() for part in parts):
+            raise ValueError("Statistics can be averaged if there is at least one set, and all are of the same layers.")
+        found: dict[str, Tensor] = {}
+        for name in parts[0]:
+            if name.endswith(MEAN):
+                other = name.removesuffix(MEAN) + VARIANCE
+                found[name], found[other] = pooled_statistics(
+                    [part[name] for part in parts], [part[other] for part in parts]
+                )
+        return cls(found, num_samples=sum(getattr(part, "num_samples", 0) for part in parts))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self._tensors))
+
+    def apply(self, model: nn.Module) -> None:
+        """Copy them into the buffers of a model; nothing else is changed.
+
+        Raises:
+            ValueError: If the model has no such layer, or of another shape; then nothing was changed.
+        """
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        for name, value in self.items():
+            if name not in buffers or buffers[name].shape != value.shape:
+                found = f"it is {tuple(buffers[name].shape)}" if name in buffers else "there is none"
+                raise ValueError(f"The statistics have {name!r} of shape {tuple(value.shape)}; in the model {found}.")
+        with torch.no_grad():
+            for name, value in self.items():
+                buffers[name].copy_(value)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically."""
+        metadata = {"num_samples": self.num_samples, "fingerprint": self.fingerprint}
+        save_tensors(path, self, kind=ARTIFACT_KIND, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: If the file is missing, damaged, or of another kind.
+        """
+        tensors, metadata = load_tensors(path, kind=ARTIFACT_KIND)
+        return cls(tensors, num_samples=metadata["num_samples"], fingerprint=metadata["fingerprint"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"BatchNormStatistics({len(self.layers)} layers, num_samples={self.num_samples})"
+
+
+def batchnorm_layers(model: nn.Module, module: str | None = None) -> dict[str, _BatchNorm]:
+    """The batch-norm layers of a model by name: BatchNorm1d, 2d and 3d, SyncBatchNorm, and subclasses of these.
+
+    A layer that is used under several names is there once. Layers that are made to be fixed, such as torchvision's
+    ``FrozenBatchNorm2d``, are none.
+
+    Args:
+        model: Any module.
+        module: Only layers below this submodule; names are relative to it.
+
+    Raises:
+        ValueError: If a layer keeps no running statistics or has not seen its first input, or there is no such module.
+    """
+    if module is not None:
+        try:
+            model = model.get_submodule(module)
+        except AttributeError as error:
+            raise ValueError(
+                f"The model has no module {module!r}; it has {[name for name, _ in model.named_children()]}."
+            ) from error
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    for name, layer in layers.items():
+        if layer.running_mean is None or layer.running_var is None:
+            raise ValueError(
+                f"The batch-norm layer {name!r} keeps no running statistics (track_running_stats=False): it normalises "
+                "by each batch, so there is nothing to adapt. Make it with track_running_stats=True."
+            )
+        if isinstance(layer.running_mean, nn.UninitializedBuffer):
+            raise ValueError(
+                f"The batch-norm layer {name!r} is lazy and has not seen its first input; run the model once."
+            )
+    return layers

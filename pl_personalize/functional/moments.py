@@ -1,0 +1,63 @@
+"""Moments of the channels that batch-norm layers see, and statistics made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def channel_moments(x: Tensor) -> Tensor:
+    r"""Count, sum and sum of squares of each channel: what adds up over batches and processes.
+
+    Args:
+        x: The input of a batch-norm layer, (N, C) or (N, C, \*).
+
+    Returns:
+        (3, C) in float64 (float32 on devices that have no float64).
+
+    Example:
+        >>> channel_moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist()
+        [[2.0, 2.0], [4.0, 4.0], [10.0, 8.0]]
+    """
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    total = x.sum(others, dtype=dtype)
+    squares = torch.linalg.vector_norm(x, dim=others, dtype=dtype).square()
+    return torch.stack([torch.full_like(total, x.numel() // max(1, x.shape[1])), total, squares])
+
+
+def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance, each (C,), that follow from moments (3, C).
+
+    Args:
+        moments: Of at least one value for each channel.
+        unbiased: Divide by n - 1, as running statistics do, instead of n, as the normalisation of a batch does. A
+            single value has variance 0.
+
+    Example:
+        >>> mean, variance = mean_and_variance(channel_moments(torch.tensor([[1.0], [3.0]])), unbiased=True)
+        >>> mean.item(), variance.item()
+        (2.0, 2.0)
+    """
+    count, total, squares = moments
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    return mean, variance * (count / (count - 1).clamp_min(1)) if unbiased else variance
+
+
+def pooled_statistics(means: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture, in equal parts, of sources with these means and variances, each (C,).
+
+    Its second moment is the mean of the sources' second moments, so sources with different means make it wider.
+
+    Example:
+        >>> mean, variance = pooled_statistics([torch.tensor([0.0]), torch.tensor([2.0])], [torch.ones(1)] * 2)
+        >>> mean.item(), variance.item()
+        (1.0, 2.0)
+    """
+    stacked = torch.stack([mean.double() for mean in means])
+    mean = stacked.mean(0)
+    within = torch.stack([variance.double() for variance in variances]).mean(0)
+    return mean.to(means[0].dtype), (within + (stacked - mean).square().mean(0)).to(variances[0].dtype)
