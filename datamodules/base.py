@@ -6,7 +6,7 @@ import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -205,10 +205,11 @@ class TaskIncrementalDataModule(LightningDataModule):
         images, classes = self.user_split(self._need_user(), task)[0]
         return tensor_loader(images, *([classes] if labels else []), batch_size=self.eval_batch_size)
 
-    def server_dataloader(self, task: int | str) -> TensorLoader:
-        """All the server's data of a task, train and val, in order."""
+    def server_dataloader(self, task: int | str, split: Literal["all", "train", "val"] = "all") -> TensorLoader:
+        """The server's data of a task, train and val or one of them, in order."""
         train, val = self.server_split(task)
-        return tensor_loader(*concatenate([train, val]), batch_size=self.eval_batch_size)
+        chosen = {"all": concatenate([train, val]), "train": train, "val": val}[split]
+        return tensor_loader(*chosen, batch_size=self.eval_batch_size)
 
     def _present_server_split(self, which: int) -> LabelledImages:
         if self._task is not None:

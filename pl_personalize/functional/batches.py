@@ -61,7 +61,12 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
                 f"The entries {list(inputs)} of a batch do not fit as keyword arguments of {type(model).__name__}: "
                 f"{error}. Say how logits are computed: forward=lambda model, batch: ..."
             ) from error
-    return model(batch if isinstance(batch, Tensor) else batch[0])
+    return model(as_input(batch))
+
+
+def as_input(batch: Any) -> Any:
+    """The input in a batch that is no dict: the tensor itself, or the first item."""
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def as_logits(output: Any) -> Tensor:

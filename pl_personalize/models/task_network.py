@@ -75,3 +75,31 @@ def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (1
         layers[f"relu{k}"] = nn.ReLU()
         features = width
     return TaskNetwork(nn.Sequential(layers), nn.Linear(features, num_classes))
+
+
+def cnn_bn(input_shape: Sequence[int], num_classes: int, widths: Sequence[int] = (8, 16, 32, 64)) -> TaskNetwork:
+    """A small convolutional network with batch norm: blocks of 3×3 convolution, batch norm, ReLU and 2×2 pooling.
+
+    The last block ends with the mean over positions. For images of 28×28 pixels four blocks fit.
+
+    Args:
+        input_shape: Shape of one image, (channels, height, width).
+        num_classes: Outputs of the head.
+        widths: Channels of each block.
+
+    Example:
+        >>> network = cnn_bn((3, 28, 28), num_classes=2)
+        >>> [name for name, _ in network.body.named_buffers()][:2]
+        ['block1.norm.running_mean', 'block1.norm.running_var']
+    """
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = input_shape[0]
+    for k, width in enumerate(widths, start=1):
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=nn.Conv2d(channels, width, 3, padding=1, bias=False), norm=nn.BatchNorm2d(width), relu=nn.ReLU()
+        )
+        layers["pool"] = nn.MaxPool2d(2) if k < len(widths) else nn.AdaptiveAvgPool2d(1)
+        blocks[f"block{k}"] = nn.Sequential(layers)
+        channels = width
+    blocks["flatten"] = nn.Flatten()
+    return TaskNetwork(nn.Sequential(blocks), nn.Linear(channels, num_classes))

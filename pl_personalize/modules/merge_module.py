@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 from pl_personalize.artifacts import TensorFile, shared_entries
+from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.functional.merging import Zero
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
 from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
+from pl_personalize.modules.batchnorm_policy import BNPolicy, affine_names, statistics_names
 from pl_personalize.modules.sequence_evaluator import SequenceEvaluator
 
 EXPERT_KIND = "expert"
@@ -29,7 +30,7 @@ class MergeModule(SequenceEvaluator):
     Importance-weighted IMM and RACL of De Lange et al., CVPR 2020: with importances from the server's data one model
     serves everybody (IMM); with importances that each user computed on unlabelled images, each gets a model (RACL);
     without importances it is the plain mean. Bodies are merged; heads are kept per task. The model after task 1 is
-    expert 1 itself. Batch-norm statistics are not merged: those of the last expert are taken, with a warning.
+    expert 1 itself. Where batch-norm statistics come from is a choice of its own, ``bn_policy``.
 
     Args:
         network: The architecture; its own parameters are not used.
@@ -43,9 +44,22 @@ class MergeModule(SequenceEvaluator):
         normalize: See :func:`~pl_personalize.merge`.
         weights: See :func:`~pl_personalize.merge`.
         models: ``"all"``, or ``"last"``: only the merge of all experts.
+        bn_policy: With which statistics the merge of experts 1..t is tested on task i:
+
+            * ``"adapt"``: re-estimated for the merge, on the user's unlabelled images of task i (AdaBN);
+            * ``"recalibrate"``: the same on the server's validation images of task i;
+            * ``"average"``: those of the mixture of experts 1..t (means and second moments are averaged);
+            * ``"expert"``: those of expert i;
+            * ``"last"``: those of expert t;
+            * ``"reference"``: what the published code does: γ and β of the merge of 1..i, statistics of expert t.
+
+            By default ``"adapt"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
+            ``"average"``. For each model and task only the statistics are kept, not a copy of the model.
+        bn_options: See :class:`SequenceEvaluator`.
 
     Raises:
-        MisconfigurationException: If experts and importances do not fit each other, or a user is not known.
+        MisconfigurationException: If experts and importances do not fit each other, a user is not known, or the policy
+            is unknown or needs data that are not there.
 
     Example:
         >>> from pl_personalize.models import mlp
@@ -65,18 +79,15 @@ class MergeModule(SequenceEvaluator):
         normalize: Normalize | None = None,
         weights: Sequence[float] | None = None,
         models: Literal["all", "last"] = "all",
+        bn_policy: BNPolicy | None = None,
+        bn_options: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(experts, str | os.PathLike):
             raise MisconfigurationException(f"experts must be a sequence, one for each task; got {str(experts)!r}.")
         states = [_open_expert(expert) for expert in experts]
         heads = [_Part(state, "head") for state in states]
-        super().__init__(network, [_Part(state, "body") for state in states], heads, models=models)
-        statistics = [name for name in self.bodies[-1] if name.endswith("running_mean")]
-        if statistics and len(states) > 1:
-            rank_zero_warn(
-                f"The body has batch norm ({statistics[0]!r} and others): merged models run on the statistics of the "
-                "last expert, which can cost much accuracy."
-            )
+        bodies = [_Part(state, "body") for state in states]
+        super().__init__(network, bodies, heads, models=models, bn_policy=bn_policy, bn_options=bn_options)
         if isinstance(importances, Mapping):
             for name, one in importances.items():
                 self._check_count(one, f" of user {name!r}")
@@ -109,6 +120,8 @@ class MergeModule(SequenceEvaluator):
         name: str | None = getattr(datamodule, "user", None)
         return name
 
+    policies = get_args(BNPolicy)
+
     @override
     def load_bodies(self) -> Sequence[StateDict]:
         """The merges of experts 1, 1..2, …, 1..T."""
@@ -117,8 +130,32 @@ class MergeModule(SequenceEvaluator):
             return [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
         return merge_prefixes(self.bodies, importances, **self._options)  # type: ignore[arg-type]
 
+    @override
+    def batchnorm_entries(
+        self, policy: BNPolicy, cell: tuple[int, int], states: Mapping[tuple[int, int], StateDict]
+    ) -> StateDict:
+        """The entries of batch-norm layers that a policy puts in place."""
+        t, i = cell
+        if policy == "average":
+            return self._average(t + 1)
+        if policy == "expert":
+            return {name: self.bodies[i][name] for name in statistics_names(self.network.body)}
+        if policy == "reference":
+            return {name: states[i, i][f"body.{name}"] for name in affine_names(self.network.body)}
+        return super().batchnorm_entries(policy, cell, states)
+
+    def _average(self, count: int) -> StateDict:
+        """Statistics of the mixture of the first experts."""
+        names = statistics_names(self.network.body)
+        return BatchNormStatistics.average([{name: body[name] for name in names} for body in self.bodies[:count]])
+
     def export(self, user: str | None = None) -> dict[str, Tensor]:
         """The merge of all experts with the heads of all tasks.
+
+        A state dict has one set of batch-norm statistics. They are the last expert's under the policies ``"last"`` and
+        ``"reference"``, else the average. What a policy estimates for each task is, after a test, in
+        :attr:`statistics`: apply ``BatchNormStatistics(module.statistics[T - 1, i])`` to the body before it is used on
+        task i.
 
         Args:
             user: Whose, where there are several users.
@@ -127,6 +164,8 @@ class MergeModule(SequenceEvaluator):
             A state dict of :class:`~pl_personalize.models.MultiHeadNetwork`: ``body.…`` and ``heads.{task}.…``.
         """
         body = merge(self.bodies, self.importances_of(user), **self._options)  # type: ignore[arg-type]
+        if statistics_names(self.network.body) and self.bn_policy not in ("last", "reference"):
+            body.update(self._average(self.num_tasks))
         state = {f"body.{name}": value for name, value in body.items()}
         for i, head in enumerate(self.heads):
             state.update({f"heads.{i}.{name}": value.clone() for name, value in head.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,15 @@ from typing_extensions import override
 
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
+from pl_personalize.modules.batchnorm_policy import (
+    OWN_POLICIES,
+    BNPolicy,
+    check_policy,
+    data_for,
+    re_estimate,
+    resolve_policy,
+    statistics_names,
+)
 
 StateDict = Mapping[str, Tensor]
 
@@ -31,10 +40,23 @@ class SequenceEvaluator(LightningModule):
         bodies: The body of each model 1..T, with names relative to the body.
         heads: The head of each task 1..T, with names relative to the head.
         models: ``"all"``, or ``"last"``: only the model after the last task, which has no forgetting.
+        bn_policy: Where batch-norm statistics come from: ``"last"``, each model's own; or re-estimated for each model
+            and task, on images of the Trainer's datamodule: ``"recalibrate"``, on the server's validation images
+            (``server_dataloader(task, split="val")``), or ``"adapt"``, on the user's unlabelled images
+            (``adapt_dataloader(task)``). Without batch norm it has no meaning.
+        bn_options: For these, options of :func:`~pl_personalize.adapt_batchnorm`: ``exact``, ``prior_samples``,
+            ``max_scratch_mb``.
+        entries: Of model t on task i (both from 0), what replaces entries of its body, such as batch norm that was
+            trained for the task; then no other pair is tested.
+
+    Attributes:
+        matrix: After a test, the (T, T) accuracies, model by task, in [0, 1]; NaN where there is none.
+        statistics: After a test, what the batch-norm policy put in place, by model and task, both from 0; names are
+            relative to the body.
 
     Raises:
-        MisconfigurationException: If the numbers of bodies, heads and test loaders differ, or if entries or shapes do
-            not fit the network.
+        MisconfigurationException: If the numbers of bodies, heads and test loaders differ, entries or shapes do not fit
+            the network, or the policy is unknown or needs data that are not there.
     """
 
     def __init__(
@@ -44,8 +66,12 @@ class SequenceEvaluator(LightningModule):
         heads: Sequence[StateDict],
         *,
         models: Literal["all", "last"] = "all",
+        bn_policy: BNPolicy | None = "last",
+        bn_options: Mapping[str, Any] | None = None,
+        entries: Mapping[tuple[int, int], StateDict] | None = None,
     ) -> None:
         super().__init__()
+        check_policy(bn_policy, self.policies)
         if models not in ("all", "last"):
             raise MisconfigurationException(f"models must be 'all' or 'last'; got {models!r}.")
         if len(bodies) != len(heads) or not heads:
@@ -61,9 +87,14 @@ class SequenceEvaluator(LightningModule):
                     raise MisconfigurationException(
                         f"The {part} of model {t + 1} does not fit the network: they differ in the entries {different}."
                     )
+        self.bn_policy, self.bn_options, self.entries = bn_policy, dict(bn_options or {}), dict(entries or {})
+        self.statistics: dict[tuple[int, int], StateDict] = {}
         self.accuracy = TaskAccuracyMatrix(len(heads))
         self.matrix: Tensor | None = None
         self._states: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    policies: ClassVar[Sequence[BNPolicy]] = OWN_POLICIES
+    """What ``bn_policy`` may be."""
 
     @property
     def num_tasks(self) -> int:
@@ -85,21 +116,57 @@ class SequenceEvaluator(LightningModule):
             )
         bodies = self.load_bodies()
         first = 0 if self.models == "all" else self.num_tasks - 1
-        moved = {
-            t: {f"body.{name}": value.to(self.device) for name, value in bodies[t].items()}
-            for t in range(first, self.num_tasks)
-        }
+        moved = {t: self._on_device(bodies[t]) for t in range(first, self.num_tasks)}
         own = self.network.body.state_dict()
         for t, state in moved.items():
-            for name, value in own.items():
-                if state[f"body.{name}"].shape != value.shape:
+            for name, value in state.items():
+                expected = own[name.removeprefix("body.")]
+                if value.shape != expected.shape:
                     raise MisconfigurationException(
-                        f"{name!r} in the body of model {t + 1} is {tuple(state[f'body.{name}'].shape)}; in the "
-                        f"network it is {tuple(value.shape)}."
+                        f"{name.removeprefix('body.')!r} in the body of model {t + 1} is {tuple(value.shape)}; in the "
+                        f"network it is {tuple(expected.shape)}."
                     )
         heads = [{f"head.{name}": value.to(self.device) for name, value in head.items()} for head in self.heads]
-        self._states = {(t, i): moved[t] | heads[i] for t in moved for i in range(t + 1)}
+        states = {(t, i): moved[t] | heads[i] for t in moved for i in range(t + 1)}
+        if self.entries:
+            states = {cell: state for cell, state in states.items() if cell in self.entries}
+        elif statistics_names(self.network.body):
+            policy = resolve_policy(self.bn_policy, self)
+            self.statistics = {cell: self.batchnorm_entries(policy, cell, states) for cell in states}
+        for cell, state in states.items():
+            own_entries = self.entries.get(cell) or self.statistics.get(cell, {})
+            state.update({f"body.{name}": value.to(self.device) for name, value in own_entries.items()})
+        self._states = states
         self.accuracy.reset()
+
+    def _on_device(self, body: StateDict) -> dict[str, Tensor]:
+        """The entries of a body; those of a module with several names once, which functional_call cannot restore."""
+        names = [
+            f"{prefix}.{name}".removeprefix(".")
+            for prefix, module in self.network.body.named_modules()
+            for name in (*module._parameters, *module._buffers)
+        ]
+        return {f"body.{name}": body[name].to(self.device) for name in names if name in body}
+
+    def batchnorm_entries(
+        self, policy: BNPolicy, cell: tuple[int, int], states: Mapping[tuple[int, int], StateDict]
+    ) -> StateDict:
+        """The entries of batch-norm layers that a policy puts in place.
+
+        Args:
+            policy: The policy.
+            cell: Model and task, both from 0.
+            states: The state dicts (``body.…``, ``head.…``) of all models on all tasks.
+
+        Returns:
+            By names relative to the body.
+        """
+        if policy == "last":
+            return {}
+        try:
+            return re_estimate(self.network, states[cell], data_for(policy, self, cell[1]), self.bn_options)
+        except ValueError as error:
+            raise MisconfigurationException(f"bn_policy={policy!r} on task {cell[1] + 1}: {error}") from error
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -107,7 +174,7 @@ class SequenceEvaluator(LightningModule):
         x, y = batch
         for (t, i), state in self._states.items():
             if i == dataloader_idx:
-                logits: Tensor = functional_call(self.network, state, (x,))
+                logits: Tensor = functional_call(self.network, state, (x,), tie_weights=False)
                 self.accuracy.update(logits.argmax(1), y, model=t, task=i)
 
     @override

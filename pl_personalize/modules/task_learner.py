@@ -14,6 +14,7 @@ from torchmetrics import Accuracy
 from typing_extensions import override
 
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
+from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.penalties import add_l2_gradient_
 from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
@@ -156,5 +157,5 @@ class TaskLearner(LightningModule):
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The logits of images, which may come with labels."""
-        logits: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
+        logits: Tensor = self(as_input(batch))
         return logits

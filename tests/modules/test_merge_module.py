@@ -57,6 +57,10 @@ class Data(LightningDataModule):
         return [tensor_loader(*rows(task), batch_size=7) for task in range(3)]
 
 
+def merges(*args, **options):
+    return MergeModule(network(9), *args, bn_policy="last", **options)
+
+
 def evaluate(module, tmp_path, user=None):
     trainer = Trainer(
         accelerator="cpu",
@@ -111,7 +115,7 @@ def assert_matrix(module, wanted):
 
 @pytest.mark.parametrize("importances", [None, ANN, BOB], ids=["mean", "ann", "bob"])
 def test_the_matrix_is_that_of_a_plain_merge_and_evaluation(tmp_path, importances):
-    module = MergeModule(network(9), STATES, importances)
+    module = merges(STATES, importances)
     results = evaluate(module, tmp_path)
     wanted = plain_matrix(importances)
 
@@ -129,7 +133,7 @@ def test_the_merges_that_are_compared_differ():
 
 
 def test_only_the_last_merge(tmp_path):
-    module = MergeModule(network(9), STATES, ANN, models="last")
+    module = merges(STATES, ANN, models="last")
     results = evaluate(module, tmp_path)
     wanted = plain_matrix(ANN)[2]
     assert results == pytest.approx(
@@ -140,27 +144,27 @@ def test_only_the_last_merge(tmp_path):
 def test_options_reach_the_merge(tmp_path):
     zeros = [Importance({n: v * (v > v.median()) for n, v in i.items()}, kind="mas", num_samples=1) for i in ANN]
     weights = [3.0, 1.0, 0.5]
-    module = MergeModule(network(9), STATES, zeros, zero="reference", weights=weights)
+    module = merges(STATES, zeros, zero="reference", weights=weights)
     torch.testing.assert_close(
         {n: v for n, v in module.export().items() if n.startswith("body.")},
         {f"body.{n}": v for n, v in plain_body(zeros, 2, zero="reference", weights=weights).items()},
     )
     with pytest.raises(ValueError, match="normalize"):
-        MergeModule(network(9), STATES, ANN, normalize="nonsense").export()
+        merges(STATES, ANN, normalize="nonsense").export()
 
 
 # Whose importances
 
 
 def test_importances_follow_the_user_of_the_datamodule(tmp_path):
-    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB})
+    module = merges(STATES, {"ann": ANN, "bob": BOB})
     for user, importances in (("bob", BOB), ("ann", ANN)):
         evaluate(module, tmp_path, user)
         assert_matrix(module, plain_matrix(importances))
 
 
 def test_a_user_that_is_given_comes_first(tmp_path):
-    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB}, user="bob")
+    module = merges(STATES, {"ann": ANN, "bob": BOB}, user="bob")
     evaluate(module, tmp_path, "ann")
     assert_matrix(module, plain_matrix(BOB))
     torch.testing.assert_close(module.export()["body.0.weight"], plain_body(BOB, 2)["0.weight"])
@@ -169,7 +173,7 @@ def test_a_user_that_is_given_comes_first(tmp_path):
 
 @pytest.mark.parametrize("user", ["eve", None])
 def test_an_unknown_user_is_named(tmp_path, user):
-    module = MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB})
+    module = merges(STATES, {"ann": ANN, "bob": BOB})
     message = f"importances for the users 'ann', 'bob', and the user is {user!r}. Set user="
     with pytest.raises(MisconfigurationException, match=message):
         evaluate(module, tmp_path, user)
@@ -179,28 +183,28 @@ def test_an_unknown_user_is_named(tmp_path, user):
 
 def test_numbers_must_fit():
     with pytest.raises(MisconfigurationException, match="3 experts but 2 importances; give one for each"):
-        MergeModule(network(9), STATES, ANN[:2])
+        merges(STATES, ANN[:2])
     with pytest.raises(MisconfigurationException, match="3 experts but 1 importances of user 'bob'"):
-        MergeModule(network(9), STATES, {"ann": ANN, "bob": BOB[:1]})
+        merges(STATES, {"ann": ANN, "bob": BOB[:1]})
     with pytest.raises(MisconfigurationException, match="0 bodies for 0 heads"):
-        MergeModule(network(9), [])
+        merges([])
 
 
 def test_a_state_dict_that_is_no_expert_is_refused():
     with pytest.raises(MisconfigurationException, match="below 'head'"):
-        MergeModule(network(9), [{"body.0.weight": torch.zeros(1)}])
+        merges([{"body.0.weight": torch.zeros(1)}])
 
 
 def test_names_may_be_relative_to_the_network(tmp_path):
     prefixed = [{f"body.{name}": value for name, value in one.items()} for one in ANN]
-    module = MergeModule(network(9), STATES, prefixed)
-    wanted = MergeModule(network(9), STATES, ANN).export()
+    module = merges(STATES, prefixed)
+    wanted = merges(STATES, ANN).export()
     assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
     files = [
         str(Importance(p, kind="mas", num_samples=1).save(tmp_path / f"{k}.safetensors"))
         for k, p in enumerate(prefixed)
     ]
-    module = MergeModule(network(9), STATES, files)
+    module = merges(STATES, files)
     assert all(torch.equal(value, wanted[name]) for name, value in module.export().items())
 
 
@@ -217,7 +221,7 @@ def files(tmp_path):
 
 
 def test_files_give_what_state_dicts_give(tmp_path, files):
-    from_files, from_memory = MergeModule(network(9), *files), MergeModule(network(9), STATES, ANN)
+    from_files, from_memory = merges(*files), merges(STATES, ANN)
     assert evaluate(from_files, tmp_path) == evaluate(from_memory, tmp_path)
     exported = from_files.export()
     assert all(torch.equal(value, exported[name]) for name, value in from_memory.export().items())
@@ -237,7 +241,7 @@ def test_files_are_read_when_needed_and_one_tensor_after_the_other(files, monkey
 
     monkeypatch.setattr(TensorFile, "__getitem__", spy)
     gc.collect()
-    module = MergeModule(network(9), *files)
+    module = merges(*files)
     assert read == []
     module.export()
     assert len(read) > 3 * 6
@@ -247,9 +251,9 @@ def test_files_are_read_when_needed_and_one_tensor_after_the_other(files, monkey
 def test_a_file_that_is_no_expert_is_named(files):
     experts, importances = files
     with pytest.raises(ArtifactError, match=r"importance-0.safetensors holds 'importance'; expected 'expert'"):
-        MergeModule(network(9), [*experts[:2], importances[0]])
+        merges([*experts[:2], importances[0]])
     with pytest.raises(ArtifactError, match=r"missing.safetensors does not exist"):
-        MergeModule(network(9), [*experts[:2], "missing.safetensors"])
+        merges([*experts[:2], "missing.safetensors"])
 
 
 # Export
@@ -257,7 +261,7 @@ def test_a_file_that_is_no_expert_is_named(files):
 
 @pytest.mark.parametrize("importances", [None, ANN], ids=["mean", "ann"])
 def test_an_export_is_the_model_that_was_tested(tmp_path, importances):
-    module = MergeModule(network(9), STATES, importances)
+    module = merges(STATES, importances)
     evaluate(module, tmp_path)
     state = module.export()
 
@@ -272,7 +276,7 @@ def test_an_export_is_the_model_that_was_tested(tmp_path, importances):
 
 
 def test_an_export_shares_nothing_with_the_experts():
-    state = MergeModule(network(9), STATES, ANN).export()
+    state = merges(STATES, ANN).export()
     for value in state.values():
         value.zero_()
     assert all(float(expert.head.weight.abs().sum()) > 0 for expert in EXPERTS)
@@ -280,14 +284,14 @@ def test_an_export_shares_nothing_with_the_experts():
 
 
 def test_a_single_expert_is_exported_as_it_is():
-    state = MergeModule(network(9), STATES[:1]).export()
+    state = merges(STATES[:1]).export()
     assert all(torch.equal(state[f"body.{n}"], v) for n, v in EXPERTS[0].body.state_dict().items())
     assert torch.equal(state["heads.0.weight"], EXPERTS[0].head.weight)
 
 
 def test_the_experts_are_left_as_they_were(tmp_path):
     before = [{name: value.clone() for name, value in state.items()} for state in STATES]
-    evaluate(MergeModule(network(9), STATES, ANN), tmp_path)
+    evaluate(merges(STATES, ANN), tmp_path)
     for state, same in zip(STATES, before, strict=True):
         assert all(torch.equal(state[name], same[name]) for name in same)
 
@@ -325,11 +329,3 @@ def test_importances_of_different_kinds_are_refused():
     importances = [Importance(values, kind=kind, num_samples=1) for kind in ("mas", "fisher")]
     with pytest.raises(ValueError, match=r"different kinds, \['fisher \(sample\)', 'mas \(sample\)'\]"):
         MergeModule(mlp((4,), 2, [3]), experts, importances).export()
-
-
-def test_batch_norm_statistics_of_the_last_expert_are_announced():
-    def network():
-        return TaskNetwork(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), nn.Linear(3, 2))
-
-    with pytest.warns(UserWarning, match=r"statistics of the last expert"):
-        MergeModule(network(), [network().state_dict() for _ in range(2)])
