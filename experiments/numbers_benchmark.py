@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -14,9 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pl_personalize import ArtifactError
 from pl_personalize.datamodules import NumbersDataModule
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
-from pl_personalize.models import mlp
+from pl_personalize.models import cnn_bn, mlp
 from pl_personalize.runner import (
     METHODS,
+    AdaptationName,
+    AdaptationOptions,
     ImportanceOptions,
     LoggerName,
     MethodName,
@@ -28,8 +31,10 @@ from pl_personalize.runner import (
 )
 
 PAPER_SOURCES = ("svhn", "mnist")
+PAPER_HIDDEN = (100, 100)
 TRAINING = TrainingOptions()
 IMPORTANCE = ImportanceOptions()
+ADAPTATION = AdaptationOptions()
 TRAINER = TrainerOptions(accelerator="cpu")
 WANDB = WandbOptions()
 
@@ -42,7 +47,10 @@ def main(
     split_seed: int = 27,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[MethodName] = tuple(METHODS),
-    hidden: Sequence[PositiveInt] = (100, 100),
+    backbone: Literal["mlp", "cnn_bn"] = "mlp",
+    hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
+    adaptations: Sequence[AdaptationName] | None = None,
+    adaptation: AdaptationOptions = ADAPTATION,
     batch_size: PositiveInt = 20,
     eval_batch_size: PositiveInt = 1000,
     training: TrainingOptions = TRAINING,
@@ -63,7 +71,11 @@ def main(
         split_seed: Seed of the choice and the division of the images.
         seeds: Seeds of initial parameters and of the order of the data.
         methods: What is compared.
-        hidden: Widths of the hidden layers.
+        backbone: ``mlp``, the paper's, or ``cnn_bn``: four blocks of convolution and batch norm.
+        hidden: Widths of the hidden layers of ``mlp``.
+        adaptations: Of batch norm, for ``cnn_bn``, under which methods are tested: ``last``, ``average``, ``expert``,
+            ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
+        adaptation: How batch norm is adapted.
         batch_size: For training.
         eval_batch_size: For importances and tests; it matters for ``--importance.reduction batch`` alone.
         training: How models are trained.
@@ -84,28 +96,33 @@ def main(
         eval_batch_size=eval_batch_size,
         split_seed=split_seed,
     )
-    different = f", here {', '.join(data.users)}: compare methods, not levels" if data.users != PAPER_SOURCES else ""
+    same = set(sources) == set(PAPER_SOURCES)
+    different = "" if same else f", here {', '.join(data.users)}: compare methods, not levels"
+    with_paper = backbone == "mlp" and tuple(hidden) == PAPER_HIDDEN
     run_experiment(
         "Numbers",
-        f"MLP {'-'.join(map(str, hidden))}",
+        "CNN-BN" if backbone == "cnn_bn" else f"MLP {'-'.join(map(str, hidden))}",
         data,
-        lambda num_classes: mlp(IMAGE_SHAPE, num_classes, hidden),
+        lambda n: cnn_bn(IMAGE_SHAPE, n) if backbone == "cnn_bn" else mlp(IMAGE_SHAPE, n, hidden),
         methods=methods,
         seeds=seeds,
         output_dir=output_dir,
         training=training,
         importance=importance,
         trainer=trainer,
+        adaptations=adaptations,
+        adaptation=adaptation,
         loggers=loggers,
         wandb=wandb,
         options={
+            "data_dir": str(data_dir.expanduser().resolve()),
             "sources": list(sources),
             "max_per_source": max_per_source,
             "split_seed": split_seed,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
         },
-        paper=paper_results("Numbers", "MLP"),
+        paper=paper_results("Numbers", "MLP") if with_paper else None,
         paper_note=f"In the paper, the users are svhn and mnist{different}.",
     )
 

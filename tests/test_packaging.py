@@ -24,6 +24,8 @@ FOLDERS = {
 RANKS = {
     "functional": 0,
     "artifacts": 1,
+    "batchnorm": 2,
+    "adaptation": 2,
     "importance": 2,
     "estimation": 2,
     "merging": 2,
@@ -35,7 +37,7 @@ RANKS = {
     "runner": 4,
     "cli": 5,
 }
-PEERS = {("modules", "callbacks"), ("estimation", "importance")}
+PEERS = {("modules", "callbacks"), ("estimation", "importance"), ("adaptation", "batchnorm")}
 
 
 def _modules_below(folder: Path, package: str) -> dict[str, Path]:

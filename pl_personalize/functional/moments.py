@@ -18,8 +18,8 @@ def channel_moments(x: Tensor) -> Tensor:
         (3, C) in float64 (float32 on devices that have no float64).
 
     Example:
-        >>> channel_moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist()
-        [[2.0, 2.0], [4.0, 4.0], [10.0, 8.0]]
+        >>> channel_moments(torch.tensor([[3.0, 0.0], [4.0, 2.0]])).tolist()
+        [[2.0, 2.0], [7.0, 2.0], [25.0, 4.0]]
     """
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     others = [dim for dim in range(x.dim()) if dim != 1]
@@ -37,9 +37,9 @@ def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tenso
             single value has variance 0.
 
     Example:
-        >>> mean, variance = mean_and_variance(channel_moments(torch.tensor([[1.0], [3.0]])), unbiased=True)
+        >>> mean, variance = mean_and_variance(channel_moments(torch.tensor([[3.0], [4.0]])), unbiased=True)
         >>> mean.item(), variance.item()
-        (2.0, 2.0)
+        (3.5, 0.5)
     """
     count, total, squares = moments
     mean = total / count

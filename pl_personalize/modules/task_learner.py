@@ -30,8 +30,7 @@ class TaskLearner(LightningModule):
     Randomness inside the network (dropout) is drawn from a seed that follows from ``seed``, ``task`` and the step, so a
     run that was stopped in the middle of an epoch and resumed equals the uninterrupted one, bit for bit.
 
-    Logs ``train/loss`` (every ``log_every_n_steps``, and of an epoch's last batch), ``val/loss`` and ``val/acc`` (in
-    [0, 1]).
+    Logs ``train/loss`` every ``log_every_n_steps`` of the Trainer, ``val/loss`` and ``val/acc`` (in [0, 1]).
 
     Args:
         network: Body and head. It is trained in place.
@@ -73,6 +72,7 @@ class TaskLearner(LightningModule):
         num_classes = network.head.out_features
         self.val_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
         self._anchor_names = self._register_anchor(anchor)
+        self._pulled: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _register_anchor(self, anchor: Mapping[str, Tensor] | None) -> list[str]:
         if anchor is None:
@@ -117,6 +117,13 @@ class TaskLearner(LightningModule):
         return torch.optim.SGD([p for p in self.network.parameters() if p.requires_grad], **options)
 
     @override
+    def on_train_start(self) -> None:
+        """Look up once what each step pulls, and where to."""
+        anchors, parameters = self.anchors, dict(self.network.body.named_parameters())
+        pulls = bool(anchors) and self.hparams["l2_transfer"] > 0
+        self._pulled = ([parameters[name] for name in anchors], list(anchors.values())) if pulls else None
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Reseed, so that the step's randomness does not depend on what ran before it in this process."""
         run = self.hparams["seed"], self.hparams["task"]
@@ -126,20 +133,17 @@ class TaskLearner(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
-        # A logged value costs Lightning about as much as a small network's step: log only what somebody would see.
+        # A logged value costs Lightning about as much as a small network's step: log only what is written.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.is_last_batch or (every and (self.global_step + 1) % every == 0):
+        if every and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradient of L2-transfer."""
-        strength = self.hparams["l2_transfer"]
-        if self._anchor_names and strength:
-            anchors = self.anchors
-            parameters = dict(self.network.body.named_parameters())
-            add_l2_gradient_([parameters[name] for name in anchors], list(anchors.values()), strength)
+        if self._pulled:
+            add_l2_gradient_(*self._pulled, self.hparams["l2_transfer"])
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -1,7 +1,8 @@
 """Task by user by method: the stages of an experiment, resumable."""
 
-from pl_personalize.runner.methods import MERGING_METHODS, METHODS, MethodName
+from pl_personalize.runner.methods import ADAPTATIONS, MERGING_METHODS, METHODS, AdaptationName, MethodName
 from pl_personalize.runner.options import (
+    AdaptationOptions,
     ImportanceOptions,
     LoggerName,
     TrainerOptions,
@@ -12,8 +13,11 @@ from pl_personalize.runner.paper import paper_results
 from pl_personalize.runner.run import run_experiment
 
 __all__ = [
+    "ADAPTATIONS",
     "MERGING_METHODS",
     "METHODS",
+    "AdaptationName",
+    "AdaptationOptions",
     "ImportanceOptions",
     "LoggerName",
     "MethodName",

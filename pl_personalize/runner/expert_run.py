@@ -72,13 +72,14 @@ class ExpertRun(ServerRun):
         return [*experts, *self._importance_paths(method, user)]
 
     @override
-    def evaluator(self, method: MethodName, user: str) -> SequenceEvaluator:
+    def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:
         network = self._network(self.data.num_classes(0))
         experts = [open_expert(self.expert_path(task)) for task in range(self.num_tasks)]
         if METHODS[method].merges:
-            return MergeModule(network, experts, self._importance_paths(method, user) or None)
+            return MergeModule(network, experts, self._importance_paths(method, user) or None, **options)
         loaded = [expert.load() for expert in experts]
-        return SequenceEvaluator(network, [part(e, "body") for e in loaded], [part(e, "head") for e in loaded])
+        bodies, heads = ([part(expert, what) for expert in loaded] for what in ("body", "head"))
+        return SequenceEvaluator(network, bodies, heads, **options)
 
     def _importance_paths(self, name: MethodName, user: str) -> list[Path]:
         method = METHODS[name]

@@ -60,29 +60,36 @@ def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks:
 def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     """Average accuracy of the methods side by side, a bar for each user, a dot for each seed.
 
+    Under several adaptations of batch norm there is a bar for each of these, over all users.
+
     Args:
         path: The PNG to write.
         title: Above all.
         rows: The results.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
+    adaptations = list(dict.fromkeys(row.adaptation for row in rows))
     users = [user for user in dict.fromkeys(row.user for row in rows) if user != ALL_USERS]
-    figure = _new_figure(1.5 + 0.45 * len(methods) * (len(users) + 0.6), 4)
+    several = len(adaptations) > 1
+    bars = {a: (a, ALL_USERS) for a in adaptations} if several else {f"user {u}": (adaptations[0], u) for u in users}
+    figure = _new_figure(1.5 + (0.25 if several else 0.45) * len(methods) * (len(bars) + 0.6), 4)
     axis = figure.subplots()
-    width = 0.8 / len(users)
+    width = 0.8 / len(bars)
     lowest = 100.0
-    for k, user in enumerate(users):
-        cells = [[row.avg_acc for row in rows if (row.method, row.user) == (method, user)] for method in methods]
-        places = np.arange(len(methods)) + (k - (len(users) - 1) / 2) * width
-        axis.bar(places, [mean(cell) for cell in cells], width * 0.94, label=f"user {user}")
-        for place, cell in zip(places, cells, strict=True):
+    for k, (name, key) in enumerate(bars.items()):
+        groups = [[r.avg_acc for r in rows if (r.method, r.adaptation, r.user) == (m, *key)] for m in methods]
+        cells = {place: cell for place, cell in enumerate(groups) if cell}  # not every adaptation is for every method
+        places = [place + (k - (len(bars) - 1) / 2) * width for place in cells]
+        axis.bar(places, [mean(cell) for cell in cells.values()], width * 0.94, label=name)
+        for place, cell in zip(places, cells.values(), strict=True):
             axis.plot([place] * len(cell), cell, "o", color="black", markersize=2.5, alpha=0.6)
             lowest = min(lowest, *cell)
-    axis.set_ylim(max(0, 10 * int(lowest / 10) - 10), 100)
+    floor = max(0, 10 * int(lowest / 10) - 10)
+    axis.set_ylim(floor, 100)
     axis.set_xticks(range(len(methods)), methods)
-    axis.set_ylabel("average accuracy (%)")
-    axis.set_title(title)
-    figure.legend(loc="outside lower center", ncols=len(users), frameon=False)
+    axis.set_ylabel("average accuracy (%)" + (f", axis from {floor}" if floor else ""))
+    axis.set_title(f"{title}, all users" if several else title)
+    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,17 @@ class Following:
         """The stage of bringing the run's results to a logger."""
         return f"{self._run.name}/tracked/{logger}"
 
+    def due(self, logger: str) -> bool:
+        """Whether a logger was not yet told all that is finished, or was told with other options."""
+        done = self._run.folder.finished(self.stage(logger))
+        return done is None or any(done.result.get(key) != value for key, value in self._covered(logger).items())
+
+    def _covered(self, logger: str) -> dict[str, Any]:
+        labels = [variant.label for variant in self._run.with_all_tested().variants]
+        wandb = self._wandb
+        options = [wandb.mode, wandb.project, wandb.entity, wandb.group, *wandb.artifacts, *wandb.images_of]
+        return {"tested": labels, "options": options if logger == "wandb" else []}
+
     @contextmanager
     def opened(self, loggers: Sequence[str]) -> Iterator[None]:
         """Follow what happens inside; then log the results."""
@@ -62,9 +75,12 @@ class Following:
                 run.log.followers.append(relay)
             yield
             for name, tracker in trackers.items():
-                self._conclude(tracker)
-                place = tracker.folder.name if isinstance(tracker, WandbTracker) else None
-                run.folder.finish(self.stage(name), result={"folder": place})
+                self._conclude(tracker, run.with_all_tested())
+                before = run.folder.finished(self.stage(name))
+                folders = [] if before is None else before.result["folders"]
+                if isinstance(tracker, WandbTracker):
+                    folders = [*folders, tracker.folder.name]
+                run.folder.finish(self.stage(name), result={"folders": folders, **self._covered(name)})
         finally:
             run.log.followers.clear()
             for tracker in trackers.values():
@@ -95,7 +111,7 @@ class Following:
             name=f"{group}-{place}",
             group=group,
             job_type=run.server,
-            tags=[self._benchmark, self._backbone, run.server, *run.methods],
+            tags=[tag[:64] for tag in (self._benchmark, self._backbone, run.server, *run.methods)],  # W&B's limit
             run_id=identity,
             config={
                 **self._options,
@@ -113,22 +129,21 @@ class Following:
             tracker.log_images(user, torch.cat(splits))
         return tracker
 
-    def _conclude(self, tracker: Tracker) -> None:
-        run = self._run
+    def _conclude(self, tracker: Tracker, run: ServerRun) -> None:
         if isinstance(run, ExpertRun):
             for owner, kind, task in run.estimates():
                 path = run.importance_path(owner, kind, task)
                 tracker.log_importance(owner, task + 1, Importance.load(path))
         matrices: dict[tuple[str, str], Tensor] = {}
-        matrices |= {(method, user): run.matrix(method, user) for method in run.methods for user in run.data.users}
+        matrices |= {(v.label, user): run.matrix(v, user) for v in run.variants for user in run.data.users}
         figures = [
             draw_matrices(
-                run.folder.path / "figures" / run.name / f"matrix-{method}.png",
-                f"{method}, seed {run.seed}",
-                {user: matrices[method, user] for user in run.data.users},
+                run.folder.path / "figures" / run.name / f"matrix-{variant.label}.png",
+                f"{variant.label}, seed {run.seed}",
+                {user: matrices[variant.label, user] for user in run.data.users},
                 run.data.tasks,
             )
-            for method in run.methods
+            for variant in run.variants
         ]
         rows = with_means_over_users(rows_of(run, self._benchmark, self._backbone))
         tracker.log_results(RunResults(rows, matrices, run.validation(), figures))
@@ -140,8 +155,8 @@ def rows_of(run: ServerRun, benchmark: str, backbone: str) -> list[ResultRow]:
     """What the finished tests of a run say."""
     names = {"benchmark": benchmark, "backbone": backbone, "seed": run.seed}
     return [
-        result_row(run.matrix(method, user), method=method, user=user, **names)  # type: ignore[arg-type]
-        for method in run.methods
+        result_row(run.matrix(v, user), method=v.method, adaptation=v.adaptation, user=user, **names)  # type: ignore[arg-type]
+        for v in run.variants
         for user in run.data.users
     ]
 
@@ -152,9 +167,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working folder, if it is a checkout."""
+    """The commit of the script that runs, if it is in a checkout; with ``-dirty`` where that has changes."""
+    folder = Path(sys.argv[0]).resolve().parent
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -31,10 +32,10 @@ class JointRun(ServerRun):
         return self._train(stage, network, self.data.view(), self.path("checkpoints", "all"), self.num_tasks)
 
     @override
-    def evaluator(self, method: MethodName, user: str) -> SequenceEvaluator:
+    def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:
         network = self._network(self.data.num_classes(0))
         model = open_expert(self.path("checkpoints", "all")).load()
         sizes = [self.data.num_classes(task) for task in range(self.num_tasks)]
         rows = {name: torch.split(value, sizes) for name, value in part(model, "head").items()}
         heads = [{name: value[task] for name, value in rows.items()} for task in range(self.num_tasks)]
-        return SequenceEvaluator(network, [part(model, "body")] * self.num_tasks, heads, models="last")
+        return SequenceEvaluator(network, [part(model, "body")] * self.num_tasks, heads, models="last", **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pl_personalize.importance import Kind
+from pl_personalize.modules.batchnorm_policy import BNPolicy
 
 MethodName = Literal["MAS-RACL", "FIM-RACL", "MAS-IMM", "FIM-IMM", "mean-IMM", "Experts", "Joint"]
 ServerMethod = Literal["IMM", "Joint"]
@@ -42,6 +43,61 @@ METHODS: dict[MethodName, Method] = {
     "Joint": Method("Joint", bound="one model trained on all tasks at once"),
 }
 MERGING_METHODS: tuple[MethodName, ...] = tuple(name for name, method in METHODS.items() if method.merges)
+
+
+AdaptationName = Literal["none", "last", "average", "expert", "recalibrate", "reference", "AdaBN", "AdaBN-S"]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How batch norm is set when a model is tested on a task.
+
+    Attributes:
+        policy: Where its statistics come from, see :class:`~pl_personalize.MergeModule`.
+        trains: Whether γ and β are trained then, on the user's labelled images.
+        merges_only: Whether it has a meaning for merges alone.
+        text: What it is.
+    """
+
+    policy: BNPolicy
+    text: str
+    trains: bool = False
+    merges_only: bool = False
+
+
+ADAPTATIONS: dict[AdaptationName, Adaptation] = {
+    "none": Adaptation("last", "no batch norm"),
+    "last": Adaptation("last", "statistics of the model's last expert (of an unmerged model, its own)"),
+    "average": Adaptation("average", "of the mixture of its experts", merges_only=True),
+    "expert": Adaptation("expert", "of the task's expert", merges_only=True),
+    "reference": Adaptation("reference", "as the published code, γ and β of the task's model", merges_only=True),
+    "recalibrate": Adaptation("recalibrate", "re-estimated on the server's images of the task"),
+    "AdaBN": Adaptation("adapt", "re-estimated on the user's unlabelled images of the task"),
+    "AdaBN-S": Adaptation("adapt", "the same, then γ and β trained on the user's labelled images", trains=True),
+}
+
+
+class Variant(NamedTuple):
+    """A method under an adaptation of batch norm."""
+
+    method: MethodName
+    adaptation: AdaptationName = "none"
+
+    @property
+    def label(self) -> str:
+        """Its name in stages, tables and figures."""
+        return variant_label(*self)
+
+
+def variant_label(method: str, adaptation: str) -> str:
+    """``FIM-RACL``, or ``FIM-RACL+AdaBN`` where batch norm is adapted."""
+    return method if adaptation == "none" else f"{method}+{adaptation}"
+
+
+def variants(methods: Iterable[MethodName], adaptations: Iterable[AdaptationName]) -> list[Variant]:
+    """Each method under each adaptation that has a meaning for it."""
+    chosen = list(adaptations)
+    return [Variant(m, a) for m in methods for a in chosen if METHODS[m].merges or not ADAPTATIONS[a].merges_only]
 
 
 def by_server(methods: Iterable[MethodName]) -> dict[ServerMethod, list[MethodName]]:

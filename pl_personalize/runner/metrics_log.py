@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from pl_personalize.artifacts import write_atomically
+
 
 class Record(NamedTuple):
     """Metrics of one step of a stage."""
@@ -46,6 +48,13 @@ class MetricsLog:
             file.write((json.dumps(record._asdict()) + "\n").encode())
         for follower in self.followers:
             follower(record)
+
+    def drop(self, stage: str, *, from_step: int) -> None:
+        """Forget the records of a stage from a step on: it will go on from there and log them again."""
+        kept = [r for r in self.read() if r.stage != stage or r.step < from_step]
+        text = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
+        if self._path.exists():
+            write_atomically(self._path, text.encode())
 
     def read(self) -> list[Record]:
         """All records, by stage in the order in which stages began, and by step."""

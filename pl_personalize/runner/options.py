@@ -49,6 +49,23 @@ class ImportanceOptions:
 
 
 @dataclass
+class AdaptationOptions:
+    """How batch norm is adapted to a user, for networks that have it.
+
+    Attributes:
+        exact: Statistics do not depend on the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
+        prior_samples: How many of the user's images the present statistics count as.
+        epochs: For ``AdaBN-S``, epochs over the user's labelled images.
+        lr: For ``AdaBN-S``, the learning rate of SGD with momentum 0.9.
+    """
+
+    exact: bool = False
+    prior_samples: float = 0.0
+    epochs: int = 5
+    lr: float = 0.001
+
+
+@dataclass
 class TrainerOptions:
     """What is passed on to the Lightning Trainer of every stage.
 

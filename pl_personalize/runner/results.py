@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, write_atomically
 from pl_personalize.metrics import average_accuracy, forgetting
-from pl_personalize.runner.methods import METHODS
+from pl_personalize.runner.methods import ADAPTATIONS, METHODS, variant_label
 from pl_personalize.runner.paper import PaperResult
 
 ALL_USERS = "all"
@@ -44,6 +44,11 @@ class ResultRow:
     seed: int
     avg_acc: float
     forgetting: float | None
+
+    @property
+    def label(self) -> str:
+        """The method, with its adaptation if there is one."""
+        return variant_label(self.method, self.adaptation)
 
 
 def result_row(
@@ -141,14 +146,9 @@ def results_table(
         paper: The paper's figures by method, for a column of their own.
     """
     users = list(dict.fromkeys(row.user for row in rows))
-    lines = [["method", *[f"user {user}" if user != ALL_USERS else "all users" for user in users]]]
-    for method in dict.fromkeys(row.method for row in rows):
-        line = [method]
-        for user in users:
-            found = [row for row in rows if (row.method, row.user) == (method, user)]
-            mark = (marks or {}).get((method, user), "")
-            line.append(" ".join(filter(None, [cell(found) if found else "", mark])))
-        lines.append(line)
+    lines = [["method", *[user_title(user) for user in users]]]
+    for label in dict.fromkeys(row.label for row in rows):
+        lines.append([label, *[_marked_cell(rows, label, user, marks or {}) for user in users]])
     if paper:
         lines[0].append("paper")
         for line in lines[1:]:
@@ -156,6 +156,32 @@ def results_table(
             lost = "n/a" if found_there is None or found_there.forgetting is None else f"{found_there.forgetting:.1f}"
             line.append("" if found_there is None else f"{found_there.avg_acc:.1f} ({lost})")
     return markdown_table(lines)
+
+
+def adaptation_table(rows: Sequence[ResultRow], user: str, marks: Mapping[tuple[str, str], str] | None = None) -> str:
+    """The results for a user as a Markdown table, methods by adaptations of batch norm.
+
+    Args:
+        rows: The results.
+        user: Name of the user, or ``all``.
+        marks: What stands behind the figures of a label and user.
+    """
+    adaptations = list(dict.fromkeys(row.adaptation for row in rows))
+    lines = [[user_title(user), *adaptations]]
+    for method in dict.fromkeys(row.method for row in rows):
+        labels = [variant_label(method, adaptation) for adaptation in adaptations]
+        lines.append([method, *[_marked_cell(rows, label, user, marks or {}) for label in labels]])
+    return markdown_table(lines)
+
+
+def user_title(user: str) -> str:
+    """What stands above a user's figures."""
+    return f"user {user}" if user != ALL_USERS else "all users"
+
+
+def _marked_cell(rows: Sequence[ResultRow], label: str, user: str, marks: Mapping[tuple[str, str], str]) -> str:
+    found = [row for row in rows if (row.label, row.user) == (label, user)]
+    return " ".join(filter(None, [cell(found) if found else "", marks.get((label, user), "")]))
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -182,10 +208,17 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
     sentences = [f"Average accuracy in percent (forgetting){spread}."]
     if bounds:
         sentences.append(f"Bounds: {bounds}.")
+    adaptations = list(dict.fromkeys(row.adaptation for row in rows))
+    if adaptations != ["none"]:
+        meanings = "; ".join(
+            f"{name}: {adaptation.text}" for name, adaptation in ADAPTATIONS.items() if name in adaptations
+        )
+        sentences.append(f"Batch norm: {meanings}.")
     if marked:
+        best = "the best adaptation of a method" if len(adaptations) > 1 else "the best method, bounds apart"
         sentences.append(
-            "* the best method, bounds apart; ≈ within noise of it (paired t-test over seeds, for all users over seeds "
-            "and users, Holm-corrected, p ≥ 0.05)."
+            f"* {best}; ≈ within noise of it (paired t-test over seeds, for all users over seeds and users, "
+            "Holm-corrected, p ≥ 0.05)."
         )
     if paper_note:
         sentences.append(paper_note)

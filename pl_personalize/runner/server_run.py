@@ -8,23 +8,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.artifacts import TensorFile, save_tensors
-from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.batchnorm import BatchNormStatistics
+from pl_personalize.callbacks import AdaBNS
+from pl_personalize.datamodules import TaskIncrementalDataModule, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
+from pl_personalize.modules.batchnorm_policy import affine_names, statistics_names
 from pl_personalize.modules.merge_module import EXPERT_KIND
-from pl_personalize.runner.methods import METHODS, MethodName, ServerMethod
+from pl_personalize.runner.methods import (
+    ADAPTATIONS,
+    METHODS,
+    AdaptationName,
+    MethodName,
+    ServerMethod,
+    Variant,
+    variants,
+)
 from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
-from pl_personalize.runner.options import ArtifactName, ImportanceOptions, TrainerOptions, TrainingOptions
+from pl_personalize.runner.options import (
+    AdaptationOptions,
+    ArtifactName,
+    ImportanceOptions,
+    TrainerOptions,
+    TrainingOptions,
+)
 from pl_personalize.runner.run_folder import RunFolder, Stage
 
 Matrix = list[list[float | None]]
@@ -41,6 +59,8 @@ class Setting:
         training: How models are trained.
         importance: How importances are estimated.
         trainer: Passed on to Trainers.
+        adaptations: Of batch norm, under which every method is tested.
+        adaptation: How batch norm is adapted.
     """
 
     folder: RunFolder
@@ -49,6 +69,8 @@ class Setting:
     training: TrainingOptions
     importance: ImportanceOptions
     trainer: TrainerOptions
+    adaptations: Sequence[AdaptationName]
+    adaptation: AdaptationOptions
 
 
 class RunFile(NamedTuple):
@@ -86,6 +108,7 @@ class ServerRun(ABC):
 
     def __init__(self, setting: Setting, methods: Sequence[MethodName], seed: int) -> None:
         self.setting, self.methods, self.seed = setting, list(methods), seed
+        self.variants = variants(self.methods, setting.adaptations)
         self.folder = setting.folder
         self.data = setting.data.view(seed=seed)
         self.log = MetricsLog(self.folder.metrics_file)
@@ -103,8 +126,14 @@ class ServerRun(ABC):
         """The stages of training, in order."""
 
     @abstractmethod
-    def evaluator(self, method: MethodName, user: str) -> SequenceEvaluator:
-        """What is tested for a user."""
+    def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:
+        """What is tested for a user.
+
+        Args:
+            method: The method.
+            user: The user.
+            options: Of the evaluator: ``bn_policy``, ``bn_options``.
+        """
 
     @abstractmethod
     def files(self) -> list[RunFile]:
@@ -118,17 +147,31 @@ class ServerRun(ABC):
         """Every stage, in an order in which each finds what it needs."""
         yield from self.training()
         yield from self.importances()
-        for method in self.methods:
+        for variant in self.variants:
             for user in self.data.users:
-                yield self._work(f"test/{method}/{user}", self._test, method, user)
+                yield self._work(f"test/{variant.label}/{user}", self._test, variant, user)
 
-    def matrix(self, method: MethodName, user: str) -> Tensor:
+    def with_all_tested(self) -> Self:
+        """The same run with every variant that is tested in its folder, also those that earlier calls asked for."""
+        methods = [name for name, method in METHODS.items() if method.server == self.server]
+        other = type(self)(self.setting, methods, self.seed)
+        tests = {f"{self.name}/test/{v.label}": v for v in variants(methods, ADAPTATIONS)}
+        users = self.data.users
+        other.variants = [
+            variant
+            for stage, variant in tests.items()
+            if all(self.folder.finished(f"{stage}/{user}") is not None for user in users)
+        ]
+        other.methods = [name for name in methods if any(v.method == name for v in other.variants)]
+        return other
+
+    def matrix(self, variant: Variant, user: str) -> Tensor:
         """The accuracies, model by task, in [0, 1]; NaN where there is none.
 
         Raises:
             KeyError: If that stage is not finished.
         """
-        rows: Matrix = self.result(f"test/{method}/{user}")["matrix"]
+        rows: Matrix = self.result(f"test/{variant.label}/{user}")["matrix"]
         return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
 
     def result(self, stage: str) -> Any:
@@ -159,13 +202,12 @@ class ServerRun(ABC):
 
     def _lightning(self, stage: str, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
         return Trainer(
-            **asdict(self.setting.trainer),
+            **asdict(self.setting.trainer) | options,
             devices=1,
             logger=StageLogger(self.log, stage),
             callbacks=list(callbacks),
             default_root_dir=self.folder.path,
             enable_model_summary=False,
-            **options,
         )
 
     def _network(self, num_classes: int, *purpose: str | int) -> TaskNetwork:
@@ -190,29 +232,91 @@ class ServerRun(ABC):
         options = asdict(self.setting.training)
         epochs = options.pop("epochs")
         learner = TaskLearner(network, anchor=anchor, seed=self.seed, task=task, **options)
-        scratch = path.with_suffix("")
-        best = Checkpoints(scratch)
-        trainer = self._lightning(stage, [best], max_epochs=epochs, num_sanity_val_steps=0)
+        best = Checkpoints(path.with_suffix(""))
+        every = min(self.setting.trainer.log_every_n_steps, len(data.train_dataloader()))  # once an epoch at least
+        trainer = self._lightning(
+            stage, [best], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=max(1, every)
+        )
         trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
+        if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+            raise MisconfigurationException(
+                f"{stage}: the training diverged (parameters are NaN or infinite). Try a smaller training.lr."
+            )
         learner.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
         accuracy = float(best.best_model_score or 0.0)
         metadata = {"stage": stage, "val_acc": accuracy}
         save_tensors(path, network.state_dict(), kind=EXPERT_KIND, metadata=metadata)
         done = self.folder.finish(stage, artifacts=[path], result=metadata | {"steps": trainer.global_step})
-        shutil.rmtree(scratch)
+        shutil.rmtree(path.with_suffix(""))
         return done
 
-    def _test(self, method: MethodName, user: str, stage: str) -> Stage:
-        evaluator = self.evaluator(method, user)
+    def forget_interrupted(self) -> None:
+        """Drop from the log what an interrupted training had logged after the point from where it will go on."""
+        for work in self.training():
+            if self.folder.finished(work.name) is None:
+                resume = Checkpoints(self.path("checkpoints", work.name.rpartition("/")[2]).with_suffix("")).resume
+                step = 0
+                if resume.exists():
+                    step = torch.load(resume, map_location="cpu", weights_only=True)["global_step"]
+                self.log.drop(work.name, from_step=step)
+
+    def _test(self, variant: Variant, user: str, stage: str) -> Stage:
+        method, adaptation = variant.method, ADAPTATIONS[variant.adaptation]
+        options = {"exact": self.setting.adaptation.exact, "prior_samples": self.setting.adaptation.prior_samples}
+        evaluator = self.evaluator(method, user, bn_policy=adaptation.policy, bn_options=options)
+        if adaptation.trains:
+            tuned = self._train_batchnorm(evaluator, user, stage)
+            bodies = evaluator.load_bodies()
+            evaluator = SequenceEvaluator(
+                evaluator.network, bodies, evaluator.heads, models=evaluator.models, entries=tuned
+            )
         self._lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
         assert evaluator.matrix is not None
         rows: Matrix = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
-        merged = []
+        written = []
         if isinstance(evaluator, MergeModule):
-            path = self.merged_path(method, user)
-            metadata = {"method": method, "user": user, "sources": self.folder.checksums(self.sources(method, user))}
-            merged.append(save_tensors(path, evaluator.export(), kind="merged", metadata=metadata))
-        return self.folder.finish(stage, artifacts=merged, result={"matrix": rows})
+            if variant == next(v for v in self.variants if v.method == method):  # the parameters are always the same
+                metadata = {
+                    "method": method,
+                    "user": user,
+                    "sources": self.folder.checksums(self.sources(method, user)),
+                }
+                path = self.merged_path(method, user)
+                written.append(save_tensors(path, evaluator.export(), kind="merged", metadata=metadata))
+            if adaptation.policy == "adapt":
+                for task in range(self.num_tasks):
+                    path = self.path("merged", f"{user}-{variant.label}-task{task + 1}")
+                    BatchNormStatistics(evaluator.statistics[self.num_tasks - 1, task]).save(path)
+                    written.append(path)
+        return self.folder.finish(stage, artifacts=written, result={"matrix": rows})
+
+    def _train_batchnorm(
+        self, evaluator: SequenceEvaluator, user: str, stage: str
+    ) -> dict[tuple[int, int], dict[str, Tensor]]:
+        """Batch norm trained on the user's labelled images: of each model on its task, and of the last on all."""
+        options, data = self.setting.adaptation, self.data.view(user=user)
+        last = self.num_tasks - 1
+        cells = {(last, task) for task in range(self.num_tasks)}
+        if evaluator.models == "all":
+            cells |= {(task, task) for task in range(self.num_tasks)}
+        bodies = evaluator.load_bodies()
+        tuned: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for t, i in sorted(cells):
+            network = self._network(data.num_classes(i))
+            network.body.load_state_dict(bodies[t])
+            network.head.load_state_dict(evaluator.heads[i])
+            seed = derive_seed(self.seed, "AdaBN-S", t, i)
+            learner = TaskLearner(network, seed=seed, task=i, lr=options.lr, l2_transfer=0.0)
+            images, labels = data.user_split(user, i)[0]
+            loader = tensor_loader(images, labels, batch_size=data.batch_size, shuffle=True, seed=seed)
+            callback = AdaBNS(exact=options.exact, prior_samples=options.prior_samples)
+            self._lightning(
+                f"{stage}/model{t + 1}-task{i + 1}", [callback], max_epochs=options.epochs, enable_checkpointing=False
+            ).fit(learner, loader)
+            names = [*statistics_names(network.body), *affine_names(network.body)]
+            state = network.body.state_dict()
+            tuned[t, i] = {name: state[name].clone() for name in names}
+        return tuned
 
     def merged_path(self, method: MethodName, user: str) -> Path:
         """The file of a method's merged model for a user."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean
 
+from pl_personalize.runner.methods import METHODS
 from pl_personalize.runner.results import ALL_USERS, ResultRow
 
 LEVEL = 0.05
@@ -19,12 +20,12 @@ class Comparison:
 
     Attributes:
         user: Name of the user, or ``all``.
-        method: The first method.
+        method: The first method, with its adaptation if there is one.
         other: The second.
         pairs: Number of pairs: seeds, for ``all`` seeds times users.
         difference: Mean of (first - second), in points of accuracy.
         p: Two-sided.
-        p_adjusted: The same after Holm's correction over all pairs of methods for this user.
+        p_adjusted: The same after Holm's correction, see :func:`compare`.
     """
 
     user: str
@@ -41,37 +42,45 @@ class Comparison:
         return self.p_adjusted >= LEVEL
 
 
-def compare_methods(rows: Sequence[ResultRow], methods: Sequence[str]) -> list[Comparison]:
-    """Every pair of methods, for each user over seeds, and over the pairs of seed and user.
+def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
+    """Methods with each other, and the adaptations of each method, for each user over seeds.
 
-    The users of a seed share its experts, so for ``all`` the pairs are not quite independent, and p is somewhat too
-    small; for a single user it is not.
+    For ``all`` users the pairs are those of seed and user. As the users of a seed share its experts, and users may
+    differ, p is approximate there.
 
     Args:
-        rows: The results; rows of ``all`` users are passed over.
-        methods: What to compare.
+        rows: The results; rows of ``all`` users are passed over. Methods that are bounds are compared with themselves,
+            under other adaptations, alone.
 
     Returns:
-        Nothing for a single seed: that says nothing of chance.
+        Nothing for a single seed: that says nothing of chance. Holm's correction is for the pairs of a user that answer
+        one question: which method under an adaptation, or which adaptation of a method.
     """
-    accuracies: dict[str, dict[tuple[str, int], float]] = {method: {} for method in methods}
+    bounds = {name for name, method in METHODS.items() if method.bound is not None}
+    accuracies: dict[str, dict[tuple[str, int], float]] = {}
+    questions: dict[str, dict[str, None]] = {}
     for row in rows:
-        if row.method in accuracies and row.user != ALL_USERS:
-            accuracies[row.method][row.user, row.seed] = row.avg_acc
+        if row.user == ALL_USERS:
+            continue
+        accuracies.setdefault(row.label, {})[row.user, row.seed] = row.avg_acc
+        if row.method not in bounds:
+            questions.setdefault(f"methods under {row.adaptation}", {})[row.label] = None
+        questions.setdefault(f"adaptations of {row.method}", {})[row.label] = None
     if len({row.seed for row in rows}) < 2:
         return []
     users = list(dict.fromkeys(row.user for row in rows if row.user != ALL_USERS))
     found: list[Comparison] = []
     for user in [*users, ALL_USERS]:
-        tests = []
-        for first, second in combinations(methods, 2):
-            keys = [key for key in accuracies[first].keys() & accuracies[second].keys() if user in (ALL_USERS, key[0])]
-            keys.sort()
-            differences = [accuracies[first][key] - accuracies[second][key] for key in keys]
-            if len(differences) > 1:
-                tests.append((first, second, len(differences), mean(differences), paired_test(differences)))
-        adjusted = holm([test[-1] for test in tests])
-        found += [Comparison(user, *test, p) for test, p in zip(tests, adjusted, strict=True)]
+        for labels in questions.values():
+            tests = []
+            for first, second in combinations(labels, 2):
+                common = accuracies[first].keys() & accuracies[second].keys()
+                keys = sorted(key for key in common if user in (ALL_USERS, key[0]))
+                differences = [accuracies[first][key] - accuracies[second][key] for key in keys]
+                if len(differences) > 1:
+                    tests.append((first, second, len(differences), mean(differences), paired_test(differences)))
+            adjusted = holm([test[-1] for test in tests])
+            found += [Comparison(user, *test, p) for test, p in zip(tests, adjusted, strict=True)]
     return found
 
 
@@ -121,24 +130,25 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def marks(
-    rows: Sequence[ResultRow], comparisons: Sequence[Comparison], methods: Sequence[str]
-) -> Mapping[tuple[str, str], str]:
-    """For each user the best of the methods (``*``), and those that cannot be told from it (``≈``).
+    rows: Sequence[ResultRow], comparisons: Sequence[Comparison], labels: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """For each user the best of some competitors (``*``), and those that cannot be told from it (``≈``).
 
     Args:
         rows: The results, with those of ``all`` users.
-        comparisons: What :func:`compare_methods` found for them.
-        methods: The competitors.
+        comparisons: What :func:`compare` found for them.
+        labels: The competitors.
 
     Returns:
-        By method and user; nothing for a user without comparisons.
+        By label and user; nothing for a user without comparisons.
     """
     found: dict[tuple[str, str], str] = {}
-    for user in dict.fromkeys(comparison.user for comparison in comparisons):
-        means = {m: mean(r.avg_acc for r in rows if (r.method, r.user) == (m, user)) for m in methods}
+    of_these = [one for one in comparisons if one.method in labels and one.other in labels]
+    for user in dict.fromkeys(comparison.user for comparison in of_these):
+        means = {label: mean(r.avg_acc for r in rows if (r.label, r.user) == (label, user)) for label in labels}
         best = max(means, key=means.__getitem__)
         found[best, user] = "*"
-        for one in comparisons:
+        for one in of_these:
             if one.user == user and best in (one.method, one.other) and one.within_noise:
                 found[one.other if one.method == best else one.method, user] = "≈"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ class RunResults:
 
     Attributes:
         rows: The rows of the results, with means over users.
-        matrices: The accuracies, model by task, in [0, 1], by method and user.
+        matrices: The accuracies, model by task, in [0, 1], by method (with its adaptation) and user.
         val_acc: The best validation accuracy of each trained model, in [0, 1], by its stage, such as ``task1``.
         figures: Drawings of accuracies (never an image of a user).
     """
@@ -82,8 +83,8 @@ class LoggerTracker:
     def log_results(self, results: RunResults) -> None:
         """Log average accuracy and forgetting of each method and user."""
         logger = self._logger("results")
-        values = {f"{row.method}/{row.user}/avg_acc": row.avg_acc for row in results.rows}
-        values |= {f"{r.method}/{r.user}/forgetting": r.forgetting for r in results.rows if r.forgetting is not None}
+        values = {f"{row.label}/{row.user}/avg_acc": row.avg_acc for row in results.rows}
+        values |= {f"{r.label}/{r.user}/forgetting": r.forgetting for r in results.rows if r.forgetting is not None}
         logger.log_metrics(values, 0)
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("results", results_table(results.rows))
@@ -95,8 +96,15 @@ class LoggerTracker:
 
     def _logger(self, stage: str) -> Logger:
         if stage not in self._loggers:
-            self._loggers[stage] = self._make_logger(self._folder, re.sub(r"[^\w.-]+", "-", stage))
+            self._loggers[stage] = self._make_logger(self._folder, _as_name(stage))
         return self._loggers[stage]
+
+
+def _as_name(stage: str) -> str:
+    """A stage's name as that of a folder; names that differ in other characters alone stay different."""
+    name = stage.replace("/", "-")
+    plain = re.sub(r"[^\w.+-]+", "-", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(stage.encode()).hexdigest()[:6]}"
 
 
 def csv_tracker(folder: Path) -> LoggerTracker:

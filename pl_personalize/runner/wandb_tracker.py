@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -140,9 +141,9 @@ class WandbTracker:
             self._run.summary[f"val_acc/{label}"] = accuracy
         self._run.log({"val_acc": float(np.mean(list(results.val_acc.values())))})  # what a sweep may maximise
         for row in results.rows:
-            self._run.summary[f"{row.method}/{row.user}/avg_acc"] = row.avg_acc
+            self._run.summary[f"{row.label}/{row.user}/avg_acc"] = row.avg_acc
             if row.forgetting is not None:
-                self._run.summary[f"{row.method}/{row.user}/forgetting"] = row.forgetting
+                self._run.summary[f"{row.label}/{row.user}/forgetting"] = row.forgetting
         cells = [
             (method, user, t + 1, i + 1, float(matrix[t, i]))
             for (method, user), matrix in results.matrices.items()
@@ -180,7 +181,7 @@ class WandbTracker:
         for what, path, sources in files:
             made_of = {source.name: file_checksum(source) for source in sources}
             artifact = self._wandb.Artifact(
-                f"{self._name}-{path.stem}".replace(" ", "-"),
+                re.sub(r"[^\w.-]+", "-", f"{self._name}-{path.stem}", flags=re.ASCII)[-128:],  # what W&B takes
                 type=ARTIFACT_TYPES[what],
                 metadata={"sha256": file_checksum(path), "made_of": made_of},
             )

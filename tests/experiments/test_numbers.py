@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_pat
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
     sources = [str(data_dir / "meter-digits") if "/" in source else source for source in config["sources"]]
     shrunk = ["--data_dir", data_dir, "--download", "false", "--sources", json.dumps(sources), "--loggers", "[]"]
-    options = [*SMALL, *shrunk, *small_seeds(config), "--output_dir", tmp_path / "run"]
+    options = [*SMALL, *shrunk, *small_seeds(config), "--hidden", "[100, 100]", "--output_dir", tmp_path / "run"]
     run_here(monkeypatch, "numbers.py", "--config", EXPERIMENTS / "configs" / name, *options)
     rows = results(tmp_path / "run")
     assert {row["method"] for row in rows} == set(config["methods"])
@@ -79,8 +80,12 @@ def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_pat
     assert {row["seed"] for row in rows} == {"1", "2"}
     output = capsys.readouterr().out
     assert "wandb" not in output
-    assert "| paper " in output
-    if "MAS-RACL" in config["methods"]:
+    assert ("| paper " in output) == (config.get("backbone", "mlp") == "mlp")
+    adaptations = set(config.get("adaptations", ["none"]))
+    assert {row["adaptation"] for row in rows if row["method"] == "MAS-RACL"} <= adaptations
+    if "backbone" in config:
+        assert {row["adaptation"] for row in rows} == adaptations
+    elif "MAS-RACL" in config["methods"]:
         assert "84.0 (-0.2)" in output
 
 
@@ -119,7 +124,8 @@ def test_a_run_has_its_configuration(tracked):
     assert (config["benchmark"], config["lr"], config["epochs"], config["seed"]) == ("Numbers", 0.001, 1, 2)
     assert config["users"] == ["meter-digits", "mnist"]
     assert config["versions"]["torch"].startswith("2")
-    assert len(config["git_commit"]) == 40
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", config["git_commit"])
+    assert (config["batch_size"], config["max_per_source"]) == (20, 10_000)
 
 
 def test_the_curves_of_the_tasks_have_their_own_axes(tracked):

@@ -225,7 +225,8 @@ def test_val_acc_is_the_share_of_all_rows(tmp_path):
 
 def test_train_loss_is_that_of_the_step(tmp_path):
     before = network()
-    t = fit(tmp_path, TaskLearner(network(), lr=0.1, anchor=network(5).body.state_dict(), l2_transfer=10.0))
+    learner = TaskLearner(network(), lr=0.1, anchor=network(5).body.state_dict(), l2_transfer=10.0)
+    t = fit(tmp_path, learner, log_every_n_steps=1)
     x, y = data()
     loss = F.cross_entropy(before.train()(x), y)  # without the penalty
     assert float(t.callback_metrics["train/loss"]) == pytest.approx(float(loss), rel=1e-6)

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from pl_personalize.runner.results import ResultRow, with_means_over_users
-from pl_personalize.runner.significance import compare_methods, holm, marks, paired_test, welch_test
+from pl_personalize.runner.significance import compare, holm, marks, paired_test, welch_test
 
 
 def rows(table):
@@ -29,7 +29,7 @@ TABLE = {
 
 
 def test_pairs_are_of_one_seed_and_user():
-    found = {(one.user, one.method, one.other): one for one in compare_methods(rows(TABLE), ["A", "B", "C"])}
+    found = {(one.user, one.method, one.other): one for one in compare(rows(TABLE))}
     assert set(found) == {(u, *pair) for u in ("u", "v", "all") for pair in (("A", "B"), ("A", "C"), ("B", "C"))}
     expected = stats.ttest_rel(TABLE["A", "u"], TABLE["B", "u"]).pvalue
     assert found["u", "A", "B"].p == pytest.approx(expected)
@@ -41,14 +41,14 @@ def test_pairs_are_of_one_seed_and_user():
 
 
 def test_noise_is_told_from_a_difference():
-    found = {(one.user, one.method, one.other): one for one in compare_methods(rows(TABLE), ["A", "B", "C"])}
+    found = {(one.user, one.method, one.other): one for one in compare(rows(TABLE))}
     assert not found["u", "A", "B"].within_noise
     assert found["u", "A", "C"].within_noise
 
 
 def test_the_best_and_what_is_within_noise_of_it_are_marked():
     table = rows(TABLE)
-    assert marks(table, compare_methods(table, ["A", "B", "C"]), ["A", "B", "C"]) == {
+    assert marks(table, compare(table), ["A", "B", "C"]) == {
         ("A", "u"): "≈",
         ("C", "u"): "*",
         ("A", "v"): "*",
@@ -61,14 +61,57 @@ def test_the_best_and_what_is_within_noise_of_it_are_marked():
 def test_a_seed_that_one_method_lacks_is_no_pair():
     table = dict(TABLE)
     table["B", "u"] = table["B", "u"][:3]
-    found = {(one.user, one.method, one.other): one.pairs for one in compare_methods(rows(table), ["A", "B"])}
-    assert found == {("u", "A", "B"): 3, ("v", "A", "B"): 4, ("all", "A", "B"): 7}
+    found = {one.user: one.pairs for one in compare(rows(table)) if (one.method, one.other) == ("A", "B")}
+    assert found == {"u": 3, "v": 4, "all": 7}
 
 
 def test_one_seed_says_nothing_of_chance():
     table = rows({key: values[:1] for key, values in TABLE.items()})
-    assert compare_methods(table, ["A", "B", "C"]) == []
+    assert compare(table) == []
     assert marks(table, [], ["A", "B", "C"]) == {}
+
+
+def adapted(table):
+    return [
+        ResultRow("Numbers", "CNN", method, adaptation, "u", seed, accuracy, None)
+        for (method, adaptation), accuracies in table.items()
+        for seed, accuracy in enumerate(accuracies, 1)
+    ]
+
+
+def test_what_answers_one_question_is_compared():
+    """Methods under one adaptation, adaptations of one method; a bound with itself alone."""
+    cells = {
+        ("MAS-IMM", "last"): [60.0, 61.0, 63.0],
+        ("mean-IMM", "last"): [61.0, 62.5, 63.0],
+        ("MAS-IMM", "AdaBN"): [70.0, 72.0, 73.0],
+        ("mean-IMM", "AdaBN"): [71.0, 71.0, 74.0],
+        ("MAS-IMM", "average"): [65.0, 66.0, 64.0],
+        ("Experts", "last"): [90.0, 91.0, 92.0],
+        ("Experts", "AdaBN"): [91.0, 91.0, 93.0],
+    }
+    found = {(one.method, one.other): one for one in compare(adapted(cells)) if one.user == "u"}
+    assert set(found) == {
+        ("MAS-IMM+last", "mean-IMM+last"),
+        ("MAS-IMM+AdaBN", "mean-IMM+AdaBN"),
+        ("MAS-IMM+last", "MAS-IMM+AdaBN"),
+        ("MAS-IMM+last", "MAS-IMM+average"),
+        ("MAS-IMM+AdaBN", "MAS-IMM+average"),
+        ("mean-IMM+last", "mean-IMM+AdaBN"),
+        ("Experts+last", "Experts+AdaBN"),
+    }
+    three = [found["MAS-IMM+last", "MAS-IMM+AdaBN"], found["MAS-IMM+last", "MAS-IMM+average"]]
+    three.append(found["MAS-IMM+AdaBN", "MAS-IMM+average"])
+    assert [one.p_adjusted for one in three] == holm([one.p for one in three])  # a family of its own
+    alone = found["mean-IMM+last", "mean-IMM+AdaBN"]
+    assert alone.p_adjusted == alone.p
+
+
+def test_the_best_adaptation_of_a_method_is_marked():
+    cells = {("MAS-IMM", "last"): [60.0, 61.0, 63.0], ("MAS-IMM", "AdaBN"): [70.0, 72.0, 73.0]}
+    table = with_means_over_users(adapted(cells))
+    best = marks(table, compare(table), ["MAS-IMM+last", "MAS-IMM+AdaBN"])
+    assert best == {("MAS-IMM+AdaBN", "u"): "*", ("MAS-IMM+AdaBN", "all"): "*"}
 
 
 def test_without_variance_the_test_is_still_defined():

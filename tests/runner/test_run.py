@@ -1,0 +1,196 @@
+"""Calls of run_experiment after one another in one folder, and what it refuses."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from wandb_file import read_run
+
+from pl_personalize import BatchNormStatistics
+from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.datamodules.base import LabelledImages
+from pl_personalize.models import TaskNetwork
+from pl_personalize.runner import (
+    AdaptationOptions,
+    ImportanceOptions,
+    TrainerOptions,
+    TrainingOptions,
+    WandbOptions,
+    run_experiment,
+)
+from pl_personalize.runner.server_run import ServerRun
+
+
+class Tiny(TaskIncrementalDataModule):
+    def __init__(self, users=("ann", "bob"), images=12):
+        super().__init__(["a", "b"], [("x", "y")] * 2, list(users), batch_size=4)
+        self.images = images
+
+    def split(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(2, (self.images,), generator=generator)
+        return LabelledImages(torch.randn(self.images, 4, generator=generator) + labels[:, None], labels)
+
+    def load_server(self, task):
+        return self.split(task), self.split(10 + task)
+
+    def load_user(self, user, task):
+        return self.split(20 + 2 * user + task), self.split(30 + 2 * user + task)
+
+
+def plain(classes):
+    return TaskNetwork(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, classes))
+
+
+def with_norm(classes):
+    return TaskNetwork(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()), nn.Linear(5, classes))
+
+
+def call(folder, *, data=None, network=plain, methods=("mean-IMM",), seeds=(1,), loggers=(), **options):
+    return run_experiment(
+        "Tiny",
+        "net",
+        data or Tiny(),
+        network,
+        methods=list(methods),
+        seeds=list(seeds),
+        output_dir=folder,
+        training=options.pop("training", TrainingOptions(epochs=1, lr=0.1)),
+        importance=ImportanceOptions(),
+        trainer=options.pop("trainer", TrainerOptions(accelerator="cpu")),
+        loggers=list(loggers),
+        **options,
+    )
+
+
+def logged(folder, stage) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "csv" / "IMM-seed1" / stage / "metrics.csv").open()))
+
+
+@pytest.mark.parametrize("name", ["server", "all", ""])
+def test_users_whose_name_has_a_meaning_are_refused(name, tmp_path):
+    with pytest.raises(MisconfigurationException, match=f"cannot be called '{name}'"):
+        call(tmp_path, data=Tiny([name, "bob"]))
+
+
+def test_a_logger_that_comes_later_is_told_of_all_methods(tmp_path):
+    call(tmp_path, methods=["MAS-RACL"])
+    call(tmp_path, methods=["mean-IMM"], loggers=["csv"])
+    (row,) = logged(tmp_path, "results")
+    assert {"MAS-RACL/ann/avg_acc", "mean-IMM/ann/avg_acc"} <= set(row)
+
+
+def test_a_logger_that_was_there_is_told_of_what_came_later(tmp_path):
+    call(tmp_path, methods=["mean-IMM"], loggers=["csv"])
+    call(tmp_path, methods=["MAS-RACL"])
+    call(tmp_path, methods=["MAS-RACL"], loggers=["csv"])
+    (row,) = logged(tmp_path, "results")
+    assert {"MAS-RACL/ann/avg_acc", "mean-IMM/ann/avg_acc"} <= set(row)
+
+
+def test_what_is_asked_of_wandb_later_comes_later(tmp_path, capsys):
+    call(tmp_path, loggers=["wandb"])
+    call(tmp_path, loggers=["wandb"])  # nothing new
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    call(tmp_path, loggers=["wandb"], wandb=WandbOptions(artifacts=["experts"]))
+    first, second = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    assert len(read_run(second).artifacts) - len(read_run(first).artifacts) == 2  # the tables are artifacts, too
+    sync = [line for line in capsys.readouterr().out.splitlines() if line.startswith("To W&B:")][-1]
+    assert first.name in sync
+    assert second.name in sync
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_an_interrupted_training_is_logged_once(tmp_path, monkeypatch):
+    train = ServerRun._train
+
+    def killed(self, stage, *args, **kwargs):
+        done = train(self, stage, *args, **kwargs)
+        if stage.endswith("task2"):
+            del self.folder._stages[stage]  # it was logged, and is not finished
+            raise KilledError
+        return done
+
+    options = {"trainer": TrainerOptions(accelerator="cpu", log_every_n_steps=1)}
+    monkeypatch.setattr(ServerRun, "_train", killed)
+    with pytest.raises(KilledError):
+        call(tmp_path, loggers=["csv"], **options)
+    monkeypatch.undo()
+    call(tmp_path, loggers=["csv"], **options)
+    steps = [row["step"] for row in logged(tmp_path, "train-task2") if row["train/loss"]]
+    assert steps == ["0", "1", "2"]
+
+
+def test_batch_norm_is_adapted_by_default(tmp_path):
+    rows = call(tmp_path, network=with_norm, methods=["MAS-IMM", "Experts"])
+    assert {row.adaptation for row in rows} == {"AdaBN"}
+    written = tmp_path / "merged" / "IMM" / "seed1" / "ann-MAS-IMM+AdaBN-task2.safetensors"
+    assert list(BatchNormStatistics.load(written)) == ["1.running_mean", "1.running_var"]
+
+
+def test_every_adaptation_of_every_method(tmp_path, capsys):
+    adaptations = ["last", "average", "expert", "reference", "recalibrate", "AdaBN", "AdaBN-S"]
+    rows = call(
+        tmp_path,
+        network=with_norm,
+        methods=["mean-IMM", "Experts", "Joint"],
+        seeds=[1, 2],
+        adaptations=adaptations,
+        adaptation=AdaptationOptions(epochs=2, lr=0.1),
+        loggers=["csv"],
+    )
+    found = {(row.method, row.adaptation) for row in rows}
+    own = ["last", "recalibrate", "AdaBN", "AdaBN-S"]
+    assert found == {("mean-IMM", a) for a in adaptations} | {(m, a) for m in ("Experts", "Joint") for a in own}
+    assert "mean-IMM+expert/bob/avg_acc" in logged(tmp_path, "results")[0]
+    output = capsys.readouterr().out
+    for title in ("all users", "user ann", "user bob"):
+        header = next(line for line in output.splitlines() if line.startswith(f"| {title} "))
+        assert [cell.strip() for cell in header.split("|")[2:-1]] == adaptations
+    assert (tmp_path / "figures" / "methods.png").is_file()
+
+
+def test_trained_batch_norm_is_trained(tmp_path):
+    options = {"network": with_norm, "data": Tiny(images=40), "adaptations": ["AdaBN", "AdaBN-S"]}
+    still = call(tmp_path / "0", adaptation=AdaptationOptions(epochs=1, lr=1e-9), **options)
+    trained = call(tmp_path / "1", adaptation=AdaptationOptions(epochs=30, lr=0.1), **options)
+
+    def accuracies(rows, adaptation):
+        return [row.avg_acc for row in rows if row.adaptation == adaptation]
+
+    assert accuracies(still, "AdaBN-S") == accuracies(still, "AdaBN")  # γ and β have not moved
+    assert accuracies(trained, "AdaBN") == accuracies(still, "AdaBN")
+    assert accuracies(trained, "AdaBN-S") != accuracies(still, "AdaBN")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adaptations": ["AdaBN"]}, "must be of none, each once, for a network without"),
+        ({"network": with_norm, "adaptations": ["none"]}, "must be of last, average, .* for a network with batch norm"),
+        ({"network": with_norm, "adaptations": ["last", "last"]}, "each once"),
+        ({"loggers": ["csv", "csv"]}, "loggers must be each once"),
+        ({"trainer": TrainerOptions(accelerator="abacus")}, "trainer: .*abacus"),
+        ({"trainer": TrainerOptions(accelerator="cpu", log_every_n_steps=0)}, "log_every_n_steps must be at least 1"),
+        ({"training": TrainingOptions(momentum=1.5)}, r"momentum must be in \[0, 1\); got 1.5"),
+        ({"training": TrainingOptions(weight_decay=-1)}, "weight_decay must be 0 or more; got -1"),
+        ({"wandb": WandbOptions(images_of=["ann"])}, "need 'wandb' among the loggers"),
+        ({"data": Tiny(images=0)}, "no train images of the server for the task 'a'"),
+        ({"training": TrainingOptions(epochs=2, lr=1e30)}, "diverged .* smaller training.lr"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message, tmp_path):
+    with pytest.raises(MisconfigurationException, match=message):
+        call(tmp_path, **options)
+
+
+def test_figures_of_an_earlier_call_do_not_stay(tmp_path: Path):
+    call(tmp_path, methods=["MAS-IMM"])
+    call(tmp_path, methods=["mean-IMM"])
+    assert [path.name for path in (tmp_path / "figures").glob("matrix-*")] == ["matrix-mean-IMM.png"]
