@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,9 @@ class AdaBN(EstimationCallback):
 
     A checkpoint was saved before, and holds the statistics of the training. So those that were estimated are written to
     a file of their own (:class:`~pl_personalize.BatchNormStatistics`), and are applied again when a ``test`` or
-    ``predict`` run starts with the weights that they were estimated for. With weights that are not known, they are
-    estimated then, if data were passed or named; a ``predict`` run without any adapts to the images that it predicts::
+    ``predict`` run of this callback starts with the weights that they were estimated for. Without a ``fit`` before,
+    they are estimated then, on the data that were passed or named; a ``predict`` run without any adapts to the images
+    that it predicts, and a ``test`` run without any looks for a file that fits the weights::
 
         Trainer(callbacks=[AdaBN()]).predict(model, images)
 
@@ -126,22 +127,23 @@ class AdaBN(EstimationCallback):
         # Of a named stage nothing is set up yet: two training samples have to do.
         loaders = self.given_dataloaders() if given else as_list(trainer.train_dataloader)
         if loaders and can_be_read_again(loaders[0]):
-            batches = list(two_samples(PassOverData(trainer, loaders[:1], [1])))
-            self._estimate(trainer, pl_module, batches, prior_samples=1)
+            batches = two_samples(PassOverData(trainer, loaders[:1], [1]))
+            self._estimate(trainer, pl_module, batches, exact=False, prior_samples=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adapt the model in memory, and write the statistics of the best or the last weights."""
         if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
             return
-        data = self.pass_over(trainer, self.fit_dataloaders(trainer, pl_module))
-        self._known.clear()
+        data = self.pass_over(trainer, _lists_of_streams(self.fit_dataloaders(trainer, pl_module)))
         statistics = self._estimate(trainer, pl_module, data)
         statistics.apply(self._part(pl_module))
+        self._known = {str(statistics.fingerprint): statistics}
         if self.weights == "best" and best_checkpoint(trainer):
             with best_weights(trainer, pl_module, wanted=True):
                 known = self._known.get(self._fingerprint(pl_module))
                 statistics = known or self._estimate(trainer, pl_module, data)
+            self._known[str(statistics.fingerprint)] = statistics
         self._write(trainer, statistics)
 
     @override
@@ -169,20 +171,22 @@ class AdaBN(EstimationCallback):
     ) -> None:
         if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
             return
-        fingerprint = self._fingerprint(pl_module)
-        found = self._known.get(fingerprint) or self._written(trainer, fingerprint)
+        found = self._known.get(self._fingerprint(pl_module))
         if found is None:
             if loaders is None:
                 loaders = self.chosen_dataloaders(trainer, pl_module)
             if not loaders:
+                found = self._written(trainer, pl_module)
+            if not loaders and found is None:
                 rank_zero_warn(
                     "AdaBN has no statistics for the weights at hand, so they are used as they are. Statistics of the "
                     "best checkpoint fit test(ckpt_path='best'); with data to adapt to, AdaBN(dataloader), they are "
                     "estimated when a test starts."
                 )
                 return
-            with torch.inference_mode(False):
-                found = self._estimate(trainer, pl_module, self.pass_over(trainer, loaders, limits))
+            if found is None:
+                data = self.pass_over(trainer, _lists_of_streams(loaders), limits)
+                found = self._estimate(trainer, pl_module, data)
                 self._write(trainer, found)
         self.statistics = found
         found.apply(self._part(pl_module))
@@ -204,8 +208,6 @@ class AdaBN(EstimationCallback):
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
         found.fingerprint = self._fingerprint(pl_module)
-        if not changed:
-            self._known[found.fingerprint] = found
         return found
 
     def _write(self, trainer: Trainer, statistics: BatchNormStatistics) -> None:
@@ -215,13 +217,15 @@ class AdaBN(EstimationCallback):
             statistics.save(self.path)
         trainer.strategy.barrier("batchnorm")
 
-    def _written(self, trainer: Trainer, fingerprint: str) -> BatchNormStatistics | None:
+    def _written(self, trainer: Trainer, pl_module: LightningModule) -> BatchNormStatistics | None:
         """What another process, or an earlier run, has written for these weights."""
-        path = Path(self.path) if self.path else self.resolve_path(trainer)
-        if not path.is_file():
+        path = trainer.strategy.broadcast(self.path or str(self.resolve_path(trainer)))
+        if not trainer.strategy.broadcast(Path(path).is_file()):
             return None
         found = BatchNormStatistics.load(path)
-        return found if found.fingerprint == fingerprint else None
+        layers = batchnorm_layers(pl_module, self.module)
+        fits = found.fingerprint == self._fingerprint(pl_module) and set(found.layers) <= set(layers)
+        return found if fits else None
 
     def _part(self, pl_module: LightningModule) -> torch.nn.Module:
         return pl_module if self.module is None else pl_module.get_submodule(self.module)
@@ -237,3 +241,8 @@ class AdaBN(EstimationCallback):
         if not found:
             rank_zero_warn(f"{type(pl_module).__name__} has no batch-norm layers: {type(self).__name__} does nothing.")
         return found
+
+
+def _lists_of_streams(loaders: Sequence[Iterable[Any]]) -> list[Iterable[Any]]:
+    """What can be read once as a list, which can be read again."""
+    return [list(loader) if isinstance(loader, Iterator) else loader for loader in loaders]

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -77,8 +78,15 @@ class AdaBNS(BaseFinetuning):
                 f"AdaBNS needs whole parameters on every device; the strategy {type(trainer.strategy).__name__} shards "
                 "them. Use ddp or a single device."
             )
-        if stage == "fit":
+        if stage == "fit" and not is_overridden("configure_model", pl_module):  # else there may be no layers yet
             super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze a module that ``configure_model`` has made."""
+        if is_overridden("configure_model", pl_module):
+            self.freeze_before_training(pl_module)
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def freeze_before_training(self, pl_module: LightningModule) -> None:
@@ -96,7 +104,7 @@ class AdaBNS(BaseFinetuning):
             return
         self._layers = layers
         self._before = [(p, p.requires_grad) for p in pl_module.parameters()]
-        self._modes = [(layer, layer.training) for layer in layers]
+        self._modes = [(layer, layer.training) for layer in pl_module.modules() if isinstance(layer, _BatchNorm)]
         # Not by Lightning's freeze(): that would switch off the running statistics of layers that are not trained.
         for parameter in pl_module.parameters():
             parameter.requires_grad_(False)
@@ -110,6 +118,7 @@ class AdaBNS(BaseFinetuning):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adapt the statistics; a run that is resumed has them from its checkpoint."""
+        self._fix()  # a run that is resumed within an epoch does not come to its start
         if not self._layers or self.statistics != "adapt" or trainer.ckpt_path is not None:
             return
         loaders = as_list(trainer.train_dataloader)
@@ -128,9 +137,7 @@ class AdaBNS(BaseFinetuning):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the statistics fixed, unless they move along."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.statistics != "batch":
-            for layer in self._layers:
-                layer.eval()
+        self._fix()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,6 +148,12 @@ class AdaBNS(BaseFinetuning):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same when the training was interrupted."""
         self._restore()
+
+    def _fix(self) -> None:
+        """Layers whose statistics do not move, those that are not trained among them, are in eval mode."""
+        for layer, _ in self._modes:
+            if self.statistics != "batch" or layer not in self._layers:
+                layer.eval()
 
     def _restore(self) -> None:
         for parameter, needs_grad in self._before:

@@ -200,7 +200,7 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # after training, a file that cannot be read must not cost the whole result
-        rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); the last weights are used instead.")
+        rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); the result is of the last weights.")
         yield
         return
     with kept([*pl_module.parameters(), *pl_module.buffers()]):

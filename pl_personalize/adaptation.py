@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
@@ -170,7 +171,7 @@ class _Data:
 
     def __iter__(self) -> Iterator[Any]:
         if self._kept is not None:
-            yield from self._kept
+            yield from (_copy(batch) for batch in self._kept)
             return
         hidden = not self._progress
         for batch in tqdm(self._source, desc="Batch norm", unit="batch", delay=2, disable=hidden, leave=False):
@@ -259,6 +260,8 @@ class _Run:
         old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
         if moments[0].max() <= 1:
             variance = old_variance  # a single value says nothing of it
+        if not self.prior_samples and moments[0].max() > 1:
+            return mean.to(old_mean), variance.to(old_variance)  # even where the old ones are NaN
         share = self.num_samples / (self.num_samples + self.prior_samples)
         return old_mean.lerp(mean.to(old_mean), share), old_variance.lerp(variance.to(old_variance), share)
 
@@ -369,7 +372,7 @@ class _Exact(_Run):
             largest = max(largest, sum(t.numel() * t.element_size() for t in batch_tensors(output)))
 
         count = min(2, batch_size(batch))
-        sample = slice_batch(batch, batch_size(batch), slice(0, count))
+        sample = _copy(slice_batch(batch, batch_size(batch), slice(0, count)))
         handles = [layer.register_forward_hook(measure) for layer in self.model.modules()]
         try:
             self._forward(self.model, sample)
@@ -400,12 +403,27 @@ def _no_moments(layer: _BatchNorm) -> Tensor:
     return torch.zeros_like(channel_moments(layer.running_mean[None]))
 
 
+def _copy(batch: Any) -> Any:
+    """A batch that a model may change in place."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+def _form(batch: Any) -> Any:
+    """What a batch is beside the tensors that have a row for each sample, in order."""
+    size = batch_size(batch)
+    form = apply_to_collection(batch, Tensor, lambda t: t.shape[1:] if t.dim() and t.shape[0] == size else t.tolist())
+    return list(form.items()) if isinstance(form, Mapping) else form
+
+
 def _concatenated(batches: Sequence[Any]) -> Any | None:
     """All batches as one, or ``None`` where they do not fit together."""
     sizes = [batch_size(batch) for batch in batches]
     rows = [split_batch(batch, size) for batch, size in zip(batches, sizes, strict=True)]
     shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
-    numbers = {len(batch_tensors(batch)) for batch in batches}
-    if len(shapes) != 1 or numbers != {len(rows[0])}:
+    try:
+        alike = len(shapes) == 1 and all(bool(_form(batch) == _form(batches[0])) for batch in batches)
+    except (ValueError, RuntimeError):  # things that cannot be compared, such as arrays
+        alike = False
+    if not alike:
         return None
     return join_batch(batches[0], sizes[0], [torch.cat(column) for column in zip(*rows, strict=True)])

@@ -410,7 +410,7 @@ def test_a_broken_checkpoint_costs_a_warning_and_not_the_result(tmp_path):
     net = Net()
     net.score = iter([0.5])
     t = trainer(tmp_path, Break(), callback, ModelCheckpoint(tmp_path, monitor="score"), enable_checkpointing=True)
-    with pytest.warns(UserWarning, match=r"best checkpoint .* cannot be loaded .* importances use the last weights"):
+    with pytest.warns(UserWarning, match=r"best checkpoint .* cannot be loaded .* the result is of the last weights"):
         t.fit(net, shuffled(Rows()), DataLoader(Rows(3), batch_size=3))
     assert_same(callback.importance, wanted(net, Rows()))
 
