@@ -76,19 +76,35 @@ def _positions_last(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(n, *positions, features) as (n, L, features)."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def _add_power(total: Tensor | None, gradient: Tensor, power: int) -> Tensor:
+    """Add the power of a gradient that is new and ours to a running sum."""
+    powered = gradient.abs_() if power == 1 else gradient.square_()
+    return powered if total is None else total.add_(powered)
+
+
 def _linear_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
-    # The per-sample gradient is the outer product of g and x, so |g xᵀ|^p = |g|^p (|x|^p)ᵀ: one matrix product.
-    if x.dim() != 2:
+    if x.dim() == 2:
+        # The per-sample gradient is the outer product of g and x, so |g xᵀ|^p = |g|^p (|x|^p)ᵀ: one matrix product.
+        grad = raise_to(grad, power)
+        return {"weight": grad.T @ raise_to(x, power), "bias": grad.sum(0)}
+    if x.is_cuda:
         return None
-    grad = raise_to(grad, power)
-    return {"weight": grad.T @ raise_to(x, power), "bias": grad.sum(0)}
+    # On a CPU one sample at a time: its gradient is still in the cache when it is added to the sum.
+    total: Tensor | None = None
+    for one_x, one_grad in zip(_rows(x), _rows(grad), strict=True):
+        total = _add_power(total, one_grad.T @ one_x, power)
+    return None if total is None else {"weight": total, "bias": raise_to(_rows(grad).sum(1), power).sum(0)}
 
 
 @register_layer_rule(nn.Linear, power_sum=_linear_power_sum)
 def linear(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Linear on (n, *, in): the outer products summed over all positions of a sample."""
-    n = x.shape[0]
-    x, grad = x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
+    x, grad = _rows(x), _rows(grad)
     return {"weight": torch.bmm(grad.transpose(1, 2), x), "bias": grad.sum(1)}
 
 
@@ -104,8 +120,9 @@ def _convolution_inputs(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]
 def _convolution_weight_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
     """One sample at a time through the library's own weight-gradient kernel, which beats an unfolded product on CPU."""
     x, padding = _convolution_inputs(layer, x)
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    options = (layer.stride, padding, layer.dilation, False, [0] * len(padding), layer.groups)
+    options = (layer.stride, padding, layer.dilation, transposed, list(layer.output_padding), layer.groups)  # type: ignore[arg-type]
     grad = grad.contiguous()
     for i in range(x.shape[0]):
         yield torch.ops.aten.convolution_backward(
@@ -115,16 +132,23 @@ def _convolution_weight_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> 
 
 def _convolution_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
     total: Tensor | None = None
-    for gradient in _convolution_weight_gradients(layer, x, grad):  # each is new and ours
-        powered = gradient.abs_() if power == 1 else gradient.square_()
-        total = powered if total is None else total.add_(powered)
+    for gradient in _convolution_weight_gradients(layer, x, grad):
+        total = _add_power(total, gradient, power)
     bias = raise_to(_positions_last(grad).sum(2), power).sum(0)
     return None if total is None else {"weight": total, "bias": bias}
 
 
-@register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, power_sum=_convolution_power_sum)
+@register_layer_rule(
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    power_sum=_convolution_power_sum,
+)
 def convolution(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Convolutions with any stride, dilation, groups and padding."""
+    """Convolutions and transposed ones with any stride, dilation, groups and padding."""
     weight = torch.cat([gradient.unsqueeze(0) for gradient in _convolution_weight_gradients(layer, x, grad)])
     return {"weight": weight, "bias": _positions_last(grad).sum(2)}
 
@@ -136,3 +160,58 @@ def batch_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     mean: Tensor = layer.running_mean[:, None]  # type: ignore[index]
     scale: Tensor = torch.rsqrt(layer.running_var + layer.eps)  # type: ignore[operator]
     return {"weight": ((x - mean) * grad).sum(2) * scale, "bias": grad.sum(2)}
+
+
+@register_layer_rule(nn.LayerNorm)
+def layer_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Layer norm: products with the normalised input, summed over the positions of a sample."""
+    shape: tuple[int, ...] = layer.normalized_shape  # type: ignore[assignment]
+    products = F.layer_norm(x, shape, eps=layer.eps) * grad  # type: ignore[arg-type]
+    return {"weight": _sum_positions(products, len(shape)), "bias": _sum_positions(grad, len(shape))}
+
+
+@register_layer_rule(nn.GroupNorm)
+def group_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Group norm: as layer norm, over the positions of each channel."""
+    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps)  # type: ignore[arg-type]
+    return {"weight": _positions_last(normalised * grad).sum(2), "bias": _positions_last(grad).sum(2)}
+
+
+def _sum_positions(tensor: Tensor, kept: int) -> Tensor:
+    """(n, *positions, *kept) as (n, *kept): the sum over positions."""
+    return tensor.reshape(tensor.shape[0], -1, *tensor.shape[tensor.dim() - kept :]).sum(1)
+
+
+@register_layer_rule(nn.PReLU)
+def prelu(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """PReLU with one slope, or one for each channel."""
+    products = x.clamp_max(0) * grad
+    if layer.num_parameters == 1:
+        return {"weight": products.reshape(x.shape[0], -1).sum(1, keepdim=True)}
+    return {"weight": _positions_last(products).sum(2)}
+
+
+def _embedding_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
+    # A row gets the sum over a sample's positions that have it: one row for each pair of sample and entry.
+    count, width = layer.weight.shape  # type: ignore[misc]
+    entries = x.reshape(x.shape[0], -1)
+    pairs = entries + count * torch.arange(x.shape[0], device=x.device)[:, None]
+    unique, inverse = torch.unique(pairs, return_inverse=True)
+    rows = grad.new_zeros(len(unique), width).index_add_(0, inverse.flatten(), grad.reshape(-1, width))
+    rows = rows.abs_() if power == 1 else rows.square_()
+    total = grad.new_zeros(count, width).index_add_(0, unique % count, rows)
+    if layer.padding_idx is not None:
+        total[layer.padding_idx] = 0  # type: ignore[index]
+    return {"weight": total}
+
+
+@register_layer_rule(nn.Embedding, power_sum=_embedding_power_sum)
+def embedding(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Embedding: gradients added up by entry."""
+    count, width = layer.weight.shape  # type: ignore[misc]
+    n = x.shape[0]
+    index = x.reshape(n, -1, 1).expand(-1, -1, width)
+    total = grad.new_zeros(n, count, width).scatter_add_(1, index, grad.reshape(n, -1, width))
+    if layer.padding_idx is not None:
+        total[:, layer.padding_idx] = 0  # type: ignore[index]
+    return {"weight": total}

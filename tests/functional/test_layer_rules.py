@@ -28,6 +28,21 @@ LAYERS = [
     (nn.BatchNorm1d(4, eps=0.1), (4, 5)),
     (nn.BatchNorm2d(3), (3, 4, 5)),
     (nn.BatchNorm3d(3), (3, 2, 3, 2)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 5)),
+    (nn.ConvTranspose2d(3, 2, (3, 2), stride=2, dilation=(1, 2)), (3, 4, 3)),
+    (nn.ConvTranspose2d(3, 2, 2, bias=False), (3, 4, 3)),
+    (nn.ConvTranspose3d(2, 2, 2), (2, 2, 3, 2)),
+    (nn.LayerNorm(5), (5,)),
+    (nn.LayerNorm((4, 5), eps=0.1), (3, 4, 5)),
+    (nn.LayerNorm(5, bias=False), (2, 3, 5)),
+    (nn.GroupNorm(2, 4), (4, 3, 2)),
+    (nn.GroupNorm(2, 4), (4,)),
+    (nn.PReLU(), (3, 4)),
+    (nn.PReLU(3), (3, 4, 2)),
+    (nn.PReLU(4), (4,)),
+    (nn.PReLU(), ()),
+    (nn.Embedding(6, 3), (4,)),
+    (nn.Embedding(6, 3, padding_idx=2), (2, 5)),
 ]
 IDS = [f"{layer}-{shape}".replace(" ", "") for layer, shape in LAYERS]
 
@@ -38,6 +53,8 @@ def _prepare(layer, shape, num_samples=4):
     for tensor in (*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())):
         nn.init.uniform_(tensor, 0.5, 1.5) if tensor.dim() == 1 else nn.init.normal_(tensor)
     x = torch.randn(num_samples, *shape, dtype=torch.float64)
+    if isinstance(layer, nn.Embedding):
+        x = torch.randint(layer.num_embeddings, (num_samples, *shape))
     return layer, x, torch.randn_like(layer(x)).detach()
 
 
@@ -54,7 +71,7 @@ def _by_autograd(layer, x, grad):
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=IDS)
 def test_rules_equal_autograd_on_one_sample_at_a_time(layer, shape, layout):
     layer, x, grad = _prepare(layer, shape)
-    if layout == "permuted":  # as channels_last: the same values, other strides
+    if layout == "permuted" and x.dim() > 1:  # as channels_last: the same values, other strides
         x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
     elif layout == "expanded gradient":  # what the backward of a sum gives
         grad = grad.flatten()[0].expand(grad.shape)
@@ -82,7 +99,10 @@ def test_shortcuts_exist_where_they_are_cheap():
         and rule.power_sum(*_prepare(layer, shape)[:3], 1) is not None
     }
 
-    assert with_shortcut == {"Linear2d", "Conv1d3d", "Conv2d4d", "Conv3d5d"}
+    linear = {"Linear2d", "Linear3d", "Linear4d"}
+    convolutions = {"Conv1d3d", "Conv2d4d", "Conv3d5d"}
+    transposed = {"ConvTranspose1d3d", "ConvTranspose2d4d", "ConvTranspose3d5d"}
+    assert with_shortcut == linear | convolutions | transposed | {"Embedding2d", "Embedding3d"}
 
 
 def _patched():
@@ -104,8 +124,8 @@ class _RenamedLinear(nn.Linear):
         (nn.BatchNorm2d(3), nn.BatchNorm2d),
         (StandardisedLinear(3, 2), None),
         (_patched(), None),
-        (nn.LayerNorm(3), None),
-        (nn.ConvTranspose2d(3, 2, 2), None),
+        (nn.RMSNorm(3), None),
+        (nn.Bilinear(3, 2, 2), None),
         (nn.Identity(), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

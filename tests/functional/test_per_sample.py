@@ -54,12 +54,11 @@ SLOWER = {
     "logit_shift": {"0.layer": "model", "1": "layer"},
     "shared_branches": {"shift": "layer"},
     "raw": {"scale": "layer", "shift": "layer"},
-    "attention": {"token": "layer", "norm": "layer", "attention": "model"},
+    "attention": {"token": "layer", "attention": "model"},
     "time_first": {"embed": "model"},
     "time_first_two_steps": {"embed": "model"},
     "data_dependent": {"gain": "loop"},
-    "residual": {"norm": "layer", "act": "layer", "up": "layer"},
-    "recurrent": {"embed": "layer", "recurrent": "loop"},  # whether an LSTM is vectorised, torch decides
+    "recurrent": {"recurrent": "loop"},  # whether an LSTM is vectorised, torch decides
     "parametrised": {"0.par": "model", "2.par": "model"},
     "patched": {"0": "layer"},
     "subclassed": {"0": "layer", "2": "layer"},
