@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from pl_personalize.adaptation import Forward, check_adaptation, estimate_batchnorm
+from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.artifacts import tensor_checksum
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.callbacks.estimation_callback import (
@@ -27,6 +27,7 @@ from pl_personalize.callbacks.estimation_callback import (
     sum_over_ranks,
 )
 from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
+from pl_personalize.functional.batchnorm_pass import Forward
 
 
 class AdaBN(EstimationCallback):
@@ -42,12 +43,13 @@ class AdaBN(EstimationCallback):
     a file of their own (:class:`~pl_personalize.BatchNormStatistics`), and are applied again when a ``test`` or
     ``predict`` run of this callback starts with the weights that they were estimated for. Without a ``fit`` before,
     they are estimated then, on the data that were passed or named; a ``predict`` run without any adapts to the images
-    that it predicts, and a ``test`` run without any looks for a file that fits the weights::
+    that it predicts, and a ``test`` run without any looks below ``dirpath`` for the file of an earlier run that fits
+    the weights. One callback is for one user; several users need files of their own (``filename``)::
 
         Trainer(callbacks=[AdaBN()]).predict(model, images)
 
     Under DDP each process takes a part of the data, without repetition, and all end with the same statistics. Several
-    dataloaders count as one set of data. Autocast is off while estimating.
+    dataloaders count as one set of data. Limits such as ``limit_train_batches`` do not count, and autocast is off.
 
     Args:
         dataloader: The data: an iterable of batches; the name of a stage (``"train"``, ``"val"``, ``"predict"``,
@@ -70,8 +72,8 @@ class AdaBN(EstimationCallback):
         path: Its file.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a stage
-            without dataloader, a module that does not exist, or a layer with ``track_running_stats=False``.
+        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a module that
+            does not exist, a layer with ``track_running_stats=False``, or, for ``fit``, a stage without dataloader.
     """
 
     folder = "batchnorm"
@@ -102,7 +104,9 @@ class AdaBN(EstimationCallback):
             "max_scratch_mb": max_scratch_mb,
         }
         self.statistics: BatchNormStatistics | None = None
-        self._known: dict[str, BatchNormStatistics] = {}
+        self._known: dict[str, BatchNormStatistics] = {}  # what fit found, by the weights that it belongs to
+        self._before: dict[str, BatchNormStatistics] = {}  # what there was before, which a prior means
+        self._of_last_weights: BatchNormStatistics | None = None
 
     @property
     @override
@@ -132,12 +136,11 @@ class AdaBN(EstimationCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adapt the model in memory, and write the statistics of the best or the last weights."""
+        """Estimate the statistics of the present and of the best weights, and write those that were asked for."""
         if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
             return
         data = self.pass_over(trainer, _lists_of_streams(self.fit_dataloaders(trainer, pl_module)))
-        statistics = self._estimate(trainer, pl_module, data)
-        statistics.apply(self._part(pl_module))
+        self._of_last_weights = statistics = self._estimate(trainer, pl_module, data)
         self._known = {str(statistics.fingerprint): statistics}
         if self.weights == "best" and best_checkpoint(trainer):
             with best_weights(trainer, pl_module, wanted=True):
@@ -145,6 +148,13 @@ class AdaBN(EstimationCallback):
                 statistics = known or self._estimate(trainer, pl_module, data)
             self._known[str(statistics.fingerprint)] = statistics
         self._write(trainer, statistics)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adapt the model in memory, now that every checkpoint is written."""
+        if self._of_last_weights is not None:
+            self._of_last_weights.apply(self._part(pl_module))
+            self._of_last_weights = None
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +191,7 @@ class AdaBN(EstimationCallback):
                 rank_zero_warn(
                     "AdaBN has no statistics for the weights at hand, so they are used as they are. Statistics of the "
                     "best checkpoint fit test(ckpt_path='best'); with data to adapt to, AdaBN(dataloader), they are "
-                    "estimated when a test starts."
+                    "estimated when a test starts; those of an earlier run are found below its dirpath=."
                 )
                 return
             if found is None:
@@ -194,8 +204,11 @@ class AdaBN(EstimationCallback):
     def _estimate(
         self, trainer: Trainer, pl_module: LightningModule, data: Iterable[Any], **changed: Any
     ) -> BatchNormStatistics:
+        fingerprint = self._fingerprint(pl_module)
         try:
             with buffers_of_rank_zero(trainer, pl_module):
+                before = self._before.setdefault(fingerprint, BatchNormStatistics.of(self._part(pl_module)))
+                before.apply(self._part(pl_module))  # not what an earlier run has adapted
                 found = estimate_batchnorm(
                     pl_module,
                     data,
@@ -207,7 +220,7 @@ class AdaBN(EstimationCallback):
                 )
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
-        found.fingerprint = self._fingerprint(pl_module)
+        found.fingerprint = fingerprint
         return found
 
     def _write(self, trainer: Trainer, statistics: BatchNormStatistics) -> None:
@@ -224,8 +237,10 @@ class AdaBN(EstimationCallback):
             return None
         found = BatchNormStatistics.load(path)
         layers = batchnorm_layers(pl_module, self.module)
-        fits = found.fingerprint == self._fingerprint(pl_module) and set(found.layers) <= set(layers)
-        return found if fits else None
+        if found.fingerprint != self._fingerprint(pl_module) or not set(found.layers) <= set(layers):
+            return None
+        rank_zero_info(f"AdaBN applies the statistics in {path}, which belong to these weights.")
+        return found
 
     def _part(self, pl_module: LightningModule) -> torch.nn.Module:
         return pl_module if self.module is None else pl_module.get_submodule(self.module)

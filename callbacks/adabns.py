@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pl_personalize.adaptation import Forward, adapt_batchnorm, check_adaptation
+from pl_personalize.adaptation import adapt_batchnorm, check_adaptation
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.callbacks.estimation_callback import as_list, no_limits, sum_over_ranks
 from pl_personalize.callbacks.pass_over_data import PassOverData
+from pl_personalize.functional.batchnorm_pass import Forward
 
 
 class AdaBNS(BaseFinetuning):
@@ -85,6 +86,10 @@ class AdaBNS(BaseFinetuning):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze a module that ``configure_model`` has made."""
         if is_overridden("configure_model", pl_module):
+            if trainer.world_size > 1:  # DDP was told before which parameters need a gradient
+                raise MisconfigurationException(
+                    "AdaBNS in several processes needs the layers before configure_model: make them in __init__."
+                )
             self.freeze_before_training(pl_module)
         super().on_fit_start(trainer, pl_module)
 

@@ -47,7 +47,7 @@ def main(
     Args:
         run_dir: Folder of a run of ``numbers.py --backbone cnn_bn``.
         method: Whose merged models.
-        images: Numbers of unlabelled images of a task; the last row is all that there are.
+        images: Numbers of unlabelled images of a task, where there are so many; the last row is all that there are.
         batch_sizes: For the adaptation on all images.
         draws: Of that many images; for each seed and task the mean over draws counts.
         num_threads: Threads for PyTorch.
@@ -61,7 +61,10 @@ def main(
         options["sources"],
         max_per_source=options["max_per_source"],
         split_seed=options["split_seed"],
+        batch_size=options["batch_size"],
     )
+    splits = [data.user_split(user, task)[0].labels for user in data.users for task in range(len(data.tasks))]
+    images = [count for count in images if count < min(map(len, splits))]
     seeds = sorted(run_dir.glob("merged/IMM/seed*"), key=lambda path: int(path.name.removeprefix("seed")))
     if not seeds:
         raise MisconfigurationException(f"{run_dir} has no merged models.")
@@ -75,7 +78,7 @@ def main(
             for (row, column), accuracies in sizes(model, average, data, user, batch_sizes).items():
                 by_size.setdefault((row, column, user), []).append(mean(accuracies))
     print(f"{method}, {len(seeds)} seeds, mean ± standard deviation of the average accuracy in percent\n")
-    print(f"Unlabelled images of a task, batches of 20:\n\n{table('images', by_number)}\n")
+    print(f"Unlabelled images of a task, in batches of {data.batch_size}:\n\n{table('images', by_number)}\n")
     print(f"All images, in batches of some size:\n\n{table('batch size', by_size)}\n")
     print(f"Figure: {draw(run_dir / 'figures' / 'adabn-images.png', by_number, method)}")
 
@@ -109,17 +112,22 @@ def numbers(
         adapt = data.user_split(user, task)[0].images
         average.apply(model.body)
         unadapted = accuracy(model, data, user, task)
-        for count in [*(count for count in counts if count < len(adapt)), len(adapt)]:
-            name = str(count) if count in counts else "all"
+        for name, count in [*((str(count), count) for count in counts), ("all", len(adapt))]:
             for way, options in WAYS.items():
                 values = []
                 for chosen in choices(len(adapt), count, draws):
                     average.apply(model.body)
-                    adapt_batchnorm(model, adapt[chosen].split(20), forward=lambda m, x: m.body(x), **options)
+                    adapt_batchnorm(model, adapt[chosen].split(data.batch_size), forward=body, **options)
                     values.append(accuracy(model, data, user, task))
                 found[name, way].append(mean(values))
             found[name, "not adapted"].append(unadapted)
     return found
+
+
+def body(model: MultiHeadNetwork, x: Tensor) -> Tensor:
+    """The part of the network that has batch norm."""
+    features: Tensor = model.body(x)
+    return features
 
 
 def choices(available: int, count: int, draws: int) -> Iterator[Tensor]:
@@ -140,11 +148,11 @@ def sizes(
     for task in range(len(data.tasks)):
         adapt = data.user_split(user, task)[0].images
         average.apply(model.body)
-        exact = adapt_batchnorm(model, adapt.split(100), exact=True, forward=lambda m, x: m.body(x))
+        exact = adapt_batchnorm(model, adapt.split(100), exact=True, forward=body)
         best = accuracy(model, data, user, task)
         for size in batch_sizes:
             average.apply(model.body)
-            statistics = adapt_batchnorm(model, adapt.split(size), forward=lambda m, x: m.body(x))
+            statistics = adapt_batchnorm(model, adapt.split(size), forward=body)
             found[str(size), "one pass"].append(accuracy(model, data, user, task))
             found[str(size), "exact"].append(best)
             found[str(size), "difference of means, in σ (%)"].append(100 * distance(statistics, exact))
@@ -154,7 +162,7 @@ def sizes(
 def distance(statistics: BatchNormStatistics, exact: BatchNormStatistics) -> float:
     """Largest difference between running means, over layers and channels, in standard deviations."""
     return max(
-        float(((statistics[name] - value) / exact[name.replace("mean", "var")].sqrt()).abs().max())
+        float(((statistics[name] - value) / exact[name.removesuffix("mean") + "var"].sqrt()).abs().max())
         for name, value in exact.items()
         if name.endswith("running_mean")
     )

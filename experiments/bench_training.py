@@ -24,9 +24,9 @@ from pl_personalize import TaskLearner
 from pl_personalize.datamodules.loader import tensor_loader
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import mlp
+from pl_personalize.runner.checkpoints import Checkpoints
 from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
 from pl_personalize.runner.results import markdown_table
-from pl_personalize.runner.server_run import Checkpoints
 
 BATCH = 20
 

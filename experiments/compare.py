@@ -19,8 +19,8 @@ from pl_personalize.runner.significance import LEVEL, welch_test
 def compare(ours: list[ResultRow], theirs: list[ResultRow], user: str) -> list[list[str]]:
     """The lines of a table: for each method that both have, the figures, the difference, p and a verdict."""
     lines = [["method", "ours", "theirs", "difference", "p (Welch)", "verdict"]]
-    for method in dict.fromkeys(row.method for row in ours):
-        first, second = ([row for row in rows if (row.method, row.user) == (method, user)] for rows in (ours, theirs))
+    for method in dict.fromkeys(row.label for row in ours):
+        first, second = ([row for row in rows if (row.label, row.user) == (method, user)] for rows in (ours, theirs))
         if min(len(first), len(second)) < 2:
             continue
         accuracies = [[row.avg_acc for row in rows] for rows in (first, second)]

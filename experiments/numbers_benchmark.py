@@ -40,7 +40,7 @@ WANDB = WandbOptions()
 
 
 def main(
-    data_dir: Path = Path("../shared/data"),
+    data_dir: Path = Path("data"),
     sources: Sequence[str] = PAPER_SOURCES,
     download: bool = False,
     max_per_source: PositiveInt | None = 10_000,
@@ -77,7 +77,8 @@ def main(
             ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         adaptation: How batch norm is adapted.
         batch_size: For training.
-        eval_batch_size: For importances and tests; it matters for ``--importance.reduction batch`` alone.
+        eval_batch_size: For importances, adaptation and tests; it matters for ``--importance.reduction batch`` and for
+            batch norm that is not adapted with ``--adaptation.exact true``.
         training: How models are trained.
         importance: How importances are estimated.
         trainer: For the Lightning Trainers.
@@ -96,6 +97,8 @@ def main(
         eval_batch_size=eval_batch_size,
         split_seed=split_seed,
     )
+    if backbone != "mlp" and tuple(hidden) != PAPER_HIDDEN:
+        raise MisconfigurationException(f"hidden is for the backbone mlp alone; got {list(hidden)} with {backbone}.")
     same = set(sources) == set(PAPER_SOURCES)
     different = "" if same else f", here {', '.join(data.users)}: compare methods, not levels"
     with_paper = backbone == "mlp" and tuple(hidden) == PAPER_HIDDEN

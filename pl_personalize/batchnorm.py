@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_personalize.artifacts import load_tensors, save_tensors
-from pl_personalize.functional.moments import pooled_statistics
+from pl_personalize.functional.moments import MEAN, VARIANCE, pooled_statistics
 
 ARTIFACT_KIND = "batchnorm"
-MEAN, VARIANCE = "running_mean", "running_var"
 
 
 class BatchNormStatistics(Mapping[str, Tensor]):
@@ -59,14 +58,20 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         return cls(found)
 
     @classmethod
-    def average(cls, parts: Sequence[Mapping[str, Tensor]]) -> Self:
-        """Statistics of the mixture, in equal parts, of what several were estimated from.
+    def average(cls, parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> Self:
+        """Statistics of the mixture of what several were estimated from.
 
         Means and second moments are averaged, so that a variance has also what lies between the means.
 
+        Args:
+            parts: The statistics.
+            weights: How much each counts; by default equally.
+
         Raises:
-            ValueError: If there are none, or they are of different layers.
+            ValueError: If there are none, they are of different layers, or the weights do not fit.
         """
+        if weights is not None and (len(weights) != len(parts) or min(weights, default=1) < 0 or not sum(weights)):
+            raise ValueError(f"There must be a weight of 0 or more for each of {len(parts)}; got {list(weights)}.")
         parts = [part if isinstance(part, BatchNormStatistics) else cls(part) for part in parts]
         if not parts or any(part.keys() != parts[0].keys() for part in parts):
             raise ValueError("Statistics can be averaged if there is at least one set, and all are of the same layers.")
@@ -75,7 +80,7 @@ class BatchNormStatistics(Mapping[str, Tensor]):
             if name.endswith(MEAN):
                 other = name.removesuffix(MEAN) + VARIANCE
                 found[name], found[other] = pooled_statistics(
-                    [part[name] for part in parts], [part[other] for part in parts]
+                    [part[name] for part in parts], [part[other] for part in parts], weights
                 )
         return cls(found, num_samples=sum(getattr(part, "num_samples", 0) for part in parts))
 

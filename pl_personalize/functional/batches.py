@@ -119,3 +119,29 @@ def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:
 def slice_batch(batch: Any, num_samples: int, rows: slice | list[int]) -> Any:
     """The samples ``rows`` of a batch, still with a batch dimension."""
     return join_batch(batch, num_samples, [tensor[rows] for tensor in split_batch(batch, num_samples)])
+
+
+def copy_batch(batch: Any) -> Any:
+    """A batch that a model may change in place."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+def _form(batch: Any) -> Any:
+    """What a batch is beside the tensors that have a row for each sample, in order."""
+    size = batch_size(batch)
+    form = apply_to_collection(batch, Tensor, lambda t: t.shape[1:] if t.dim() and t.shape[0] == size else t.tolist())
+    return list(form.items()) if isinstance(form, Mapping) else form
+
+
+def concatenate_batches(batches: Sequence[Any]) -> Any | None:
+    """Several batches as one, or ``None`` where they do not fit together."""
+    sizes = [batch_size(batch) for batch in batches]
+    rows = [split_batch(batch, size) for batch, size in zip(batches, sizes, strict=True)]
+    shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
+    try:
+        alike = len(shapes) == 1 and all(bool(_form(batch) == _form(batches[0])) for batch in batches)
+    except (ValueError, RuntimeError):  # things that cannot be compared, such as arrays
+        alike = False
+    if not alike:
+        return None
+    return join_batch(batches[0], sizes[0], [torch.cat(column) for column in zip(*rows, strict=True)])

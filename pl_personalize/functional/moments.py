@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MEAN, VARIANCE = "running_mean", "running_var"
+
 
 def channel_moments(x: Tensor) -> Tensor:
     r"""Count, sum and sum of squares of each channel: what adds up over batches and processes.
@@ -47,10 +49,17 @@ def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tenso
     return mean, variance * (count / (count - 1).clamp_min(1)) if unbiased else variance
 
 
-def pooled_statistics(means: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a mixture, in equal parts, of sources with these means and variances, each (C,).
+def pooled_statistics(
+    means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture of sources with these means and variances, each (C,).
 
     Its second moment is the mean of the sources' second moments, so sources with different means make it wider.
+
+    Args:
+        means: Of the sources.
+        variances: Of the sources.
+        weights: Of the sources; by default equal.
 
     Example:
         >>> mean, variance = pooled_statistics([torch.tensor([0.0]), torch.tensor([2.0])], [torch.ones(1)] * 2)
@@ -58,6 +67,9 @@ def pooled_statistics(means: Sequence[Tensor], variances: Sequence[Tensor]) -> t
         (1.0, 2.0)
     """
     stacked = torch.stack([mean.double() for mean in means])
-    mean = stacked.mean(0)
-    within = torch.stack([variance.double() for variance in variances]).mean(0)
-    return mean.to(means[0].dtype), (within + (stacked - mean).square().mean(0)).to(variances[0].dtype)
+    share = stacked.new_tensor([1.0] * len(means) if weights is None else list(weights))[:, None]
+    share = share / share.sum()
+    mean = (share * stacked).sum(0)
+    within = (share * torch.stack([variance.double() for variance in variances])).sum(0)
+    between = (share * (stacked - mean).square()).sum(0)
+    return mean.to(means[0].dtype), (within + between).to(variances[0].dtype)

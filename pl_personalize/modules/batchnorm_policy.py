@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pl_personalize.adaptation import estimate_batchnorm
-from pl_personalize.batchnorm import MEAN, VARIANCE, BatchNormStatistics, batchnorm_layers
+from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
+from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import as_input
+from pl_personalize.functional.moments import MEAN, VARIANCE
 
 BNPolicy = Literal["last", "average", "expert", "recalibrate", "adapt", "reference"]
 """Of model t, on task i:
@@ -37,6 +38,22 @@ def check_policy(policy: BNPolicy | None, known: Sequence[BNPolicy] = get_args(B
     """
     if policy is not None and policy not in known:
         raise MisconfigurationException(f"bn_policy must be one of {', '.join(known)}; got {policy!r}.")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that no estimate has.
+
+    Raises:
+        MisconfigurationException: If a name is unknown or a value out of range.
+    """
+    if unknown := options.keys() - {"exact", "prior_samples", "max_scratch_mb"}:
+        raise MisconfigurationException(
+            f"bn_options may have exact, prior_samples and max_scratch_mb; got {', '.join(sorted(unknown))}."
+        )
+    try:
+        check_adaptation(options.get("prior_samples", 0), options.get("max_scratch_mb", 1))
+    except ValueError as error:
+        raise MisconfigurationException(f"bn_options: {error}") from error
 
 
 def resolve_policy(policy: BNPolicy | None, module: LightningModule) -> BNPolicy:

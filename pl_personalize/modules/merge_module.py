@@ -16,7 +16,7 @@ from pl_personalize.functional.merging import Zero
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
 from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
-from pl_personalize.modules.batchnorm_policy import BNPolicy, affine_names, statistics_names
+from pl_personalize.modules.batchnorm_policy import BNPolicy, affine_names, resolve_policy, statistics_names
 from pl_personalize.modules.sequence_evaluator import SequenceEvaluator
 
 EXPERT_KIND = "expert"
@@ -48,14 +48,15 @@ class MergeModule(SequenceEvaluator):
 
             * ``"adapt"``: re-estimated for the merge, on the user's unlabelled images of task i (AdaBN);
             * ``"recalibrate"``: the same on the server's validation images of task i;
-            * ``"average"``: those of the mixture of experts 1..t (means and second moments are averaged);
+            * ``"average"``: those of the mixture of experts 1..t (means and second moments are averaged, with
+              ``weights``);
             * ``"expert"``: those of expert i;
             * ``"last"``: those of expert t;
             * ``"reference"``: what the published code does: γ and β of the merge of 1..i, statistics of expert t.
 
             By default ``"adapt"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
             ``"average"``. For each model and task only the statistics are kept, not a copy of the model.
-        bn_options: See :class:`SequenceEvaluator`.
+        bn_options: See :class:`SequenceEvaluator`. With ``prior_samples``, the prior is the average of the experts.
 
     Raises:
         MisconfigurationException: If experts and importances do not fit each other, a user is not known, or the policy
@@ -88,12 +89,15 @@ class MergeModule(SequenceEvaluator):
         heads = [_Part(state, "head") for state in states]
         bodies = [_Part(state, "body") for state in states]
         super().__init__(network, bodies, heads, models=models, bn_policy=bn_policy, bn_options=bn_options)
+        if bn_policy == "reference" and models == "last":
+            raise MisconfigurationException("bn_policy='reference' takes γ and β of earlier merges: models='all'.")
         if isinstance(importances, Mapping):
             for name, one in importances.items():
                 self._check_count(one, f" of user {name!r}")
         elif importances is not None:
             self._check_count(importances, "")
         self.importances, self.user = importances, user
+        self._weights = weights
         self._options = {"zero": zero, "normalize": normalize, "weights": weights}
 
     def _check_count(self, importances: Importances, of_whom: str) -> None:
@@ -126,9 +130,14 @@ class MergeModule(SequenceEvaluator):
     def load_bodies(self) -> Sequence[StateDict]:
         """The merges of experts 1, 1..2, …, 1..T."""
         importances = self.importances_of()
+        merges: list[StateDict]
         if self.models == "last":
-            return [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
-        return merge_prefixes(self.bodies, importances, **self._options)  # type: ignore[arg-type]
+            merges = [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
+        else:
+            merges = [*merge_prefixes(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
+        if resolve_policy(self.bn_policy, self) in ("adapt", "recalibrate"):  # what they start from, and a prior is
+            merges = [{**body, **self._average(t + 1)} for t, body in enumerate(merges)]
+        return merges
 
     @override
     def batchnorm_entries(
@@ -145,9 +154,12 @@ class MergeModule(SequenceEvaluator):
         return super().batchnorm_entries(policy, cell, states)
 
     def _average(self, count: int) -> StateDict:
-        """Statistics of the mixture of the first experts."""
-        names = statistics_names(self.network.body)
-        return BatchNormStatistics.average([{name: body[name] for name in names} for body in self.bodies[:count]])
+        """Statistics of the mixture of the first experts, in the parts that the merge's weights say."""
+        names, weights = statistics_names(self.network.body), self._weights
+        return BatchNormStatistics.average(
+            [{name: body[name] for name in names} for body in self.bodies[:count]],
+            None if weights is None else weights[:count],
+        )
 
     def export(self, user: str | None = None) -> dict[str, Tensor]:
         """The merge of all experts with the heads of all tasks.

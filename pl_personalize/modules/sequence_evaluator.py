@@ -17,6 +17,7 @@ from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.batchnorm_policy import (
     OWN_POLICIES,
     BNPolicy,
+    check_options,
     check_policy,
     data_for,
     re_estimate,
@@ -72,6 +73,7 @@ class SequenceEvaluator(LightningModule):
     ) -> None:
         super().__init__()
         check_policy(bn_policy, self.policies)
+        check_options(bn_options or {})
         if models not in ("all", "last"):
             raise MisconfigurationException(f"models must be 'all' or 'last'; got {models!r}.")
         if len(bodies) != len(heads) or not heads:

@@ -40,7 +40,8 @@ def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks:
     figure.suptitle(title)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (user, matrix) in zip(axes, matrices.items(), strict=True):
-        values = 100 * matrix.numpy()
+        tested = [t for t in range(len(matrix)) if not bool(matrix[t].isnan().all())]  # of Joint, one model alone
+        values = 100 * matrix[tested].numpy()
         image = axis.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=50, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if value == value:
@@ -48,7 +49,7 @@ def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks:
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
         axis.set_title(f"user {user}", fontsize=10)
         axis.set_xticks(range(len(tasks)), tasks)
-        axis.set_yticks(range(len(tasks)), [f"{t + 1}" for t in range(len(tasks))])
+        axis.set_yticks(range(len(tested)), [f"{t + 1}" for t in tested])
         axis.set_xlabel("task")
     axes[0].set_ylabel("model after task")
     figure.colorbar(image, ax=list(axes), label="accuracy (%)", extend="min")
@@ -87,7 +88,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     floor = max(0, 10 * int(lowest / 10) - 10)
     axis.set_ylim(floor, 100)
     axis.set_xticks(range(len(methods)), methods)
-    axis.set_ylabel("average accuracy (%)" + (f", axis from {floor}" if floor else ""))
+    axis.set_ylabel("average accuracy (%)" + (f", axis from {floor}" if floor else "") + "; dots: seeds")
     axis.set_title(f"{title}, all users" if several else title)
     figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

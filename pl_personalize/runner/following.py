@@ -118,6 +118,7 @@ class Following:
                 "server_method": run.server,
                 "seed": run.seed,
                 "methods": list(run.methods),
+                "adaptations": list(run.setting.adaptations),
                 "tasks": list(run.data.tasks),
                 "users": list(run.data.users),
                 "versions": versions(),

@@ -50,8 +50,8 @@ class MetricsLog:
             follower(record)
 
     def drop(self, stage: str, *, from_step: int) -> None:
-        """Forget the records of a stage from a step on: it will go on from there and log them again."""
-        kept = [r for r in self.read() if r.stage != stage or r.step < from_step]
+        """Forget the records of a stage, and of its parts, from a step on: it will log them again."""
+        kept = [r for r in self.read() if not f"{r.stage}/".startswith(f"{stage}/") or r.step < from_step]
         text = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
         if self._path.exists():
             write_atomically(self._path, text.encode())

@@ -50,11 +50,11 @@ class ImportanceOptions:
 
 @dataclass
 class AdaptationOptions:
-    """How batch norm is adapted to a user, for networks that have it.
+    """How batch norm is re-estimated (``recalibrate``, ``AdaBN``, ``AdaBN-S``), for networks that have it.
 
     Attributes:
         exact: Statistics do not depend on the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: How many of the user's images the present statistics count as.
+        prior_samples: How many images the statistics before count as; for merges, those are the experts' average.
         epochs: For ``AdaBN-S``, epochs over the user's labelled images.
         lr: For ``AdaBN-S``, the learning rate of SGD with momentum 0.9.
     """

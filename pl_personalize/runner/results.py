@@ -130,7 +130,8 @@ def cell(rows: Sequence[ResultRow]) -> str:
     accuracies = [row.avg_acc for row in rows]
     spread = f" ± {stdev(accuracies):.1f}" if len(rows) > 1 else ""
     lost = [row.forgetting for row in rows if row.forgetting is not None]
-    return f"{mean(accuracies):.1f}{spread} ({f'{mean(lost):.1f}' if lost else 'n/a'})"
+    forgotten = f"{round(mean(lost), 1) + 0.0:.1f}" if lost else "n/a"  # + 0.0: no negative zero
+    return f"{mean(accuracies):.1f}{spread} ({forgotten})"
 
 
 def results_table(
@@ -181,7 +182,7 @@ def user_title(user: str) -> str:
 
 def _marked_cell(rows: Sequence[ResultRow], label: str, user: str, marks: Mapping[tuple[str, str], str]) -> str:
     found = [row for row in rows if (row.label, row.user) == (label, user)]
-    return " ".join(filter(None, [cell(found) if found else "", marks.get((label, user), "")]))
+    return " ".join(filter(None, [cell(found) if found else "–", marks.get((label, user), "")]))
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -210,10 +211,8 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
         sentences.append(f"Bounds: {bounds}.")
     adaptations = list(dict.fromkeys(row.adaptation for row in rows))
     if adaptations != ["none"]:
-        meanings = "; ".join(
-            f"{name}: {adaptation.text}" for name, adaptation in ADAPTATIONS.items() if name in adaptations
-        )
-        sentences.append(f"Batch norm: {meanings}.")
+        meanings = [f"{name}: {known.text}" for name, known in ADAPTATIONS.items() if name in adaptations]
+        sentences.append(f"Batch norm (–: for merges alone): {'; '.join(meanings)}.")
     if marked:
         best = "the best adaptation of a method" if len(adaptations) > 1 else "the best method, bounds apart"
         sentences.append(

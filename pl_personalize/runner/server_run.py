@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from typing_extensions import override
 
+from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import TensorFile, save_tensors
-from pl_personalize.batchnorm import BatchNormStatistics
+from pl_personalize.batchnorm import ARTIFACT_KIND as BATCHNORM_KIND
 from pl_personalize.callbacks import AdaBNS
 from pl_personalize.datamodules import TaskIncrementalDataModule, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
@@ -26,6 +24,7 @@ from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.batchnorm_policy import affine_names, statistics_names
 from pl_personalize.modules.merge_module import EXPERT_KIND
+from pl_personalize.runner.checkpoints import Checkpoints
 from pl_personalize.runner.methods import (
     ADAPTATIONS,
     METHODS,
@@ -89,7 +88,7 @@ class Work(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``train``, ``importance`` or ``test``."""
+        """``train``, ``importance``, ``merge`` or ``test``."""
         return self.name.split("/")[2]
 
 
@@ -147,6 +146,9 @@ class ServerRun(ABC):
         """Every stage, in an order in which each finds what it needs."""
         yield from self.training()
         yield from self.importances()
+        for method in self.methods:
+            for user in self.data.users if METHODS[method].merges else ():
+                yield self._work(f"merge/{method}/{user}", self._merge, method, user)
         for variant in self.variants:
             for user in self.data.users:
                 yield self._work(f"test/{variant.label}/{user}", self._test, variant, user)
@@ -251,9 +253,11 @@ class ServerRun(ABC):
         return done
 
     def forget_interrupted(self) -> None:
-        """Drop from the log what an interrupted training had logged after the point from where it will go on."""
-        for work in self.training():
-            if self.folder.finished(work.name) is None:
+        """Drop from the log what an interrupted stage had logged after the point from where it will go on."""
+        for work in self.stages():
+            if self.folder.finished(work.name) is None and work.kind != "train":
+                self.log.drop(work.name, from_step=0)
+            elif self.folder.finished(work.name) is None:
                 resume = Checkpoints(self.path("checkpoints", work.name.rpartition("/")[2]).with_suffix("")).resume
                 step = 0
                 if resume.exists():
@@ -273,27 +277,31 @@ class ServerRun(ABC):
         self._lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
         assert evaluator.matrix is not None
         rows: Matrix = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
-        written = []
-        if isinstance(evaluator, MergeModule):
-            if variant == next(v for v in self.variants if v.method == method):  # the parameters are always the same
-                metadata = {
-                    "method": method,
-                    "user": user,
-                    "sources": self.folder.checksums(self.sources(method, user)),
-                }
-                path = self.merged_path(method, user)
-                written.append(save_tensors(path, evaluator.export(), kind="merged", metadata=metadata))
-            if adaptation.policy == "adapt":
-                for task in range(self.num_tasks):
-                    path = self.path("merged", f"{user}-{variant.label}-task{task + 1}")
-                    BatchNormStatistics(evaluator.statistics[self.num_tasks - 1, task]).save(path)
-                    written.append(path)
+        last, written = self.num_tasks - 1, []
+        if variant.adaptation in ("AdaBN", "AdaBN-S") and METHODS[method].merges:  # what the user's device keeps
+            for task in range(self.num_tasks):
+                entries = evaluator.entries.get((last, task)) or evaluator.statistics[last, task]
+                path = self.path("merged", f"{user}-{variant.label}-task{task + 1}")
+                written.append(save_tensors(path, entries, kind=BATCHNORM_KIND, metadata={"stage": stage}))
         return self.folder.finish(stage, artifacts=written, result={"matrix": rows})
+
+    def _merge(self, method: MethodName, user: str, stage: str) -> Stage:
+        """Write a method's merged model for a user; batch norm, if there is any, has the average of the experts."""
+        evaluator = self.evaluator(method, user, bn_policy="average")
+        assert isinstance(evaluator, MergeModule)
+        sources = self.folder.checksums(self.sources(method, user))
+        metadata = {"method": method, "user": user, "sources": sources}
+        path = self.merged_path(method, user)
+        save_tensors(path, evaluator.export(), kind="merged", metadata=metadata)
+        return self.folder.finish(stage, artifacts=[path])
 
     def _train_batchnorm(
         self, evaluator: SequenceEvaluator, user: str, stage: str
     ) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """Batch norm trained on the user's labelled images: of each model on its task, and of the last on all."""
+        """Batch norm adapted, then γ and β trained on the user's labelled images.
+
+        Of each model on its task, and of the last on all: what average accuracy and forgetting need.
+        """
         options, data = self.setting.adaptation, self.data.view(user=user)
         last = self.num_tasks - 1
         cells = {(last, task) for task in range(self.num_tasks)}
@@ -305,16 +313,16 @@ class ServerRun(ABC):
             network = self._network(data.num_classes(i))
             network.body.load_state_dict(bodies[t])
             network.head.load_state_dict(evaluator.heads[i])
+            adapt_batchnorm(network, data.adapt_dataloader(i), module="body", **evaluator.bn_options)
             seed = derive_seed(self.seed, "AdaBN-S", t, i)
             learner = TaskLearner(network, seed=seed, task=i, lr=options.lr, l2_transfer=0.0)
             images, labels = data.user_split(user, i)[0]
             loader = tensor_loader(images, labels, batch_size=data.batch_size, shuffle=True, seed=seed)
-            callback = AdaBNS(exact=options.exact, prior_samples=options.prior_samples)
-            self._lightning(
-                f"{stage}/model{t + 1}-task{i + 1}", [callback], max_epochs=options.epochs, enable_checkpointing=False
-            ).fit(learner, loader)
-            names = [*statistics_names(network.body), *affine_names(network.body)]
+            name, epochs = f"{stage}/model{t + 1}-task{i + 1}", options.epochs
+            trainer = self._lightning(name, [AdaBNS("keep")], max_epochs=epochs, enable_checkpointing=False)
+            trainer.fit(learner, loader)
             state = network.body.state_dict()
+            names = [*statistics_names(network.body), *affine_names(network.body)]
             tuned[t, i] = {name: state[name].clone() for name in names}
         return tuned
 
@@ -325,27 +333,6 @@ class ServerRun(ABC):
     def sources(self, method: MethodName, user: str) -> list[Path]:
         """The files that a method's model for a user is made of."""
         return []
-
-
-class Checkpoints(ModelCheckpoint):
-    """The model with the best validation accuracy, and now and then a checkpoint to resume from.
-
-    The latter within an epoch, but not at its last step, from where Lightning would go on without its validation.
-
-    Args:
-        folder: Where they are.
-        seconds: Between two checkpoints to resume from.
-    """
-
-    def __init__(self, folder: Path, seconds: float = 30) -> None:
-        super().__init__(folder, "best", monitor="val/acc", mode="max", enable_version_counter=False)
-        self.resume, self._seconds, self._saved = folder / "last.ckpt", seconds, time.monotonic()
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self._saved >= self._seconds and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.resume)
-            self._saved = time.monotonic()
 
 
 def part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

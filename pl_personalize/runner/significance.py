@@ -53,8 +53,8 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
             under other adaptations, alone.
 
     Returns:
-        Nothing for a single seed: that says nothing of chance. Holm's correction is for the pairs of a user that answer
-        one question: which method under an adaptation, or which adaptation of a method.
+        Nothing for fewer than three seeds: they say next to nothing of chance. Holm's correction is for the pairs of a
+        user that answer one question: which method under an adaptation, or which adaptation of a method.
     """
     bounds = {name for name, method in METHODS.items() if method.bound is not None}
     accuracies: dict[str, dict[tuple[str, int], float]] = {}
@@ -66,7 +66,7 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
         if row.method not in bounds:
             questions.setdefault(f"methods under {row.adaptation}", {})[row.label] = None
         questions.setdefault(f"adaptations of {row.method}", {})[row.label] = None
-    if len({row.seed for row in rows}) < 2:
+    if len({row.seed for row in rows}) < 3:
         return []
     users = list(dict.fromkeys(row.user for row in rows if row.user != ALL_USERS))
     found: list[Comparison] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.artifacts import file_checksum
@@ -65,21 +66,26 @@ class WandbTracker:
         import wandb
 
         self._wandb, self._options, self._name = wandb, options, name
-        self._run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            mode=options.mode,
-            dir=folder,
-            name=name,
-            group=group,
-            job_type=job_type,
-            tags=list(tags),
-            id=run_id,
-            resume="allow" if options.mode == "online" else None,
-            config=dict(config),
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                mode=options.mode,
+                dir=folder,
+                name=name,
+                group=group,
+                job_type=job_type,
+                tags=list(tags),
+                id=run_id,
+                resume="allow" if options.mode == "online" else None,
+                config=dict(config),
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise MisconfigurationException(
+                f"Weights & Biases: {error} (after wandb login it works online; --wandb.mode offline needs nothing)"
+            ) from error
         self._run.define_metric("after_task", hidden=True)
         self._run.define_metric("test/*", step_metric="after_task")
         self._run.define_metric("importance/task", hidden=True)

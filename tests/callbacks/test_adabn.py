@@ -657,7 +657,29 @@ def test_data_that_draw_numbers_do_not_change_the_run(tmp_path):
 def test_no_hook_per_step_is_overridden():
     hooks = {name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
     mine = {name for name in hooks if getattr(AdaBN, name) is not getattr(Callback, name)}
-    assert mine == {"setup", "on_train_start", "on_train_end", "on_test_start", "on_predict_start"}
+    assert mine == {"setup", "on_train_start", "on_train_end", "on_fit_end", "on_test_start", "on_predict_start"}
+
+
+def test_the_last_checkpoint_has_the_statistics_of_the_training(tmp_path):
+    """It is written when the training ends: resumed from it, the training goes on as without the callback."""
+
+    def last(*callbacks):
+        torch.manual_seed(0)
+        checkpoint = ModelCheckpoint(tmp_path / str(len(callbacks)), save_last=True, every_n_epochs=5)
+        torch.manual_seed(1)
+        t = trainer(tmp_path, *callbacks, checkpoint, enable_checkpointing=True, max_epochs=1)
+        t.fit(Net(), in_order(Rows()))
+        return torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
+
+    assert_identical(last(AdaBN()), last())
+
+
+def test_a_prior_is_what_there_was_before_any_adaptation(tmp_path):
+    net, callback = Net().eval(), AdaBN(prior_samples=8)
+    expected = wanted(net, Rows(9, seed=2), prior_samples=8)
+    trainer(tmp_path, callback).predict(net, in_order(Rows(7, seed=3)))
+    trainer(tmp_path, callback).predict(net, in_order(Rows(9, seed=2)))
+    assert_same(callback.statistics, expected)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -890,7 +912,8 @@ model:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     first, second = (c for c in cli.trainer.callbacks if isinstance(c, AdaBN))
     assert_same(first.statistics, wanted(cli.model, Rows()))
-    cli.model.load_state_dict(cli.model.state_dict() | dict(first.statistics))
+    *_, trained = second._before.values()  # both start from what the training left
+    cli.model.features.load_state_dict(cli.model.features.state_dict() | dict(trained))
     assert_same(second.statistics, wanted(cli.model, Rows(9, seed=2), module="features", exact=True, prior_samples=16))
     assert Path(second.path) == tmp_path / "cli" / "mine.safetensors"
 
@@ -961,7 +984,7 @@ class After(Callback):
         ]
         (FOLDER / f"{self.what}-{trainer.global_rank}.json").write_text(json.dumps(results))
 
-    on_train_end = on_predict_end = note
+    on_fit_end = on_predict_end = note
 
 
 def trainer(what, *callbacks, **options):

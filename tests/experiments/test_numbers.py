@@ -89,6 +89,23 @@ def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_pat
         assert "84.0 (-0.2)" in output
 
 
+def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, global_state):
+    sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
+    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1, 2]", "--loggers", "[]"]
+    network = ["--backbone", "cnn_bn", "--methods", "[mean-IMM]", "--adaptations", "[AdaBN]"]
+    folder = tmp_path / "run"
+    run_here(monkeypatch, "numbers.py", *SMALL[:2], *options, *network, "--output_dir", folder)
+    capsys.readouterr()
+    study = ["--run_dir", folder, "--method", "mean-IMM", "--images", "[2, 1000]", "--batch_sizes", "[3]"]
+    run_here(monkeypatch, "batchnorm_study.py", *study, "--draws", "2")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line}
+    assert {"2", "all", "3"} <= set(rows)
+    assert "1000" not in rows  # no task has so many
+    assert all(0 <= float(cell.partition(" ")[0]) <= 100 for cell in rows["all"])
+    assert (folder / "figures" / "adabn-images.png").is_file()
+
+
 def test_a_configuration_is_tested_or_no_configuration():
     tested = [name for name in CONFIGS if name.startswith("numbers")]
     assert [name for name in CONFIGS if name not in tested] == ["digits.yaml"]  # test_digits.py runs it

@@ -49,7 +49,8 @@ def expert(seed):
 
 EXPERTS = [expert(seed) for seed in range(TASKS)]
 STATES = [one.state_dict() for one in EXPERTS]
-IMPORTANCES = [{n: torch.rand_like(p) for n, p in one.body.named_parameters()} for one in EXPERTS]
+RANDOM = torch.Generator().manual_seed(0)
+IMPORTANCES = [{n: torch.rand(p.shape, generator=RANDOM) for n, p in one.body.named_parameters()} for one in EXPERTS]
 
 
 def run(module, tmp_path, datamodule):
@@ -128,6 +129,7 @@ def test_options_reach_the_estimate(tmp_path):
     found = run(module, tmp_path, data).statistics[1, 1]
     network = copy.deepcopy(EXPERTS[1])
     network.body.load_state_dict(merge([one.body.state_dict() for one in EXPERTS[:2]]))
+    BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS[:2]]).apply(network.body)
     expected = adapt_batchnorm(network, data.user_split("ann", 1)[0].images.split(5), module="body", **options)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
@@ -224,6 +226,43 @@ def test_a_policy_that_needs_data_says_so(policy, tmp_path):
         MisconfigurationException, match=rf"bn_policy='{policy}' needs a datamodule with \w+_dataloader"
     ):
         trainer(tmp_path).test(MergeModule(expert(9), STATES, bn_policy=policy), data.test_dataloader(), verbose=False)
+
+
+def test_a_prior_is_the_average_of_the_experts(tmp_path):
+    options = {"prior_samples": 1e15}
+    module = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="adapt", bn_options=options)
+    found = run(module, tmp_path, Images("ann")).statistics[2, 0]
+    average = BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS])
+    for name, value in average.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_an_average_has_the_parts_of_the_merge():
+    weights = [1, 2, 5]
+    state = MergeModule(expert(9), STATES, bn_policy="average", weights=weights).export()
+    mean = sum(w * one.body[1].running_mean for w, one in zip(weights, EXPERTS, strict=True)) / 8
+    torch.testing.assert_close(state["body.1.running_mean"], mean)
+    second = [one.body[1].running_var + one.body[1].running_mean ** 2 for one in EXPERTS]
+    variance = sum(w * moment for w, moment in zip(weights, second, strict=True)) / 8 - mean**2
+    torch.testing.assert_close(state["body.1.running_var"], variance)
+
+
+@pytest.mark.parametrize("policy", ["last", "average", "expert", "recalibrate", "adapt"])
+def test_only_the_last_model(policy, tmp_path):
+    every = run(MergeModule(expert(9), STATES, IMPORTANCES, bn_policy=policy), tmp_path, Images("ann"))
+    last = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy=policy, models="last")
+    assert torch.equal(run(last, tmp_path, Images("ann")).matrix[-1], every.matrix[-1])
+
+
+def test_the_reference_needs_all_models():
+    with pytest.raises(MisconfigurationException, match="models='all'"):
+        MergeModule(expert(9), STATES, bn_policy="reference", models="last")
+
+
+@pytest.mark.parametrize("options", [{"exakt": True}, {"prior_samples": -1}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(MisconfigurationException, match=f"bn_options.*{next(iter(options))}"):
+        MergeModule(expert(9), STATES, bn_policy="adapt", bn_options=options)
 
 
 def test_unknown_policies_are_refused():

@@ -10,6 +10,7 @@ from torch import nn
 from wandb_file import read_run
 
 from pl_personalize import BatchNormStatistics
+from pl_personalize.artifacts import TensorFile
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import LabelledImages
 from pl_personalize.models import TaskNetwork
@@ -130,8 +131,49 @@ def test_an_interrupted_training_is_logged_once(tmp_path, monkeypatch):
 def test_batch_norm_is_adapted_by_default(tmp_path):
     rows = call(tmp_path, network=with_norm, methods=["MAS-IMM", "Experts"])
     assert {row.adaptation for row in rows} == {"AdaBN"}
-    written = tmp_path / "merged" / "IMM" / "seed1" / "ann-MAS-IMM+AdaBN-task2.safetensors"
-    assert list(BatchNormStatistics.load(written)) == ["1.running_mean", "1.running_var"]
+    folder = tmp_path / "merged" / "IMM" / "seed1"
+    kept = TensorFile(folder / "ann-MAS-IMM+AdaBN-task2.safetensors", kind="batchnorm")
+    assert list(kept) == ["1.running_mean", "1.running_var"]
+    experts = [
+        TensorFile(tmp_path / "checkpoints" / "IMM" / "seed1" / f"task{t}.safetensors", kind="expert") for t in (1, 2)
+    ]
+    average = BatchNormStatistics.average(
+        [{name: expert[f"body.{name}"] for name in kept} for expert in experts],
+    )
+    merged = TensorFile(folder / "ann-MAS-IMM.safetensors", kind="merged")
+    assert torch.equal(merged["body.1.running_var"], average["1.running_var"])
+
+
+def test_a_merged_model_is_the_same_whatever_adaptations_are_tested(tmp_path):
+    path = tmp_path / "merged" / "IMM" / "seed1" / "ann-mean-IMM.safetensors"
+    rows, contents = [], []
+    for adaptations in (["last"], ["average"], ["AdaBN-S", "last"]):
+        rows.append(call(tmp_path, network=with_norm, adaptations=adaptations))
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+    assert [row for row in rows[2] if row.adaptation == "last"] == rows[0]
+    tuned = TensorFile(path.parent / "ann-mean-IMM+AdaBN-S-task1.safetensors", kind="batchnorm")
+    assert set(tuned) == {"1.running_mean", "1.running_var", "1.weight", "1.bias"}
+
+
+def test_an_interrupted_training_of_batch_norm_is_logged_once(tmp_path, monkeypatch):
+    options = {"network": with_norm, "adaptations": ["AdaBN-S"], "trainer": TrainerOptions("cpu", log_every_n_steps=1)}
+    test = ServerRun._test
+
+    def killed(self, variant, user, stage):
+        done = test(self, variant, user, stage)
+        if user == "bob":
+            del self.folder._stages[stage]
+            raise KilledError
+        return done
+
+    monkeypatch.setattr(ServerRun, "_test", killed)
+    with pytest.raises(KilledError):
+        call(tmp_path, loggers=["csv"], **options)
+    monkeypatch.undo()
+    call(tmp_path, loggers=["csv"], **options)
+    lengths = [len(logged(tmp_path, f"test-mean-IMM+AdaBN-S-{user}-model1-task1")) for user in ("ann", "bob")]
+    assert lengths[0] == lengths[1] > 0
 
 
 def test_every_adaptation_of_every_method(tmp_path, capsys):
@@ -172,9 +214,12 @@ def test_trained_batch_norm_is_trained(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adaptations": ["AdaBN"]}, "must be of none, each once, for a network without"),
-        ({"network": with_norm, "adaptations": ["none"]}, "must be of last, average, .* for a network with batch norm"),
+        ({"adaptations": ["AdaBN"]}, "have no meaning without batch norm"),
+        ({"network": with_norm, "adaptations": ["none"]}, r"must be of last, average, .*; got \['none'\]"),
         ({"network": with_norm, "adaptations": ["last", "last"]}, "each once"),
+        ({"network": with_norm, "adaptation": AdaptationOptions(epochs=0)}, "adaptation.epochs must be at least 1"),
+        ({"network": with_norm, "adaptation": AdaptationOptions(prior_samples=-1)}, "prior_samples must be 0 or more"),
+        ({"network": with_norm, "adaptations": ["average"], "methods": ["Experts"]}, "for Experts, which is no merge"),
         ({"loggers": ["csv", "csv"]}, "loggers must be each once"),
         ({"trainer": TrainerOptions(accelerator="abacus")}, "trainer: .*abacus"),
         ({"trainer": TrainerOptions(accelerator="cpu", log_every_n_steps=0)}, "log_every_n_steps must be at least 1"),

@@ -5,7 +5,7 @@ from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.modules import TaskLearner
-from pl_personalize.runner.server_run import Checkpoints
+from pl_personalize.runner.checkpoints import Checkpoints
 
 
 class Spy(Checkpoints):

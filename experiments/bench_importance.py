@@ -1,0 +1,190 @@
+"""What exact importances cost: ratios to one batched forward and backward pass of the same batch, in one process.
+
+python experiments/bench_importance.py        # or: make bench
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from pl_personalize.functional.batches import call_model
+from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
+from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.models import mlp
+from pl_personalize.runner.results import markdown_table
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+CASES: dict[str, Case] = {
+    "MLP 100-100": (lambda: mlp((3, 28, 28), 10), (256, 3, 28, 28)),
+    "AlexNet": (torchvision.models.alexnet, (16, 3, 224, 224)),
+    "VGG-11-BN": (torchvision.models.vgg11_bn, (8, 3, 224, 224)),
+    "ResNet-18": (torchvision.models.resnet18, (16, 3, 224, 224)),
+    "ViT-B/16": (torchvision.models.vit_b_16, (4, 3, 224, 224)),
+}
+
+
+def main(
+    cases: Sequence[str] = tuple(CASES),
+    rounds: PositiveInt = 5,
+    slow_rounds: PositiveInt = 1,
+    num_threads: PositiveInt = 1,
+    output_dir: Path = Path("runs/bench-importance"),
+) -> None:
+    """Time exact importances and their alternatives, taking turns.
+
+    Args:
+        cases: Networks: ``MLP 100-100``, ``AlexNet``, ``VGG-11-BN``, ``ResNet-18``, ``ViT-B/16``.
+        rounds: Of the reference and of ours; the median counts.
+        slow_rounds: Of the alternatives.
+        num_threads: Threads for PyTorch.
+        output_dir: Folder of the table, as CSV and Markdown.
+    """
+    torch.set_num_threads(num_threads)
+    header = ["network", "batch", "forward+backward (s)", "MAS", "Fisher", "BackPACK", "vmap(grad)", "batch size 1"]
+    lines: list[list[str]] = []
+    for name in cases:
+        make, shape = CASES[name]
+        torch.manual_seed(0)
+        model, x = make().eval(), torch.randn(shape)
+        seconds = {"plain": [], "mas": [], "fisher": []} | time_ours(model, x, rounds)
+        plain = median(seconds["plain"])
+        line = [
+            name,
+            str(shape[0]),
+            f"{plain:.4f}",
+            *(f"{median(seconds[kind]) / plain:.2f}" for kind in ("mas", "fisher")),
+        ]
+        for alternative in (backpack, vmap_of_grad, one_by_one):
+            line.append(ratio(alternative, model, x, slow_rounds, plain))
+            gc.collect()
+        lines.append(line)
+        print("  ".join(line), flush=True)
+    table = markdown_table([header, *lines])
+    print(f"\n{table}\n\nRatios to the batched forward+backward of the same batch, medians, {num_threads} thread(s).")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "importance.md").write_text(table + "\n")
+    with (output_dir / "importance.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def time_ours(model: nn.Module, x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """A plain forward and backward pass, MAS and Fisher, in turns; the engine's check of itself is not counted."""
+    parameters = dict(model.named_parameters())
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        model(x).square().sum().backward()
+
+    found: dict[str, list[float]] = {"plain": [], "mas": [], "fisher": []}
+    engines = {}
+    for kind, power in (("mas", 1), ("fisher", 2)):
+        engine = PerSamplePowerSums(model, parameters, power=power, forward=call_model, max_scratch_bytes=2**28)
+        with engine:
+            engine.add(x, len(x), lambda logits: [mas_cotangent(logits)])  # checks itself on the first batch
+        engines[kind] = engine
+    for _ in range(rounds):
+        found["plain"].append(timed(plain))
+        model.zero_grad(set_to_none=True)
+        with engines["mas"] as engine:
+            found["mas"].append(timed(lambda e=engine: e.add(x, len(x), lambda logits: [mas_cotangent(logits)])))
+        with engines["fisher"] as engine:
+            found["fisher"].append(
+                timed(lambda e=engine: e.add(x, len(x), lambda logits: fisher_cotangents(logits, 1, None)))
+            )
+    return found
+
+
+def ratio(
+    run: Callable[[nn.Module, Tensor], Callable[[], object]], model: nn.Module, x: Tensor, rounds: int, plain: float
+) -> str:
+    """Median time of an alternative over the plain pass, or why there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call = run(model, x)
+            return f"{median(timed(call) for _ in range(rounds)) / plain:.2f}"
+    except (ImportError, NotImplementedError, RuntimeError, AttributeError, MemoryError) as error:
+        return f"no ({type(error).__name__})"
+
+
+def backpack(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """BackPACK's sum over samples of squared gradients."""
+    if find_spec("backpack") is None:
+        raise ImportError("backpack-for-pytorch is not installed")
+    from backpack import backpack as extension
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    copied = deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    network, loss = extend(copied), extend(nn.CrossEntropyLoss(reduction="sum"))
+    labels = model(x).argmax(1)
+
+    def call() -> None:
+        with extension(SumGradSquared()):
+            loss(network(x), labels).backward()
+
+    call()
+    return call
+
+
+def vmap_of_grad(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Per-sample gradients of ``torch.func``, two samples at a time where all do not fit."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def objective(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, (values, buffers), (sample.unsqueeze(0),)).square().sum()
+
+    size = sum(p.numel() * 4 for p in parameters.values())
+    chunk = None if size * len(x) < 2**31 else 2
+    return lambda: add_up(vmap(grad(objective), in_dims=(None, 0), chunk_size=chunk)(parameters, x))
+
+
+def add_up(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of absolute values over samples."""
+    return {name: value.abs().sum(0) for name, value in gradients.items()}
+
+
+def one_by_one(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """A forward and backward pass for each sample."""
+    parameters = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+
+    def call() -> None:
+        for sample in x:
+            output = model(sample[None])
+            loss = -F.log_softmax(output, 1).max()
+            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total.add_(gradient.abs())
+
+    return call
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

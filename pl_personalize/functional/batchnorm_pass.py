@@ -1,0 +1,262 @@
+"""Passes over data that find the moments of what each batch-norm layer sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from pl_personalize.functional.batches import (
+    batch_size,
+    batch_tensors,
+    concatenate_batches,
+    copy_batch,
+    slice_batch,
+)
+from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, mean_and_variance
+
+Forward = Callable[[nn.Module, Any], Any]
+AllReduce = Callable[[Tensor], Tensor]
+
+
+class ReadBatches(Protocol):
+    """Batches that can be read again, or kept."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read them, on the model's device."""
+
+    def keep(self, max_bytes: int) -> list[Any] | None:
+        """All of them, if they fit: whoever reads again then gets the same."""
+
+
+class StatisticsPass:
+    """A forward in which each batch-norm layer normalises by what a subclass says.
+
+    The layers stay in eval mode; before each call the statistics to normalise by are written into their buffers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, _BatchNorm],
+        forward: Forward,
+        prior_samples: float,
+        all_reduce: AllReduce | None,
+    ) -> None:
+        self.model, self.layers, self.prior_samples, self.all_reduce = model, layers, prior_samples, all_reduce
+        self.moments: dict[str, Tensor] = {}
+        self.num_samples = 0
+        self._forward = forward
+        self._old: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        """The moments by which a layer normalises its input; ``None`` for its present statistics."""
+        raise NotImplementedError
+
+    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+        """Find the moments of every layer.
+
+        Args:
+            data: The batches.
+            max_bytes: Of data and activations that may be held at once.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Any) -> None:
+        """Run the model on a batch."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.enter_context(_Hook(layer, partial(self._on_input, name)))
+            self._forward(self.model, batch)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The running statistics that follow from the moments."""
+        found: dict[str, Tensor] = {}
+        for name, moments in self.moments.items():
+            if moments[0].max() <= 1 and not self.prior_samples:
+                raise ValueError(
+                    f"The batch-norm layer {name!r} saw a single value for each channel, which has no variance: give "
+                    "more than one sample, or let the present statistics count as some, prior_samples=."
+                )
+            for what, value in zip((MEAN, VARIANCE), self._blend(name, moments, unbiased=True), strict=True):
+                if not torch.isfinite(value).all():
+                    raise ValueError(f"The {what} of the batch-norm layer {name!r} is not finite on these data.")
+                found[f"{name}.{what}".removeprefix(".")] = value.to(getattr(self.layers[name], what).dtype)
+        return found
+
+    def _on_input(self, name: str, layer: _BatchNorm, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        if name not in self._old:
+            self._old[name] = layer.running_mean.double().clone(), layer.running_var.double().clone()
+        moments = self.see(name, args[0] if args else kwargs["input"])
+        if moments is None:
+            mean, variance = self._old[name]
+        else:
+            mean, variance = self.normalise_by(name, moments)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+
+    def normalise_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance."""
+        return mean_and_variance(moments, unbiased=False)
+
+    def _blend(self, name: str, moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+        mean, variance = mean_and_variance(moments, unbiased=unbiased)
+        old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
+        if moments[0].max() <= 1:
+            variance = old_variance  # a single value says nothing of it
+        if not self.prior_samples and moments[0].max() > 1:
+            return mean.to(old_mean), variance.to(old_variance)  # even where the old ones are NaN
+        share = self.num_samples / (self.num_samples + self.prior_samples)
+        return old_mean.lerp(mean.to(old_mean), share), old_variance.lerp(variance.to(old_variance), share)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(buffer.device for layer in self.layers.values() for buffer in layer.buffers())
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values if self.all_reduce is None else self.all_reduce(values)
+
+    def _count(self, samples: int) -> None:
+        self.num_samples = int(self._sum(torch.tensor(samples, device=self._device)))
+        if self.num_samples == 0:
+            raise ValueError("The dataloader has no samples; statistics need at least one.")
+
+
+class BatchwisePass(StatisticsPass):
+    """One pass; each layer normalises by the batch."""
+
+    @override
+    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+        """Sum the moments over all batches."""
+        count = 0
+        for batch in data:
+            count += batch_size(batch)
+            self.forward(batch)
+        self._count(count)
+        seen = {name: self.moments.get(name, _no_moments(layer)) for name, layer in self.layers.items()}
+        summed = {name: self._sum(moments) for name, moments in seen.items()}
+        self.moments = {name: moments for name, moments in summed.items() if moments[0].max() > 0}
+
+    @override
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        moments = channel_moments(x)
+        self.moments[name] = self.moments[name] + moments if name in self.moments else moments
+        if moments[0, 0] > 1:
+            return moments
+        # A batch of one image cannot be normalised by itself: by all so far, if there are others.
+        return self.moments[name] if self.moments[name][0, 0] > 1 else None
+
+
+class _Reached(BaseException):
+    """A forward has come to a layer whose statistics are being estimated."""
+
+
+class ExactPass(StatisticsPass):
+    """Each layer, and each call of it in a forward, normalises by the moments over all data."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._known: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._found: dict[str, Tensor] = {}
+        self._calls: Counter[str] = Counter()
+        self._all_at_once = False
+
+    @override
+    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+        """With one batch of everything, or layer by layer."""
+        kept = data.keep(max_bytes)
+        whole = concatenate_batches(kept) if kept and self.all_reduce is None else None
+        if whole is not None and kept is not None and self._fits(kept[0], batch_size(whole), max_bytes):
+            self._count(batch_size(whole))
+            self._all_at_once = True
+            self._calls.clear()
+            self.forward(whole)
+        else:
+            while self._next_layer(data):
+                pass
+        self.moments = {name: torch.stack(calls).sum(0) for name, calls in self._known.items() if calls}
+
+    def _next_layer(self, data: Iterable[Any]) -> bool:
+        """One pass up to the first call whose moments are not known; ``False`` if all are."""
+        self._found = {}
+        count = 0
+        for batch in data:
+            count += batch_size(batch)
+            self._calls.clear()
+            with suppress(_Reached):
+                self.forward(batch)
+        if not self.num_samples:
+            self._count(count)
+        new = False
+        reached = torch.tensor([int(name in self._found) for name in self.layers], device=self._device)
+        for (name, layer), times in zip(self.layers.items(), self._sum(reached).tolist(), strict=True):
+            if times:
+                self._known[name].append(self._sum(self._found.get(name, _no_moments(layer))))
+                new = True
+        return new
+
+    @override
+    def see(self, name: str, x: Tensor) -> Tensor | None:
+        call = self._calls[name]
+        self._calls[name] += 1
+        if call < len(self._known[name]):
+            return self._known[name][call]
+        moments = channel_moments(x)
+        if not self._all_at_once:
+            self._found[name] = self._found[name] + moments if name in self._found else moments
+            raise _Reached
+        self._known[name].append(moments)
+        return moments
+
+    @override
+    def normalise_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
+        return self._blend(name, moments, unbiased=False)
+
+    def _fits(self, batch: Any, num_samples: int, max_bytes: int) -> bool:
+        """Whether the activations of everything fit: three times the largest that a module returns."""
+        largest = 0
+
+        def measure(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal largest
+            largest = max(largest, sum(t.numel() * t.element_size() for t in batch_tensors(output)))
+
+        count = min(2, batch_size(batch))
+        sample = copy_batch(slice_batch(batch, batch_size(batch), slice(0, count)))
+        handles = [layer.register_forward_hook(measure) for layer in self.model.modules()]
+        try:
+            self._forward(self.model, sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return 3 * largest * num_samples <= max_bytes * count
+
+
+class _Hook(AbstractContextManager[None]):
+    def __init__(self, layer: nn.Module, function: Callable[..., None]) -> None:
+        self._handle = layer.register_forward_pre_hook(function, with_kwargs=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+
+
+def _present(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.double(), layer.running_var.double()
+
+
+def _no_moments(layer: _BatchNorm) -> Tensor:
+    assert layer.running_mean is not None
+    return torch.zeros_like(channel_moments(layer.running_mean[None]))

@@ -1,0 +1,144 @@
+"""What is checked before an experiment does anything."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.models import TaskNetwork
+from pl_personalize.runner.expert_run import SERVER
+from pl_personalize.runner.methods import ADAPTATIONS, METHODS, AdaptationName, MethodName, variants
+from pl_personalize.runner.options import (
+    AdaptationOptions,
+    ArtifactName,
+    ImportanceOptions,
+    LoggerName,
+    TrainerOptions,
+    TrainingOptions,
+    WandbOptions,
+)
+from pl_personalize.runner.results import ALL_USERS
+
+
+def check_options(
+    datamodule: TaskIncrementalDataModule,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    training: TrainingOptions,
+    importance: ImportanceOptions,
+    adaptation: AdaptationOptions,
+    trainer: TrainerOptions,
+    loggers: Sequence[str],
+    wandb: WandbOptions,
+) -> None:
+    """Refuse options that cannot work, before anything is done.
+
+    Raises:
+        MisconfigurationException: With the option, its value, and what it may be.
+    """
+    for name, values, least in (("methods", methods, 1), ("seeds", seeds, 1), ("loggers", loggers, 0)):
+        if len(values) < least or len(set(values)) != len(values):
+            what = "at least one, and each once" if least else "each once"
+            raise MisconfigurationException(f"{name} must be {what}; got {list(values)}.")
+    if reserved := [user for user in datamodule.users if user in (ALL_USERS, SERVER, "", ".", "..")]:
+        raise MisconfigurationException(f"A user cannot be called {reserved[0]!r}: that has a meaning in results.")
+    if "wandb" not in loggers and wandb.mode != "disabled" and (wandb.artifacts or wandb.images_of):
+        raise MisconfigurationException("wandb.artifacts and wandb.images_of need 'wandb' among the loggers.")
+    known: list[tuple[str, Sequence[str], Sequence[str]]] = [
+        ("methods", methods, list(METHODS)),
+        ("loggers", loggers, get_args(LoggerName)),
+        ("wandb.artifacts", wandb.artifacts, get_args(ArtifactName)),
+        ("wandb.images_of", wandb.images_of, datamodule.users),
+    ]
+    for name, chosen, there in known:
+        if unknown := [one for one in chosen if one not in there]:
+            raise MisconfigurationException(f"{name}: there is no {unknown[0]!r}; there are {', '.join(there)}.")
+    for name, value, fits, range_ in (
+        ("training.epochs", training.epochs, training.epochs >= 1, "at least 1"),
+        ("training.lr", training.lr, 0 < training.lr < math.inf, "positive"),
+        ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
+        ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
+        ("training.l2_transfer", training.l2_transfer, training.l2_transfer >= 0, "0 or more"),
+        ("adaptation.epochs", adaptation.epochs, adaptation.epochs >= 1, "at least 1"),
+        ("adaptation.lr", adaptation.lr, 0 < adaptation.lr < math.inf, "positive"),
+        ("adaptation.prior_samples", adaptation.prior_samples, 0 <= adaptation.prior_samples < math.inf, "0 or more"),
+        ("trainer.log_every_n_steps", trainer.log_every_n_steps, trainer.log_every_n_steps >= 1, "at least 1"),
+    ):
+        if not fits:
+            raise MisconfigurationException(f"{name} must be {range_}; got {value}.")
+    try:
+        Trainer(**asdict(trainer), devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(f"trainer: {error}") from error
+    if importance.fisher_draws != "all" and importance.fisher_draws < 1:
+        raise MisconfigurationException(f"fisher_draws must be at least 1, or 'all'; got {importance.fisher_draws}.")
+    for package in ("matplotlib", "scipy", *(["tensorboard"] if "tensorboard" in loggers else [])):
+        if find_spec(package) is None:  # they are needed at the end: say so at the start
+            raise MisconfigurationException(
+                f"An experiment with these options needs {package}, which is not installed: pip install {package}"
+            )
+
+
+def choose_adaptations(
+    chosen: Sequence[AdaptationName] | None, network: TaskNetwork, methods: Sequence[MethodName]
+) -> list[AdaptationName]:
+    """The adaptations of batch norm that were chosen; by default AdaBN for a network that has it.
+
+    Raises:
+        MisconfigurationException: If they do not fit the network, or a method has none that has a meaning for it.
+    """
+    layers = batchnorm_layers(network.body)
+    if chosen is None:
+        return ["AdaBN"] if layers else ["none"]
+    known: list[str] = [name for name in ADAPTATIONS if (name == "none") != bool(layers)]
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
+        what = (
+            f"must be of {', '.join(known)}, each once"
+            if layers
+            else "have no meaning for a network without batch norm"
+        )
+        raise MisconfigurationException(f"adaptations {what}; got {list(chosen)}.")
+    if without := [method for method in methods if not variants([method], chosen)]:
+        raise MisconfigurationException(
+            f"None of the adaptations {list(chosen)} has a meaning for {', '.join(without)}, which is no merge; add "
+            "'last', or leave the method out."
+        )
+    return list(chosen)
+
+
+def load_all(datamodule: TaskIncrementalDataModule) -> None:
+    """Read all data, so that what is missing or broken is found before any training.
+
+    Raises:
+        MisconfigurationException: If there is a split without images.
+    """
+    for i, task in enumerate(datamodule.tasks):
+        splits = [
+            ("server", what, split) for what, split in zip(("train", "val"), datamodule.server_split(i), strict=True)
+        ]
+        for user in datamodule.users:
+            found = zip(("adapt", "eval"), datamodule.user_split(user, i), strict=True)
+            splits += [(f"user {user}", what, split) for what, split in found]
+        for owner, what, split in splits:
+            if not len(split.labels):
+                raise MisconfigurationException(f"There are no {what} images of the {owner} for the task {task!r}.")
+
+
+def folder_in_a_sweep(output_dir: Path, runs: int) -> Path:
+    """A sweep's agent starts the same command with other options: each gets a folder of its own."""
+    if runs != 1:
+        raise MisconfigurationException(
+            f"In a sweep a call is one run of W&B, but these seeds and methods make {runs}: give one seed, and methods "
+            "that the server trains for in one way (not Joint beside others)."
+        )
+    return output_dir / os.environ.get("WANDB_RUN_ID", "run")

@@ -1,0 +1,118 @@
+"""What an experiment ends with: tables, figures, and where everything is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pl_personalize.runner.figures import draw_matrices, draw_methods
+from pl_personalize.runner.following import versions
+from pl_personalize.runner.methods import METHODS, Variant
+from pl_personalize.runner.paper import PaperResult
+from pl_personalize.runner.results import (
+    ALL_USERS,
+    ResultRow,
+    adaptation_table,
+    legend,
+    markdown_table,
+    results_table,
+    write_csv,
+    write_markdown,
+)
+from pl_personalize.runner.run_folder import RunFolder
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.significance import Comparison, compare, marks
+
+
+def report(
+    folder: RunFolder,
+    rows: list[ResultRow],
+    runs: Sequence[ServerRun],
+    options: Mapping[str, Any],
+    paper: Mapping[str, PaperResult] | None,
+    paper_note: str | None,
+    tracked: Sequence[str],
+) -> None:
+    """Write the tables and figures, print the table, and say where everything is."""
+    path = folder.path
+    by_method: dict[str, list[str]] = {}
+    for row in rows:
+        by_method.setdefault(row.method, [])
+        if row.label not in by_method[row.method]:
+            by_method[row.method].append(row.label)
+    competitors = [name for name in by_method if METHODS[name].bound is None]  # type: ignore[index]
+    comparisons = compare(rows)
+    if max(map(len, by_method.values())) > 1:
+        best = {key: mark for labels in by_method.values() for key, mark in marks(rows, comparisons, labels).items()}
+        users = sorted({row.user for row in rows}, key=lambda user: user != ALL_USERS)
+        table = "\n\n".join(adaptation_table(rows, user, best) for user in users)
+    else:
+        labels = [label for name in competitors for label in by_method[name]]
+        table = results_table(rows, marks(rows, comparisons, labels), paper)
+    text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
+    title = f"{rows[0].benchmark}, {rows[0].backbone}"
+    write_csv(path / "results.csv", rows)
+    (path / "comparisons.csv").unlink(missing_ok=True)
+    if comparisons:
+        write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
+    for stale in (path / "figures").glob("matrix-*.png"):
+        stale.unlink()
+    write_markdown(path / "results.md", title, table, _with_comparisons(text, comparisons), {**options, **versions()})
+    draw_methods(path / "figures" / "methods.png", title, rows)
+    _draw_means(path / "figures", runs)
+
+    print(f"\n{table}\n\n{text}\n")
+    print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
+    if comparisons:
+        print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")
+    print(f"Figures:     {path / 'figures'}")
+    print(f"Models:      {path / 'checkpoints'}" + (f", {path / 'merged'} (for each user)" if competitors else ""))
+    if (path / "importances").is_dir():
+        print(f"Importances: {path / 'importances'}")
+    print(f"Metrics:     {path / 'metrics.jsonl'}")
+    if "csv" in tracked:
+        print(f"CSV:         {path / 'csv'}")
+    if "tensorboard" in tracked:
+        print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
+    stages = [folder.finished(f"{run.name}/tracked/wandb") for run in runs]
+    segments = [name for stage in stages if stage is not None for name in stage.result["folders"]]
+    offline = [name for name in segments if name.startswith("offline")]
+    if offline:
+        print("To W&B:      wandb sync " + " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline))
+
+
+def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
+    """The legend, and the differences between methods over all users."""
+    lines = [
+        [
+            one.method,
+            one.other,
+            f"{one.difference:+.2f}",
+            f"{one.p:.2g}",
+            f"{one.p_adjusted:.2g}",
+            "≈" if one.within_noise else "",
+        ]
+        for one in comparisons
+        if one.user == ALL_USERS
+    ]
+    if not lines:
+        return text
+    header = ["method", "other", "difference", "p", "p (Holm)", "within noise"]
+    return f"{text}\n\n## Differences over seeds and users\n\n{markdown_table([header, *lines])}"
+
+
+def _draw_means(folder: Path, runs: Sequence[ServerRun]) -> None:
+    """The accuracy matrix of each method, mean over seeds."""
+    groups: dict[Variant, list[ServerRun]] = {}
+    for run in runs:
+        for variant in run.variants:
+            groups.setdefault(variant, []).append(run)
+    for variant, group in groups.items():
+        users, tasks = group[0].data.users, group[0].data.tasks
+        means = {user: torch.stack([run.matrix(variant, user) for run in group]).mean(0) for user in users}
+        of_seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
+        draw_matrices(folder / f"matrix-{variant.label}.png", f"{variant.label}: accuracy, {of_seeds}", means, tasks)
