@@ -214,7 +214,7 @@ def test_trained_batch_norm_is_trained(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adaptations": ["AdaBN"]}, "have no meaning without batch norm"),
+        ({"adaptations": ["AdaBN"]}, "have no meaning for a network without batch norm"),
         ({"network": with_norm, "adaptations": ["none"]}, r"must be of last, average, .*; got \['none'\]"),
         ({"network": with_norm, "adaptations": ["last", "last"]}, "each once"),
         ({"network": with_norm, "adaptation": AdaptationOptions(epochs=0)}, "adaptation.epochs must be at least 1"),
