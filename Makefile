@@ -35,12 +35,13 @@ unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint wheel wheel-test clean
+.PHONY: help demo test lint bench wheel wheel-test clean
 
 help:
 	@echo "make demo        the method on handwritten digits"
 	@echo "make test        all tests (PYTEST_ARGS=... for some of them)"
 	@echo "make lint        ruff, and mypy --strict on the installed package"
+	@echo "make bench       what exact importances and a training step cost, as ratios"
 	@echo "make wheel-test  the fast tests against the built wheel, in a fresh environment"
 	@echo "make clean       remove the environments, caches and builds"
 
@@ -50,6 +51,10 @@ demo: .venv/.installed-experiments | $(WRITABLE)
 test: .venv/.installed-dev | $(WRITABLE)
 	@echo "pytest"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
+
+bench: .venv/.installed-experiments | $(WRITABLE)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_importance.py
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_training.py
 
 # The folders are not named as they are imported, so mypy reads an installed copy, where the sources are out of its
 # sight. A build/ that is already there would bring deleted modules back.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils.hooks import RemovableHandle
 
+from pl_personalize.functional.attention import split_attention
 from pl_personalize.functional.layer_rules import LayerRule, find_layer_rule, raise_to
 
 
@@ -88,8 +89,15 @@ class GradientTape:
             name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
             for name, p in parameters.items()
         }
-        self.rules: dict[nn.Module, LayerRule] = {layer: find_layer_rule(layer) or VJP_RULE for layer in layers}
+        layers = list(layers)
+        self._attentions = {layer: split for layer in layers if (split := split_attention(layer)) is not None}
+        parts = [part for split in self._attentions.values() for part in split.projections]
+        seen = [layer for layer in layers if layer not in self._attentions]
+        self.rules: dict[nn.Module, LayerRule] = {
+            layer: find_layer_rule(layer) or VJP_RULE for layer in [*seen, *parts]
+        }
         self.names: dict[int, str] = {id(p): name for name, p in parameters.items()}
+        self.broadcast = self._broadcast_parameters()
         self._max_scratch_bytes = max_scratch_bytes
         self._handles: list[RemovableHandle] = []
         self._num_samples: int | None = None
@@ -102,12 +110,17 @@ class GradientTape:
         """Register the forward hooks. They do nothing outside of :meth:`recording`."""
         for layer in self.rules:
             self._handles.append(layer.register_forward_hook(self._on_forward, with_kwargs=True))
+        for split in self._attentions.values():
+            split.attach(lambda: self._num_samples is not None)
 
     def detach(self) -> None:
         """Remove the hooks and forget what was recorded."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for split in self._attentions.values():
+            split.detach()
+        self.stop()
         self.clear()
 
     def clear(self) -> None:
@@ -121,7 +134,24 @@ class GradientTape:
         return {
             local: (id(p), self.names[id(p)])
             for local, p in layer._parameters.items()
-            if p is not None and id(p) in self.names
+            if p is not None and id(p) in self.names and (layer, local) not in self.broadcast
+        }
+
+    def _broadcast_parameters(self) -> dict[tuple[nn.Module, str], str]:
+        """Parameters that a module without closed form repeats for each sample, such as class tokens: their names.
+
+        Their first dimension is 1, where the batch is. While a pass is recorded, each sample gets a copy of its own,
+        and the gradient of the copies is the per-sample gradient.
+        """
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for layer in self.rules:
+            for local, p in layer._parameters.items():
+                if p is not None and id(p) in self.names:
+                    owners.setdefault(id(p), []).append((layer, local))
+        return {
+            places[0]: self.names[key]
+            for key, places in owners.items()
+            if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_broadcast(*places[0])
         }
 
     def start(self, num_samples: int, device: torch.device) -> None:
@@ -129,10 +159,22 @@ class GradientTape:
         self.clear()
         self._num_samples = num_samples
         self._anchor = torch.zeros((), device=device, requires_grad=True)
+        for (layer, local), name in self.broadcast.items():
+            parameter = layer._parameters[local]
+            assert parameter is not None
+            copies = parameter.detach().expand(num_samples, *parameter.shape[1:]).clone()
+            copies = _GraphRoot.apply(copies, self._anchor)
+            copies.register_hook(lambda grad, name=name: self._on_copies(name, grad))
+            vars(layer)[local] = copies  # found before the parameter
 
     def stop(self) -> None:
         """Record no further uses; the recorded ones wait for :meth:`backward`."""
         self._num_samples = None
+        for layer, local in self.broadcast:
+            vars(layer).pop(local, None)
+
+    def _on_copies(self, name: str, grad: Tensor) -> None:
+        self.sums[name].add_(raise_to(grad, self.power).sum(0, keepdim=True))
 
     def backward(self, logits: Tensor, cotangent: Tensor, *, last: bool) -> None:
         """Add the sums for the recorded pass and one cotangent.
@@ -233,3 +275,8 @@ class GradientTape:
         if gradients is not None and (missing := self.owned(layer).keys() - gradients.keys()):
             raise TapeError(layer, f"its rule says nothing of {sorted(missing)}")
         return gradients
+
+
+def _is_broadcast(layer: nn.Module, local: str) -> bool:
+    parameter = layer._parameters[local]
+    return parameter is not None and parameter.dim() > 1 and parameter.shape[0] == 1 and local not in vars(layer)

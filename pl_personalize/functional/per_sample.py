@@ -90,6 +90,7 @@ class PerSamplePowerSums:
         """How each parameter's gradients are computed."""
         whole: Path = "model" if self._vectorised else "loop"
         paths: dict[str, Path] = dict.fromkeys(self._parameters, whole)
+        paths |= dict.fromkeys(self._tape.broadcast.values(), "closed form")
         for layer, rule in self._tape.rules.items():
             for _, name in self._tape.owned(layer).values():
                 if paths[name] != "layer":
@@ -102,11 +103,14 @@ class PerSamplePowerSums:
         for parameter in self._needs_grad:
             parameter.requires_grad_(False)
         self._tape.attach()
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would pass layers by
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)
         self._tape.detach()
         for module, training in self._modes.items():
             module.training = training
@@ -244,6 +248,8 @@ class PerSamplePowerSums:
         except TapeError as error:
             return [name for _, name in self._tape.owned(error.layer).values()]
         except Exception:  # vmap cannot run this model: the loop can, and shows the error if there is a real one
+            if self._tape.broadcast:  # or a copy of a parameter for each sample does not fit where it is used
+                return list(self._tape.broadcast.values())
             if not self._vectorised or not self._unrecorded():
                 raise
             return list(self._unrecorded())
@@ -258,6 +264,10 @@ class PerSamplePowerSums:
 
     def _take_slower_path(self, names: Sequence[str]) -> None:
         recorded = set(self._tape.names.values())
+        if wrong := [place for place, name in self._tape.broadcast.items() if name in names]:
+            for place in wrong:  # it was used otherwise than once for each sample
+                del self._tape.broadcast[place]
+            return
         if not recorded.intersection(names):
             if not self._vectorised:
                 raise ValueError(

@@ -51,10 +51,8 @@ def _sums(model, batches, power=1, count=1, **options):
 # What is not "closed form", by the beginning of the names of the parameters that have it.
 SLOWER = {
     "functional_use": {"layer": "model"},  # all of a layer, where one of its parameters has no faster path
-    "logit_shift": {"0.layer": "model", "1": "layer"},
-    "shared_branches": {"shift": "layer"},
+    "logit_shift": {"0.layer": "model"},
     "raw": {"scale": "layer", "shift": "layer"},
-    "attention": {"token": "layer", "attention": "model"},
     "time_first": {"embed": "model"},
     "time_first_two_steps": {"embed": "model"},
     "data_dependent": {"gain": "loop"},
@@ -414,3 +412,36 @@ def test_parameters_without_entries():
     sums, _ = _sums(model, [x])
 
     assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+
+
+class Repeated(nn.Module):
+    """A token that is repeated, not expanded: with a copy for each sample the shapes would not fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.last = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.token.repeat(x.shape[0], 1, 1), x], 1).tanh().sum(1))
+
+
+class UsedTwice(nn.Module):
+    """A token that counts for each sample and for the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.last = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last((x.sum(1) * self.token).tanh()) + self.token[0, :3] ** 2
+
+
+@pytest.mark.parametrize("make", [Repeated, UsedTwice])
+def test_tokens_that_cannot_be_copied_take_a_slower_path(make):
+    torch.manual_seed(0)
+    model, x = make().double().eval(), torch.randn(5, 2, 4, dtype=torch.float64)
+    sums, paths = _sums(model, [x])
+    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert paths["token"] in ("layer", "model")
+    assert paths["last.weight"] == "closed form"
+    assert "token" not in vars(model)

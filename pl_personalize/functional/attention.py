@@ -1,0 +1,94 @@
+"""Multi-head attention whose projections are layers of their own, so that closed forms hold for them.
+
+``nn.MultiheadAttention`` computes its projections by functions, with the batch in the second dimension, and never calls
+``out_proj``: hooks on layers see none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SplitAttention:
+    """Takes the place of an attention's ``forward``: the same function, by layers, for self-attention of a batch.
+
+    Args:
+        layer: The attention. It is left alone until :meth:`attach`.
+
+    Attributes:
+        projections: The layers that compute queries, keys and values at once, and the output; their parameters are the
+            attention's own.
+    """
+
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
+        self._layer = layer
+        self.projections = (
+            _linear(layer.in_proj_weight, layer.in_proj_bias),
+            _linear(layer.out_proj.weight, layer.out_proj.bias),
+        )
+        self._is_recording: Callable[[], bool] = lambda: False
+
+    def attach(self, is_recording: Callable[[], bool]) -> None:
+        """Compute by layers wherever ``is_recording()``; otherwise as always."""
+        self._is_recording = is_recording
+        self._layer.forward = self._forward  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the attention as it was."""
+        vars(self._layer).pop("forward", None)
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        layer = self._layer
+        plain = query is key and key is value and query.dim() == 3 and key_padding_mask is None and not need_weights
+        if not plain or not self._is_recording() or (attn_mask is not None and attn_mask.dim() != 2):
+            return type(layer).forward(
+                layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        x = query if layer.batch_first else query.transpose(0, 1)
+        n, length, width = x.shape
+        into, out = self.projections
+        heads = into(x).reshape(n, length, 3, layer.num_heads, width // layer.num_heads).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # here True is what is left out, there what takes part
+        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask)
+        result = out(attended.transpose(1, 2).reshape(n, length, width))
+        return (result if layer.batch_first else result.transpose(0, 1)), None
+
+
+def split_attention(layer: nn.Module) -> SplitAttention | None:
+    """The attention by layers, if this is one of the plain form; a subclass that computes something else is none."""
+    is_plain = (
+        isinstance(layer, nn.MultiheadAttention)
+        and type(layer).forward is nn.MultiheadAttention.forward
+        and "forward" not in vars(layer)
+        and layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not layer.add_zero_attn
+        and isinstance(layer._parameters.get("in_proj_weight"), nn.Parameter)
+    )
+    return SplitAttention(layer) if is_plain else None  # type: ignore[arg-type]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with these parameters themselves."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.register_parameter("weight", weight)  # type: ignore[arg-type]
+    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+    return layer
