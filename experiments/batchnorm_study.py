@@ -39,7 +39,7 @@ def main(
     method: str = "FIM-RACL",
     images: Sequence[PositiveInt] = (1, 2, 4, 8, 16, 32, 64, 128),
     batch_sizes: Sequence[PositiveInt] = (2, 4, 8, 20, 100, 1000),
-    draws: PositiveInt = 5,
+    draws: PositiveInt = 2,
     num_threads: PositiveInt = 1,
 ) -> None:
     """Adapt the merged models of a run to some of each user's images, and test them.

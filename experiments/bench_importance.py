@@ -62,7 +62,7 @@ def main(
         make, shape = CASES[name]
         torch.manual_seed(0)
         model, x = make().eval(), torch.randn(shape)
-        seconds = {"plain": [], "mas": [], "fisher": []} | time_ours(model, x, rounds)
+        seconds = time_ours(model, x, rounds)
         plain = median(seconds["plain"])
         line = [
             name,
