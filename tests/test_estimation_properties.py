@@ -1,0 +1,122 @@
+"""Importances of random small networks equal a loop over single samples."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import naive_importance
+from torch import nn
+
+from pl_personalize import estimate_importance
+
+KINDS = {
+    "mas": ("mas", {}),
+    "fisher": ("expected_fisher", {"draws": "all"}),
+    "empirical_fisher": ("empirical_fisher", {}),
+}
+# A norm behind a layer cancels most of its gradient, and with it digits: float64 shows that the formula is right.
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-10}
+ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.PReLU, nn.GELU, lambda: nn.ReLU(inplace=True))
+
+
+@st.composite
+def image_networks(draw):
+    """Convolutions with all that they may have, norms, pooling, a head."""
+    channels, layers = 2, []
+    for _ in range(draw(st.integers(1, 3))):
+        groups = draw(st.sampled_from([1, 2]))
+        width = draw(st.sampled_from([2, 4]))
+        kernel = draw(st.sampled_from([1, 2, 3]))
+        layers.append(
+            nn.Conv2d(
+                channels,
+                width,
+                kernel,
+                stride=draw(st.sampled_from([1, 2])),
+                padding=draw(st.sampled_from([1, 2])),
+                dilation=draw(st.sampled_from([1, 2])),
+                groups=groups,
+                bias=draw(st.booleans()),
+                padding_mode=draw(st.sampled_from(["zeros", "replicate", "circular"])),
+            )
+            if draw(st.booleans())
+            else nn.ConvTranspose2d(channels, width, kernel, stride=draw(st.sampled_from([1, 2])), groups=groups)
+        )
+        channels = width
+        norm = draw(st.sampled_from([None, nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c), nn.InstanceNorm2d]))
+        layers += [] if norm is None else [norm(channels)]
+        layers.append(draw(st.sampled_from(ACTIVATIONS))())
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * channels, 3)]
+    return nn.Sequential(*layers), (2, 6, 5)
+
+
+class Sequence(nn.Module):
+    """A transformer encoder over embedded entries, with a class token."""
+
+    def __init__(self, layers, activation, norm_first, batch_first):
+        super().__init__()
+        self.embed, self.token = nn.Embedding(7, 8, padding_idx=0), nn.Parameter(torch.randn(1, 1, 8))
+        block = nn.TransformerEncoderLayer(
+            8, 2, 6, activation=activation, norm_first=norm_first, batch_first=batch_first
+        )
+        self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+        self.batch_first, self.head = batch_first, nn.Linear(8, 3)
+
+    def forward(self, x):
+        entries = (x[..., 0].abs() * 3).long().clamp_max(6)
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(entries)], 1)
+        if not self.batch_first:
+            return self.head(self.encoder(x.transpose(0, 1))[0])
+        return self.head(self.encoder(x)[:, 0])
+
+
+@st.composite
+def sequence_networks(draw):
+    network = Sequence(
+        draw(st.integers(1, 2)), draw(st.sampled_from(["relu", "gelu"])), draw(st.booleans()), draw(st.booleans())
+    )
+    return network, (draw(st.integers(1, 5)), 1)
+
+
+@st.composite
+def settings_of(draw, networks):
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    dtype = draw(st.sampled_from(list(TOLERANCES)))
+    network, shape = draw(networks)
+    network = network.to(dtype)
+    for name, value in [*network.named_parameters(), *network.named_buffers()]:
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.3, 1.5) if "running_var" in name else nn.init.normal_(value, std=0.5)
+    x = torch.randn(draw(st.integers(1, 6)), *shape, dtype=dtype)
+    return network, x, dtype, draw(st.sampled_from(list(KINDS))), draw(st.integers(1, 6))
+
+
+def check(case):
+    network, x, dtype, kind, size = case
+    labels = torch.arange(len(x)) % 3
+    reference, options = KINDS[kind]
+    right = naive_importance(network.eval(), x, reference, labels)
+    batches = list(zip(x.split(size), labels.split(size), strict=True))
+    found = estimate_importance(network, batches, kind, **options)
+    # A bias before a norm has no gradient: what is left is rounding, to be measured by the other parameters' gradients.
+    floor = 1e-2 * max(float(value.norm()) for value in right.values())
+    assert set(found) == set(right)
+    for name, value in right.items():
+        error = float((found[name].double() - value).norm())
+        assert error <= TOLERANCES[dtype] * max(float(value.norm()), floor), name
+    return found
+
+
+@settings(max_examples=60)
+@given(settings_of(image_networks()))
+def test_convolutional_networks(case):
+    found = check(case)
+    slow = {name for name, path in found.paths.items() if path != "closed form"}
+    assert not slow
+
+
+@settings(max_examples=30)
+@given(settings_of(sequence_networks()))
+def test_transformers(case):
+    found = check(case)
+    if case[0].batch_first:  # else linear layers and norms see the batch in their second dimension
+        assert not {name for name, path in found.paths.items() if path != "closed form"}
