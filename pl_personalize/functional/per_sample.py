@@ -229,11 +229,18 @@ class PerSamplePowerSums:
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(together.shape, generator=generator, dtype=torch.float64).to(together)
         reference = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        first = reference
         for i, sample in enumerate(samples):
             for name, gradient in self._one_sample(sample, direction[i : i + 1], self._parameters).items():
                 reference[name].add_(raise_to(gradient, self._power))
+            if i == 0:
+                first = {name: total.clone() for name, total in reference.items()}
 
-        while wrong := self._wrong_paths(pair, count, direction, reference):
+        # One sample, too: where a layer sees two positions of two samples, which is the batch shows only then.
+        while wrong := (
+            self._wrong_paths(pair, count, direction, reference)
+            or (count > 1 and self._wrong_paths(samples[0], 1, direction[:1], first))
+        ):
             self._take_slower_path(wrong)
         for name, total in before.items():
             self.sums[name].copy_(total)
