@@ -53,7 +53,7 @@ test: .venv/.installed-dev | $(WRITABLE)
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
 bench: .venv/.installed-experiments | $(WRITABLE)
-	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_importance.py
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_importance.py --alternatives '["BackPACK", "batch size 1"]'
 	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_training.py
 
 # The folders are not named as they are imported, so mypy reads an installed copy, where the sources are out of its
