@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -37,7 +38,7 @@ class ReadBatches(Protocol):
         """All of them, if they fit: whoever reads again then gets the same."""
 
 
-class StatisticsPass:
+class StatisticsPass(ABC):
     """A forward in which each batch-norm layer normalises by what a subclass says.
 
     The layers stay in eval mode; before each call the statistics to normalise by are written into their buffers.
@@ -57,10 +58,11 @@ class StatisticsPass:
         self._forward = forward
         self._old: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @abstractmethod
     def see(self, name: str, x: Tensor) -> Tensor | None:
         """The moments by which a layer normalises its input; ``None`` for its present statistics."""
-        raise NotImplementedError
 
+    @abstractmethod
     def estimate(self, data: ReadBatches, max_bytes: int) -> None:
         """Find the moments of every layer.
 
@@ -68,7 +70,6 @@ class StatisticsPass:
             data: The batches.
             max_bytes: Of data and activations that may be held at once.
         """
-        raise NotImplementedError
 
     def forward(self, batch: Any) -> None:
         """Run the model on a batch."""
