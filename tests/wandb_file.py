@@ -53,6 +53,8 @@ def _records(data: bytes) -> list[bytes]:
             place += room
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + _HEADER + length > len(data):  # W&B's own process is still writing it
+            break
         parts.append(data[place + _HEADER : place + _HEADER + length])
         place += _HEADER + length
         if kind in (_FULL, _LAST):
