@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
-from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept
+from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept, uncompiled
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
@@ -97,6 +97,7 @@ def estimate_importance(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        uncompiled(),
     ):
         with buffers_kept(model):
             sums, counts, paths = estimate(
@@ -110,14 +111,16 @@ def estimate_importance(
                 max_scratch_bytes=int(max_scratch_mb * 2**20),
             )
         if all_reduce is not None:
-            sums = {name: all_reduce(total) for name, total in sums.items()}
+            for name in sums:  # one after the other, so that no second set of them is held
+                sums[name] = all_reduce(sums[name])
             counts = all_reduce(counts)
         num_samples, denominator = int(counts[0]), int(counts[-1])
         if num_samples == 0:
             raise ValueError("The dataloader has no samples; importances need at least one.")
         floor = 1e-8 if (kind, reduction) == ("fisher", "batch") else 0.0
-        values = {name: total / denominator + floor for name, total in sums.items()}
-    return Importance(values, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
+        for total in sums.values():
+            total.div_(denominator).add_(floor)
+    return Importance(sums, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
 
 
 def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: float) -> None:

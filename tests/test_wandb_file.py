@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.wandb_file import read_run
 
 pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")

@@ -54,7 +54,7 @@ class SplitAttention:
         is_causal: bool = False,
     ) -> Any:
         layer = self._layer
-        plain = query is key and key is value and query.dim() == 3 and key_padding_mask is None and not need_weights
+        plain = query is key and key is value and query.dim() == 3
         if not plain or not self._is_recording() or (attn_mask is not None and attn_mask.dim() != 2):
             return type(layer).forward(
                 layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -63,11 +63,27 @@ class SplitAttention:
         n, length, width = x.shape
         into, out = self.projections
         heads = into(x).reshape(n, length, 3, layer.num_heads, width // layer.num_heads).permute(2, 0, 3, 1, 4)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ~attn_mask  # here True is what is left out, there what takes part
-        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask)
+        masks = [] if attn_mask is None else [_added(attn_mask, x.dtype)]
+        if key_padding_mask is not None:
+            masks.append(_added(key_padding_mask, x.dtype)[:, None, None])
+        mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+        weights = None
+        if need_weights:
+            scores = heads[0] @ heads[1].transpose(-2, -1) / heads.shape[-1] ** 0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            attended = weights @ heads[2]
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask)
         result = out(attended.transpose(1, 2).reshape(n, length, width))
-        return (result if layer.batch_first else result.transpose(0, 1)), None
+        return (result if layer.batch_first else result.transpose(0, 1)), weights
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores; in a mask of truth values, True is what is left out."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
 def split_attention(layer: nn.Module) -> SplitAttention | None:

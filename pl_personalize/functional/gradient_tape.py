@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from pl_personalize.functional.attention import split_attention
-from pl_personalize.functional.layer_rules import LayerRule, find_layer_rule, raise_to
+from pl_personalize.functional.layer_rules import LayerRule, add_power_sums_, find_layer_rule
+from pl_personalize.functional.sample_copies import Place, SampleCopies
 
 
 class TapeError(ValueError):
@@ -27,18 +29,40 @@ class TapeError(ValueError):
 
 
 class LayerUse:
-    """One call of a layer: what went in, and later the gradient of what came out."""
+    """One call of a layer: what went in, and later the gradient of what came out; samples first in both."""
 
-    def __init__(self, layer: nn.Module, x: Tensor) -> None:
-        self.layer = layer
-        self.x: Tensor | None = x.detach()
+    def __init__(self, layer: nn.Module, x: Tensor, batch_dim: int) -> None:
+        self.layer, self.batch_dim = layer, batch_dim
+        self.x: Tensor | None = x.detach().movedim(batch_dim, 0)
         self.version = x._version
         self.grad: Tensor | None = None
 
 
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """What a layer's own computation uses, by local name: its parameters, and those that it computes them from."""
+    found = {name: p for name, p in layer._parameters.items() if p is not None}
+    if is_parametrized(layer):
+        parts = layer.parametrizations.named_parameters()  # type: ignore[union-attr]
+        found |= {f"parametrizations.{name}": p for name, p in parts}
+    return found
+
+
+def is_hookable(module: nn.Module) -> bool:
+    """Whether what a module sees can be recorded; in TorchScript nothing can."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+def layers_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The modules of a model that own at least one of the parameters."""
+    wanted = {id(p) for p in parameters}
+    inside = {m for part in model.modules() if isinstance(part, ParametrizationList) for m in part.modules()}
+    layers = [m for m in model.modules() if m not in inside and is_hookable(m)]
+    return [layer for layer in layers if any(id(p) in wanted for p in own_parameters(layer).values())]
+
+
 def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """The rule for a layer without closed form: a vectorised vector-Jacobian product of the layer alone."""
-    parameters = {name: p.detach() for name, p in layer._parameters.items() if p is not None}
+    parameters = {name: p.detach() for name, p in own_parameters(layer).items()}
 
     def one_sample(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         pull_back = vjp(lambda p: functional_call(layer, p, (x.unsqueeze(0),)), parameters)[1]
@@ -86,25 +110,29 @@ class GradientTape:
     ) -> None:
         self.power = power
         self.sums = {
-            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in parameters.items()
         }
         layers = list(layers)
         self._attentions = {layer: split for layer in layers if (split := split_attention(layer)) is not None}
         parts = [part for split in self._attentions.values() for part in split.projections]
         seen = [layer for layer in layers if layer not in self._attentions]
+        self._own = {layer: own_parameters(layer) for layer in [*seen, *parts]}
         self.rules: dict[nn.Module, LayerRule] = {
-            layer: find_layer_rule(layer) or VJP_RULE for layer in [*seen, *parts]
+            layer: VJP_RULE if is_parametrized(layer) else find_layer_rule(layer) or VJP_RULE for layer in self._own
         }
-        self.names: dict[int, str] = {id(p): name for name, p in parameters.items()}
-        self.broadcast = self._broadcast_parameters()
+        recorded = {id(p) for own in self._own.values() for p in own.values()}
+        self.names: dict[int, str] = {id(p): name for name, p in parameters.items() if id(p) in recorded}
+        self.copies = SampleCopies(self._sole_uses())
+        self.learns_batch_dims = False
+        self._batch_dims: dict[nn.Module, int] = {}
         self._max_scratch_bytes = max_scratch_bytes
         self._handles: list[RemovableHandle] = []
         self._num_samples: int | None = None
         self._uses: list[LayerUse] = []
         self._use_counts: dict[int, int] = {}
         self._anchor: Tensor | None = None
-        self._is_last_backward = True
+        self._is_last_backward, self._in_backward = True, False
 
     def attach(self) -> None:
         """Register the forward hooks. They do nothing outside of :meth:`recording`."""
@@ -133,25 +161,21 @@ class GradientTape:
         """The layer's own parameters that the tape sums: local name -> (id, full name)."""
         return {
             local: (id(p), self.names[id(p)])
-            for local, p in layer._parameters.items()
-            if p is not None and id(p) in self.names and (layer, local) not in self.broadcast
+            for local, p in self._own.get(layer, {}).items()
+            if id(p) in self.names and (layer, local) not in self.copies
         }
 
-    def _broadcast_parameters(self) -> dict[tuple[nn.Module, str], str]:
-        """Parameters that a module without closed form repeats for each sample, such as class tokens: their names.
-
-        Their first dimension is 1, where the batch is. While a pass is recorded, each sample gets a copy of its own,
-        and the gradient of the copies is the per-sample gradient.
-        """
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for layer in self.rules:
-            for local, p in layer._parameters.items():
-                if p is not None and id(p) in self.names:
+    def _sole_uses(self) -> dict[Place, str]:
+        """Parameters in a single module, one without closed form, and their full names."""
+        owners: dict[int, list[Place]] = {}
+        for layer, own in self._own.items():
+            for local, p in own.items():
+                if id(p) in self.names:
                     owners.setdefault(id(p), []).append((layer, local))
         return {
             places[0]: self.names[key]
             for key, places in owners.items()
-            if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_broadcast(*places[0])
+            if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_plain(*places[0])
         }
 
     def start(self, num_samples: int, device: torch.device) -> None:
@@ -159,22 +183,26 @@ class GradientTape:
         self.clear()
         self._num_samples = num_samples
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        for (layer, local), name in self.broadcast.items():
-            parameter = layer._parameters[local]
-            assert parameter is not None
-            copies = parameter.detach().expand(num_samples, *parameter.shape[1:]).clone()
-            copies = _GraphRoot.apply(copies, self._anchor)
-            copies.register_hook(lambda grad, name=name: self._on_copies(name, grad))
-            vars(layer)[local] = copies  # found before the parameter
+        self.copies.start(num_samples, self._make_root, self._on_copies)
+
+    def start_copies(self, num_samples: int, device: torch.device, places: Iterable[Place]) -> None:
+        """Put some copies of parameters in place and record nothing."""
+        self.clear()
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self.copies.start(num_samples, self._make_root, only=places)
 
     def stop(self) -> None:
         """Record no further uses; the recorded ones wait for :meth:`backward`."""
         self._num_samples = None
-        for layer, local in self.broadcast:
-            vars(layer).pop(local, None)
+        self.copies.stop()
 
-    def _on_copies(self, name: str, grad: Tensor) -> None:
-        self.sums[name].add_(raise_to(grad, self.power).sum(0, keepdim=True))
+    def _make_root(self, tensor: Tensor) -> Tensor:
+        root: Tensor = _GraphRoot.apply(tensor, self._anchor)
+        return root
+
+    def _on_copies(self, name: str, dim: int, grad: Tensor) -> None:
+        total = self.sums[name]
+        add_power_sums_(total.view(grad.movedim(dim, 0).shape[1:]), grad.movedim(dim, 0), self.power)
 
     def backward(self, logits: Tensor, cotangent: Tensor, *, last: bool) -> None:
         """Add the sums for the recorded pass and one cotangent.
@@ -186,37 +214,56 @@ class GradientTape:
         """
         if self._anchor is None or not logits.requires_grad:  # no recorded layer has a part in the output
             return
-        self._is_last_backward = last
-        torch.autograd.grad(logits, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
+        self._is_last_backward, self._in_backward = last, True
+        try:
+            torch.autograd.grad(logits, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
+        finally:
+            self._in_backward = False
         for group in self._groups_by_shared_parameters():
             self._accumulate(group)
         for use in self._uses:
             use.grad = None
+        if last:
+            self._uses.clear()
 
     def _on_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._in_backward and isinstance(output, Tensor) and not output.requires_grad and torch.is_grad_enabled():
+            return self._make_root(output)  # activation checkpointing computes again what was recorded
         if self._num_samples is None or not self.owned(layer):
             return None
         inputs = [*args, *kwargs.values()]
         tensors = [*inputs, output]
         if len(inputs) != 1 or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
             raise TapeError(layer, "it does not map one tensor to one tensor")
-        if any(t.shape[0] != self._num_samples for t in tensors):
-            raise TapeError(layer, f"its first dimension is not the batch: {[tuple(t.shape) for t in tensors]}")
+        batch_dim = self._batch_dim(layer, tensors)
+        if output._is_view():  # a hook on a view would see what an operation in place makes of it
+            output = output.clone()
         if not output.requires_grad and torch.is_grad_enabled():
-            output = _GraphRoot.apply(output.clone() if output._is_view() else output, self._anchor)
+            output = self._make_root(output)
         if not output.requires_grad:  # inside torch.no_grad(): autograd, too, has no gradient for it
             return None
-        use = LayerUse(layer, inputs[0])
+        use = LayerUse(layer, inputs[0], batch_dim)
         self._uses.append(use)
         for key, _ in self.owned(layer).values():
             self._use_counts[key] = self._use_counts.get(key, 0) + 1
         output.register_hook(lambda grad: self._on_gradient(use, grad))
         return output
 
+    def _batch_dim(self, layer: nn.Module, tensors: list[Tensor]) -> int:
+        """Where the samples are: in the first dimension, or in the second, as in transformers over time."""
+        dim = self._batch_dims.get(layer, 0)
+        if all(t.dim() > dim and t.shape[dim] == self._num_samples for t in tensors):
+            return dim
+        if self.learns_batch_dims and all(t.dim() > 1 and t.shape[1] == self._num_samples for t in tensors):
+            self._batch_dims[layer] = 1
+            return 1
+        place = ("first", "second")[dim]
+        raise TapeError(layer, f"its {place} dimension is not the batch: {[tuple(t.shape) for t in tensors]}")
+
     def _on_gradient(self, use: LayerUse, grad: Tensor) -> None:
         if use.x is not None and use.x._version != use.version:
             raise TapeError(use.layer, "its input was modified in place after it was used")
-        use.grad = grad
+        use.grad = grad.movedim(use.batch_dim, 0)
         # Rules that call autograd themselves wait for the end of this backward pass.
         alone = all(self._use_counts[key] == 1 for key, _ in self.owned(use.layer).values())
         if alone and self.rules[use.layer] is not VJP_RULE:
@@ -245,18 +292,11 @@ class GradientTape:
             assert use.grad is not None
         first, rule = uses[0], self.rules[uses[0].layer]
         if len(uses) == 1 and rule.power_sum is not None:
-            sums = self._apply(rule.power_sum, first.layer, first.x, first.grad, self.power)
-            if sums is not None:
-                for local, (_, name) in self.owned(first.layer).items():
-                    self.sums[name].add_(sums[local])
+            sums = {local: self.sums[name] for local, (_, name) in self.owned(first.layer).items()}
+            if self._apply(rule.power_sum, first.layer, first.x, first.grad, self.power, sums):
                 return
-        elements = sum(
-            {
-                key: p.numel() for u in uses for p in u.layer._parameters.values() if p is not None for key in [id(p)]
-            }.values()
-        )
         num_samples = first.x.shape[0]  # type: ignore[union-attr]
-        chunk = max(1, self._max_scratch_bytes // max(1, elements * first.grad.element_size()))  # type: ignore[union-attr]
+        chunk = max(1, self._max_scratch_bytes // max(1, self._bytes_per_sample(uses)))
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
             totals: dict[str, Tensor] = {}
@@ -264,19 +304,35 @@ class GradientTape:
                 gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])  # type: ignore[index]
                 for local, (_, name) in self.owned(use.layer).items():
                     totals[name] = totals[name] + gradients[local] if name in totals else gradients[local]
-            for name, total in totals.items():
-                self.sums[name].add_(raise_to(total, self.power).sum(0))
+            for name in list(totals):
+                add_power_sums_(self.sums[name], totals.pop(name), self.power)
+
+    def _bytes_per_sample(self, uses: list[LayerUse]) -> int:
+        """What the gradients of one sample take, and what their rules hold on the way."""
+        parameters = {id(p): p for use in uses for p in self._own[use.layer].values()}
+        elements = sum(p.numel() for p in parameters.values()) * (2 if len(uses) > 1 else 1)
+        scratch, size = 0, 1
+        for use in uses:
+            assert use.x is not None
+            assert use.grad is not None
+            size = use.grad.element_size()
+            rule = self.rules[use.layer]
+            if rule.scratch is not None:
+                scratch = max(scratch, rule.scratch(use.layer, use.x, use.grad))
+            elif rule is VJP_RULE:
+                scratch = max(scratch, (use.x.numel() + use.grad.numel()) // use.x.shape[0])
+        return (elements + scratch) * size
 
     def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:
         try:
-            gradients = rule(layer, *args)
+            found = rule(layer, *args)
         except Exception as error:
             raise TapeError(layer, f"its per-sample gradients could not be formed ({error})") from error
-        if gradients is not None and (missing := self.owned(layer).keys() - gradients.keys()):
+        if isinstance(found, dict) and (missing := self.owned(layer).keys() - found.keys()):
             raise TapeError(layer, f"its rule says nothing of {sorted(missing)}")
-        return gradients
+        return found
 
 
-def _is_broadcast(layer: nn.Module, local: str) -> bool:
-    parameter = layer._parameters[local]
-    return parameter is not None and parameter.dim() > 1 and parameter.shape[0] == 1 and local not in vars(layer)
+def _is_plain(layer: nn.Module, local: str) -> bool:
+    """Whether it is a parameter of the layer itself, and a copy of another shape can take its place."""
+    return local in layer._parameters and local not in vars(layer)

@@ -14,15 +14,22 @@ computes something else must not inherit its parent's formula. A new layer type 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-PerSampleRule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-PowerSumRule = Callable[[nn.Module, Tensor, Tensor, int], "dict[str, Tensor] | None"]
+# The first argument is the layer: whatever type the rule is registered for.
+PerSampleRule = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+PowerSumRule = Callable[[Any, Tensor, Tensor, int, Mapping[str, Tensor]], bool]
+Scratch = Callable[[Any, Tensor, Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -31,31 +38,37 @@ class LayerRule:
 
     Attributes:
         per_sample: ``(layer, x, grad) -> {name: (n, *parameter.shape)}``, the gradients of ``n`` samples.
-        power_sum: ``(layer, x, grad, power) -> {name: parameter.shape}``, the sum over the samples of
-            ``|gradient| ** power`` without the per-sample gradients in memory; ``None`` where the layer has no such
-            shortcut, and it returns ``None`` where the shapes at hand have none.
+        power_sum: ``(layer, x, grad, power, sums) -> bool``, adds the sum over the samples of ``|gradient| ** power``
+            to ``sums``, in place and without the per-sample gradients in memory. ``sums`` has the shapes of those
+            parameters that count. ``None`` where the layer has no such shortcut; it returns ``False``, having done
+            nothing, where there is none for what is at hand.
+        scratch: ``(layer, x, grad) -> int``, how many numbers ``per_sample`` holds besides its result.
     """
 
     per_sample: PerSampleRule
     power_sum: PowerSumRule | None = None
+    scratch: Scratch | None = None
 
 
 _RULES: dict[Callable[..., object] | None, LayerRule] = {}
 
 
 def register_layer_rule(
-    *layer_types: type[nn.Module], power_sum: PowerSumRule | None = None
+    *layer_types: type[nn.Module],
+    power_sum: PowerSumRule | None = None,
+    scratch: Scratch | None = None,
 ) -> Callable[[PerSampleRule], PerSampleRule]:
     """Register the decorated function as the per-sample rule of ``layer_types``.
 
     Args:
         layer_types: Classes whose own ``forward`` the rule describes.
         power_sum: The shortcut of :class:`LayerRule`, if there is one.
+        scratch: What the rule holds besides its result, see there.
     """
 
     def register(per_sample: PerSampleRule) -> PerSampleRule:
         for layer_type in layer_types:
-            _RULES[layer_type.forward] = LayerRule(per_sample, power_sum)
+            _RULES[layer_type.forward] = LayerRule(per_sample, power_sum, scratch)
         return per_sample
 
     return register
@@ -71,6 +84,21 @@ def raise_to(tensor: Tensor, power: int) -> Tensor:
     return tensor.abs() if power == 1 else tensor.square()
 
 
+def add_powers_(total: Tensor, gradient: Tensor, power: int) -> None:
+    """Add ``|gradient| ** power`` to ``total``, of the same shape. The gradient is overwritten."""
+    if power == 2:
+        gradient = gradient.to(total.dtype)  # half precision would lose the square
+        total.addcmul_(gradient, gradient)
+    else:
+        total.add_(gradient.abs_())
+
+
+def add_power_sums_(total: Tensor, gradients: Tensor, power: int) -> None:
+    """Add the sum of ``|gradients| ** power`` over their first dimension to ``total``, without a copy of them."""
+    norms = torch.linalg.vector_norm(gradients, power, dim=0, dtype=total.dtype)
+    total.add_(norms) if power == 1 else total.addcmul_(norms, norms)
+
+
 def _positions_last(tensor: Tensor) -> Tensor:
     """(n, C, *positions) as (n, C, L)."""
     return tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
@@ -81,61 +109,106 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def _add_power(total: Tensor | None, gradient: Tensor, power: int) -> Tensor:
-    """Add the power of a gradient that is new and ours to a running sum."""
-    powered = gradient.abs_() if power == 1 else gradient.square_()
-    return powered if total is None else total.add_(powered)
-
-
-def _linear_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
+def _linear_power_sum(layer: nn.Linear, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
+    weight, bias = sums.get("weight"), sums.get("bias")
     if x.dim() == 2:
         # The per-sample gradient is the outer product of g and x, so |g xᵀ|^p = |g|^p (|x|^p)ᵀ: one matrix product.
-        grad = raise_to(grad, power)
-        return {"weight": grad.T @ raise_to(x, power), "bias": grad.sum(0)}
+        dtype = next(iter(sums.values())).dtype
+        grad = raise_to(grad.to(dtype), power)
+        if weight is not None:
+            weight.addmm_(grad.T, raise_to(x.to(dtype), power))
+        if bias is not None:
+            bias.add_(grad.sum(0))
+        return True
     if x.is_cuda:
-        return None
-    # On a CPU one sample at a time: its gradient is still in the cache when it is added to the sum.
-    total: Tensor | None = None
-    for one_x, one_grad in zip(_rows(x), _rows(grad), strict=True):
-        total = _add_power(total, one_grad.T @ one_x, power)
-    return None if total is None else {"weight": total, "bias": raise_to(_rows(grad).sum(1), power).sum(0)}
+        return False
+    x, grad = _rows(x), _rows(grad)
+    if weight is not None:  # one sample at a time: its gradient is still in the cache when it is added to the sum
+        for one_x, one_grad in zip(x, grad, strict=True):
+            add_powers_(weight, one_grad.T @ one_x, power)
+    if bias is not None:
+        add_power_sums_(bias, grad.sum(1), power)
+    return True
 
 
 @register_layer_rule(nn.Linear, power_sum=_linear_power_sum)
-def linear(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Linear on (n, *, in): the outer products summed over all positions of a sample."""
     x, grad = _rows(x), _rows(grad)
     return {"weight": torch.bmm(grad.transpose(1, 2), x), "bias": grad.sum(1)}
 
 
-def _convolution_inputs(layer: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]:
+def _is_transposed(layer: _ConvNd) -> bool:
+    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
+def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
     """The input and the padding for which the layer is a plain zero-padded convolution."""
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return x, list(layer.padding)  # type: ignore[arg-type]
+        return x, list(layer.padding)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     return padded, [0] * (x.dim() - 2)
 
 
-def _convolution_weight_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
+def _convolution_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
     """One sample at a time through the library's own weight-gradient kernel, which beats an unfolded product on CPU."""
     x, padding = _convolution_inputs(layer, x)
-    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    options = (layer.stride, padding, layer.dilation, transposed, list(layer.output_padding), layer.groups)  # type: ignore[arg-type]
+    options = (layer.stride, padding, layer.dilation, _is_transposed(layer), list(layer.output_padding), layer.groups)
     grad = grad.contiguous()
     for i in range(x.shape[0]):
         yield torch.ops.aten.convolution_backward(
-            grad[i : i + 1], x[i : i + 1], weight, None, *options, [False, True, False]
+            grad[i : i + 1], x[i : i + 1], layer.weight, None, *options, [False, True, False]
         )[1]
 
 
-def _convolution_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
-    total: Tensor | None = None
-    for gradient in _convolution_weight_gradients(layer, x, grad):
-        total = _add_power(total, gradient, power)
-    bias = raise_to(_positions_last(grad).sum(2), power).sum(0)
-    return None if total is None else {"weight": total, "bias": bias}
+def _convolution_power_sum(layer: _ConvNd, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
+    if x.is_cuda:  # a loop over samples would starve the device
+        return False
+    if "weight" in sums:
+        for gradient in _convolution_weight_gradients(layer, x, grad):
+            add_powers_(sums["weight"], gradient, power)
+    if "bias" in sums:
+        add_power_sums_(sums["bias"], _positions_last(grad).sum(2), power)
+    return True
+
+
+def _unfolded(layer: _ConvNd, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What meets in a weight's gradient: windows (n, groups, C, kernel, L) and values (n, groups, D, L).
+
+    Of a convolution the windows are cut from its input, and the values are the output's gradient; of a transposed one
+    it is the other way round.
+    """
+    dims, n, groups = x.dim() - 2, x.shape[0], layer.groups
+    if _is_transposed(layer):
+        assert not isinstance(layer.padding, str)
+        padding = [width for side in reversed(layer.padding) for width in (side, side)]
+        source, values = F.pad(grad, padding), x
+    else:
+        x, widths = _convolution_inputs(layer, x)
+        source, values = F.pad(x, [width for side in reversed(widths) for width in (side, side)]), grad
+    for dim in range(dims):
+        size, step, gap = layer.kernel_size[dim], layer.stride[dim], layer.dilation[dim]
+        source = source.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
+        source = source.narrow(dim + 2, 0, values.shape[dim + 2])
+    source = source.movedim(list(range(2, 2 + dims)), list(range(-dims, 0)))  # (n, C, *kernel, *positions)
+    windows = source.reshape(n, groups, source.shape[1] // groups, -1, values[0, 0].numel())
+    return windows, values.reshape(n, groups, values.shape[1] // groups, -1)
+
+
+def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
+    """The (n, *weight.shape) gradients by one batched product over unfolded windows: what keeps a GPU busy."""
+    windows, values = _unfolded(layer, x, grad)
+    n, groups, channels, size, length = windows.shape
+    products = torch.matmul(values, windows.reshape(n, groups, channels * size, length).transpose(2, 3))
+    return products.reshape(n, *layer.weight.shape)
+
+
+def _convolution_scratch(layer: _ConvNd, x: Tensor, grad: Tensor) -> int:
+    if not x.is_cuda:
+        return 0
+    source, values = (grad, x) if _is_transposed(layer) else (x, grad)
+    return source.shape[1] * math.prod(layer.kernel_size) * values[0, 0].numel()
 
 
 @register_layer_rule(
@@ -146,34 +219,55 @@ def _convolution_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     power_sum=_convolution_power_sum,
+    scratch=_convolution_scratch,
 )
-def convolution(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def convolution(layer: _ConvNd, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Convolutions and transposed ones with any stride, dilation, groups and padding."""
-    weight = torch.cat([gradient.unsqueeze(0) for gradient in _convolution_weight_gradients(layer, x, grad)])
+    if x.is_cuda:
+        weight = batched_weight_gradients(layer, x, grad)
+    else:
+        weight = torch.cat([gradient.unsqueeze(0) for gradient in _convolution_weight_gradients(layer, x, grad)])
     return {"weight": weight, "bias": _positions_last(grad).sum(2)}
 
 
 @register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def batch_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Batch norm in eval mode: an affine map of the input normalised by the running statistics."""
     x, grad = _positions_last(x), _positions_last(grad)
-    mean: Tensor = layer.running_mean[:, None]  # type: ignore[index]
-    scale: Tensor = torch.rsqrt(layer.running_var + layer.eps)  # type: ignore[operator]
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None  # without running statistics it would mix samples, and the model is refused
+    assert var is not None
+    mean, scale = mean[:, None], torch.rsqrt(var + layer.eps)
     return {"weight": ((x - mean) * grad).sum(2) * scale, "bias": grad.sum(2)}
 
 
 @register_layer_rule(nn.LayerNorm)
-def layer_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Layer norm: products with the normalised input, summed over the positions of a sample."""
-    shape: tuple[int, ...] = layer.normalized_shape  # type: ignore[assignment]
-    products = F.layer_norm(x, shape, eps=layer.eps) * grad  # type: ignore[arg-type]
+    shape: tuple[int, ...] = layer.normalized_shape
+    products = F.layer_norm(x, shape, eps=layer.eps) * grad
     return {"weight": _sum_positions(products, len(shape)), "bias": _sum_positions(grad, len(shape))}
 
 
 @register_layer_rule(nn.GroupNorm)
-def group_norm(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Group norm: as layer norm, over the positions of each channel."""
-    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps)  # type: ignore[arg-type]
+    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    return {"weight": _positions_last(normalised * grad).sum(2), "bias": _positions_last(grad).sum(2)}
+
+
+@register_layer_rule(nn.RMSNorm)
+def rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """RMS norm: as layer norm, without a bias."""
+    shape: tuple[int, ...] = layer.normalized_shape
+    return {"weight": _sum_positions(F.rms_norm(x, shape, eps=layer.eps) * grad, len(shape))}
+
+
+@register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm(layer: _InstanceNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Instance norm: as batch norm, by the statistics of the sample itself where none are tracked."""
+    mean, var = layer.running_mean, layer.running_var
+    normalised = F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=layer.eps)
     return {"weight": _positions_last(normalised * grad).sum(2), "bias": _positions_last(grad).sum(2)}
 
 
@@ -183,7 +277,7 @@ def _sum_positions(tensor: Tensor, kept: int) -> Tensor:
 
 
 @register_layer_rule(nn.PReLU)
-def prelu(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def prelu(layer: nn.PReLU, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """PReLU with one slope, or one for each channel."""
     products = x.clamp_max(0) * grad
     if layer.num_parameters == 1:
@@ -191,27 +285,29 @@ def prelu(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"weight": _positions_last(products).sum(2)}
 
 
-def _embedding_power_sum(layer: nn.Module, x: Tensor, grad: Tensor, power: int) -> dict[str, Tensor] | None:
+def _embedding_power_sum(layer: nn.Embedding, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
+    if x.is_cuda:  # how many pairs there are is not known there without waiting for the device
+        return False
     # A row gets the sum over a sample's positions that have it: one row for each pair of sample and entry.
-    count, width = layer.weight.shape  # type: ignore[misc]
+    count, width = layer.weight.shape
     entries = x.reshape(x.shape[0], -1)
+    if layer.padding_idx is not None:
+        grad = grad.masked_fill(x.eq(layer.padding_idx).unsqueeze(-1), 0)
     pairs = entries + count * torch.arange(x.shape[0], device=x.device)[:, None]
     unique, inverse = torch.unique(pairs, return_inverse=True)
-    rows = grad.new_zeros(len(unique), width).index_add_(0, inverse.flatten(), grad.reshape(-1, width))
-    rows = rows.abs_() if power == 1 else rows.square_()
-    total = grad.new_zeros(count, width).index_add_(0, unique % count, rows)
-    if layer.padding_idx is not None:
-        total[layer.padding_idx] = 0  # type: ignore[index]
-    return {"weight": total}
+    total = sums["weight"]
+    rows = total.new_zeros(len(unique), width).index_add_(0, inverse.flatten(), grad.reshape(-1, width).to(total.dtype))
+    total.index_add_(0, unique % count, rows.abs_() if power == 1 else rows.square_())
+    return True
 
 
 @register_layer_rule(nn.Embedding, power_sum=_embedding_power_sum)
-def embedding(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Embedding: gradients added up by entry."""
-    count, width = layer.weight.shape  # type: ignore[misc]
+    count, width = layer.weight.shape
     n = x.shape[0]
     index = x.reshape(n, -1, 1).expand(-1, -1, width)
     total = grad.new_zeros(n, count, width).scatter_add_(1, index, grad.reshape(n, -1, width))
     if layer.padding_idx is not None:
-        total[:, layer.padding_idx] = 0  # type: ignore[index]
+        total[:, layer.padding_idx] = 0
     return {"weight": total}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
-from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError
-from pl_personalize.functional.layer_rules import raise_to
+from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
+from pl_personalize.functional.layer_rules import add_power_sums_, raise_to
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
@@ -23,6 +24,7 @@ _RANDOM = (
     "The model is random in eval mode: it does not give the same output twice, and importances per sample are not "
     "defined. Make it deterministic in eval mode."
 )
+_CHECKED_AT_ONCE = 2**20
 _NO_GRADIENT = "The model's output has no gradient with respect to any of the parameters that count."
 
 
@@ -73,10 +75,11 @@ class PerSamplePowerSums:
         self._needs_grad = {p: p.requires_grad for p in model.parameters()}
         # Plain tensors that a module sets anew in its forward, such as the weight of an old-style weight norm.
         self._attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in model.modules()}
-        wanted = {id(p) for p in parameters.values()}
-        layers = [m for m in model.modules() if any(id(p) in wanted for p in m._parameters.values())]
+        layers = layers_with(model, parameters.values())
         self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
-        self._layer_names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+        self._layer_names = {
+            module: name or type(module).__name__ for name, module in model.named_modules() if is_hookable(module)
+        }
         self._vectorised = True
         self._samples_checked = 0
 
@@ -90,7 +93,7 @@ class PerSamplePowerSums:
         """How each parameter's gradients are computed."""
         whole: Path = "model" if self._vectorised else "loop"
         paths: dict[str, Path] = dict.fromkeys(self._parameters, whole)
-        paths |= dict.fromkeys(self._tape.broadcast.values(), "closed form")
+        paths |= dict.fromkeys(self._tape.copies.names, "closed form")
         for layer, rule in self._tape.rules.items():
             for _, name in self._tape.owned(layer).values():
                 if paths[name] != "layer":
@@ -98,18 +101,25 @@ class PerSamplePowerSums:
         return paths
 
     def __enter__(self) -> Self:
-        for module in self._modes:
-            module.training = False
-        for parameter in self._needs_grad:
-            parameter.requires_grad_(False)
-        self._tape.attach()
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it would pass layers by
+        try:
+            for module in self._modes:
+                module.training = False
+            for parameter in self._needs_grad:
+                parameter.requires_grad_(False)
+            self._tape.attach()
+            torch.backends.mha.set_fastpath_enabled(False)  # it would pass layers by
+        except BaseException:  # also Ctrl-C
+            self._restore()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
         self._tape.detach()
         for module, training in self._modes.items():
@@ -172,8 +182,7 @@ class PerSamplePowerSums:
         if not self._vectorised:
             for i in range(num_samples):
                 sample = slice_batch(batch, num_samples, slice(i, i + 1))
-                for name, gradient in self._one_sample(sample, cotangent[i : i + 1], parameters).items():
-                    self.sums[name].add_(raise_to(gradient, self._power))
+                self._one_sample(sample, cotangent[i : i + 1], parameters, self._add_power)
             return
 
         def objective(values: dict[str, Tensor], rows: list[Tensor], direction: Tensor) -> Tensor:
@@ -191,22 +200,39 @@ class PerSamplePowerSums:
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
             for full, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
-                self.sums[names[full]].add_(raise_to(gradient, self._power).sum(0))
+                add_power_sums_(self.sums[names[full]], gradient, self._power)
 
-    def _one_sample(self, sample: Any, cotangent: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _one_sample(
+        self,
+        sample: Any,
+        cotangent: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        consume: Callable[[str, Tensor], None],
+    ) -> None:
+        """Hand over each parameter's gradient as soon as it is there, and keep none."""
+
+        def take(name: str, gradient: Tensor) -> Tensor:
+            consume(name, gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # holds no memory
+
+        handles = []
         try:
-            for parameter in parameters.values():
+            for name, parameter in parameters.items():
                 parameter.requires_grad_(True)
+                handles.append(parameter.register_hook(partial(take, name)))  # type: ignore[no-untyped-call]
             logits = self._network(sample)
-            if not logits.requires_grad:
-                if len(parameters) == len(self._parameters):
-                    raise ValueError(_NO_GRADIENT)
-                return {name: torch.zeros_like(p) for name, p in parameters.items()}
-            gradients = torch.autograd.grad(logits, list(parameters.values()), cotangent, materialize_grads=True)
-            return dict(zip(parameters, gradients, strict=True))
+            if logits.requires_grad:
+                torch.autograd.grad(logits, list(parameters.values()), cotangent, allow_unused=True)
+            elif len(parameters) == len(self._parameters):
+                raise ValueError(_NO_GRADIENT)
         finally:
+            for handle in handles:
+                handle.remove()
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+
+    def _add_power(self, name: str, gradient: Tensor) -> None:
+        add_power_sums_(self.sums[name], gradient.unsqueeze(0), self._power)
 
     # The check
 
@@ -214,7 +240,8 @@ class PerSamplePowerSums:
         """Choose each parameter's path on two samples, and refuse a model that mixes samples."""
         other = _other_sample(batch, num_samples)
         count = min(2, num_samples)
-        before = {name: total.clone() for name, total in self.sums.items()}
+        # The sums of a first batch of one sample, which could not show everything.
+        before = {name: total.clone() for name, total in self.sums.items()} if self._samples_checked else {}
         pair = slice_batch(batch, num_samples, [0, other or 1][:count])
         samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
         with torch.no_grad():
@@ -228,52 +255,79 @@ class PerSamplePowerSums:
         # A fixed direction without symmetries: the sum of a softmax, for one, has no gradient.
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(together.shape, generator=generator, dtype=torch.float64).to(together)
-        reference = {name: torch.zeros_like(total) for name, total in self.sums.items()}
-        first = reference
-        for i, sample in enumerate(samples):
-            for name, gradient in self._one_sample(sample, direction[i : i + 1], self._parameters).items():
-                reference[name].add_(raise_to(gradient, self._power))
-            if i == 0:
-                first = {name: total.clone() for name, total in reference.items()}
-
-        # One sample, too: where a layer sees two positions of two samples, which is the batch shows only then.
+        # One sample alone, too, and first: what is the batch, and what are positions, may look alike in two.
+        self._tape.learns_batch_dims = True
         while wrong := (
-            self._wrong_paths(pair, count, direction, reference)
-            or (count > 1 and self._wrong_paths(samples[0], 1, direction[:1], first))
+            self._wrong_paths(samples[:1], samples[0], direction[:1])
+            or (count > 1 and self._wrong_paths(samples, pair, direction))
         ):
             self._take_slower_path(wrong)
-        for name, total in before.items():
-            self.sums[name].copy_(total)
+        self._tape.learns_batch_dims = False
+        for name, total in self.sums.items():
+            total.copy_(before[name]) if before else total.zero_()
         self._samples_checked = 1 if other is None else count  # of two that are the same, one was seen
 
-    def _wrong_paths(self, pair: Any, count: int, direction: Tensor, reference: Mapping[str, Tensor]) -> list[str]:
-        """The parameters for which the present paths do not give the reference, or a layer's at which a path broke."""
+    def _wrong_paths(self, samples: Sequence[Any], batch: Any, direction: Tensor) -> list[str]:
+        """The parameters for which the present paths do not give what each sample alone gives.
+
+        Those of one layer, if a path broke there.
+        """
         for total in self.sums.values():
             total.zero_()
         try:
-            self._add(pair, count, lambda logits: [direction])
+            self._add(batch, len(samples), lambda logits: [direction])
         except TapeError as error:
             return [name for _, name in self._tape.owned(error.layer).values()]
-        except Exception:  # vmap cannot run this model: the loop can, and shows the error if there is a real one
-            if self._tape.broadcast:  # or a copy of a parameter for each sample does not fit where it is used
-                return list(self._tape.broadcast.values())
+        except Exception:
+            if self._tape.copies.names:  # a copy of a parameter for each sample does not fit where it is used
+                return self._misfits(batch, len(samples)) or self._tape.copies.names
+            # vmap cannot run this model: the loop can, and shows the error if there is a real one
             if not self._vectorised or not self._unrecorded():
                 raise
             return list(self._unrecorded())
+        # What remains of the sums once each sample's own gradient is taken away, beside the largest of these.
+        sizes = dict.fromkeys(self.sums, torch.zeros((), dtype=torch.float64))
+        for i, sample in enumerate(samples):
+            self._one_sample(sample, direction[i : i + 1], self._parameters, partial(self._take_away, sizes))
         tolerance = 1e-3 if direction.dtype in (torch.float32, torch.float64) else 5e-2
+        counts = {name: max(1, total.numel()) ** 0.5 for name, total in self.sums.items()}
         # Where the true gradient is zero, rounding leaves something of the size of the others times the precision.
-        noise = 1e-6**self._power * max(r.norm() / max(1, r.numel()) ** 0.5 for r in reference.values())
+        noise = 1e-6**self._power * max(float(size) / counts[name] for name, size in sizes.items())
         return [
             name
-            for name, right in reference.items()
-            if not (self.sums[name] - right).norm() <= tolerance * right.norm() + noise * right.numel() ** 0.5
+            for name, rest in self.sums.items()
+            if not float(rest.norm()) <= tolerance * float(sizes[name]) + noise * counts[name]
         ]
+
+    def _take_away(self, sizes: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+        """Subtract a sample's gradient from the sums, some rows at a time, and note how large it is."""
+        rest = self.sums[name] if gradient.dim() else self.sums[name].view(1)
+        gradient = gradient if gradient.dim() else gradient.view(1)
+        rows = max(1, _CHECKED_AT_ONCE // max(1, rest[:1].numel()))
+        square = torch.zeros((), dtype=torch.float64, device=rest.device)
+        for part, piece in zip(torch.split(rest, rows), torch.split(gradient, rows), strict=True):
+            power = raise_to(piece.to(part.dtype), self._power)
+            part.sub_(power)
+            square += power.norm().double().square()
+        sizes[name] = torch.maximum(sizes[name].to(square), square.sqrt())
+
+    def _misfits(self, batch: Any, num_samples: int) -> list[str]:
+        """The copied parameters that break the model."""
+        device = next(iter(self._parameters.values())).device
+        found: list[str] = []
+        for places in self._tape.copies.alike():
+            self._tape.start_copies(num_samples, device, places)
+            try:
+                check_logits(self._network(batch), num_samples)
+            except Exception:
+                found += self._tape.copies.names_of(places)
+            finally:
+                self._tape.stop()
+        return found
 
     def _take_slower_path(self, names: Sequence[str]) -> None:
         recorded = set(self._tape.names.values())
-        if wrong := [place for place, name in self._tape.broadcast.items() if name in names]:
-            for place in wrong:  # it was used otherwise than once for each sample
-                del self._tape.broadcast[place]
+        if self._tape.copies.try_next(names):  # these were not used as the copies are shaped
             return
         if not recorded.intersection(names):
             if not self._vectorised:

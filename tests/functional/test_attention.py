@@ -38,14 +38,40 @@ def test_it_is_the_same_function(batch_first, bias, mask):
     assert called == [(3, 5, 24), (3, 5, 8)]  # the batch first, whatever the layer's layout
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("mask", [None, CAUSAL], ids=["none", "causal"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_weights_are_returned_where_they_are_asked_for(batch_first, mask, average):
+    layer, x = made(batch_first=batch_first)
+    x = x.transpose(0, 1) if batch_first else x
+    options = {"attn_mask": mask, "average_attn_weights": average}
+    expected = layer(x, x, x, **options)
+    split = split_attention(layer)
+    split.attach(lambda: True)
+    for found, right in zip(layer(x, x, x, **options), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [None, FLOATS], ids=["none", "float"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_padding_is_left_out(mask, kind):
+    layer, x = made()
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:], padding[2, 0] = True, True
+    if kind == "float":
+        padding = torch.zeros(3, 5, dtype=torch.float64).masked_fill_(padding, float("-inf"))
+    options = {"need_weights": False, "attn_mask": mask, "key_padding_mask": padding}
+    expected = layer(x, x, x, **options)[0]
+    split = split_attention(layer)
+    split.attach(lambda: True)
+    torch.testing.assert_close(layer(x, x, x, **options)[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_not_plain_self_attention_is_left_to_the_layer():
     layer, x = made()
     y = x.flip(0)
-    padding = torch.zeros(3, 5, dtype=torch.bool)
     calls = [
         ((x, y, y), {"need_weights": False}),
-        ((x, x, x), {"need_weights": True}),
-        ((x, x, x), {"need_weights": False, "key_padding_mask": padding}),
         ((x[:, 0], x[:, 0], x[:, 0]), {"need_weights": False}),
         ((x, x, x), {"need_weights": False, "attn_mask": FLOATS.expand(6, 5, 5)}),
     ]

@@ -1,5 +1,7 @@
 """Closed forms against autograd on one sample at a time."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from networks import StandardisedLinear
@@ -37,6 +39,12 @@ LAYERS = [
     (nn.LayerNorm(5, bias=False), (2, 3, 5)),
     (nn.GroupNorm(2, 4), (4, 3, 2)),
     (nn.GroupNorm(2, 4), (4,)),
+    (nn.RMSNorm(5), (2, 3, 5)),
+    (nn.RMSNorm((4, 5), eps=0.1), (4, 5)),
+    (nn.InstanceNorm1d(3, affine=True), (3, 6)),
+    (nn.InstanceNorm2d(3, affine=True, eps=0.1), (3, 4, 5)),
+    (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (3, 4, 5)),
+    (nn.InstanceNorm3d(2, affine=True), (2, 2, 3, 2)),
     (nn.PReLU(), (3, 4)),
     (nn.PReLU(3), (3, 4, 2)),
     (nn.PReLU(4), (4,)),
@@ -61,6 +69,7 @@ def _prepare(layer, shape, num_samples=4):
 def _by_autograd(layer, x, grad):
     """For each parameter (n, *shape): the gradients of one sample at a time."""
     names = [name for name, _ in layer.named_parameters()]
+    x, grad = x.contiguous(), grad.contiguous()  # torch's instance norm is wrong for one sample in another layout
     rows = [
         torch.autograd.grad(layer(x[i : i + 1]), list(layer.parameters()), grad[i : i + 1]) for i in range(x.shape[0])
     ]
@@ -84,25 +93,59 @@ def test_rules_equal_autograd_on_one_sample_at_a_time(layer, shape, layout):
     for name, value in right.items():
         torch.testing.assert_close(gradients[name], value, rtol=1e-12, atol=1e-12)
     for power in (1, 2) if rule.power_sum is not None else ():
-        sums = rule.power_sum(layer, x, grad, power)
-        for name, value in right.items() if sums is not None else ():
-            torch.testing.assert_close(sums[name], value.abs().pow(power).sum(0), rtol=1e-12, atol=1e-12)
+        sums = {name: torch.ones_like(value[0]) for name, value in right.items()}
+        assert rule.power_sum(layer, x, grad, power, sums)
+        for name, value in right.items():
+            torch.testing.assert_close(sums[name], 1 + value.abs().pow(power).sum(0), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, x_before)
     assert torch.equal(grad, grad_before)
 
 
-def test_shortcuts_exist_where_they_are_cheap():
-    with_shortcut = {
-        f"{type(layer).__name__}{len(shape) + 1}d"
-        for layer, shape in LAYERS
-        if (rule := find_layer_rule(layer)).power_sum is not None
-        and rule.power_sum(*_prepare(layer, shape)[:3], 1) is not None
-    }
+SHORTCUTS = [(layer, shape) for layer, shape in LAYERS if find_layer_rule(layer).power_sum is not None]
 
-    linear = {"Linear2d", "Linear3d", "Linear4d"}
-    convolutions = {"Conv1d3d", "Conv2d4d", "Conv3d5d"}
-    transposed = {"ConvTranspose1d3d", "ConvTranspose2d4d", "ConvTranspose3d5d"}
-    assert with_shortcut == linear | convolutions | transposed | {"Embedding2d", "Embedding3d"}
+
+def test_shortcuts_exist_where_gradients_are_large():
+    convolutions = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+    assert {type(layer) for layer, _ in SHORTCUTS} == convolutions | {nn.Linear, nn.Embedding}
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("layer", "shape"), SHORTCUTS, ids=str)
+def test_shortcuts_add_to_those_parameters_alone_that_count(layer, shape, power):
+    layer, x, grad = _prepare(layer, shape)
+    right = _by_autograd(layer, x, grad)
+    for name, value in right.items():
+        sums = {name: torch.zeros_like(value[0])}
+        assert find_layer_rule(layer).power_sum(layer, x, grad, power, sums)
+        torch.testing.assert_close(sums[name], value.abs().pow(power).sum(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("layer", "shape"), SHORTCUTS, ids=str)
+def test_shortcuts_in_half_precision_sum_in_single(layer, shape, power):
+    """A square of half precision would vanish below 2e-4 and overflow above 256."""
+    layer, x, grad = _prepare(layer, shape)
+    small = 1e-4
+    right = {name: value.abs().pow(power).sum(0) for name, value in _by_autograd(layer, x, grad * small).items()}
+    layer = deepcopy(layer).to(torch.bfloat16)
+    sums = {name: torch.zeros(value.shape) for name, value in right.items()}
+
+    half = x if isinstance(layer, nn.Embedding) else x.to(torch.bfloat16)
+    assert find_layer_rule(layer).power_sum(layer, half, (grad * small).to(torch.bfloat16), power, sums)
+
+    for name, value in right.items():
+        assert (sums[name] - value).norm() < 5e-2 * value.norm()
+
+
+CONVOLUTIONS = [(layer, shape) for layer, shape in LAYERS if hasattr(layer, "kernel_size")]
+CONVOLUTIONS.append((nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=2, dilation=3), (2, 4, 3)))
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=str)
+def test_the_batched_product_for_gpus_equals_autograd(layer, shape):
+    layer, x, grad = _prepare(layer, shape)
+    found = layer_rules.batched_weight_gradients(layer, x, grad)
+    torch.testing.assert_close(found, _by_autograd(layer, x, grad)["weight"], rtol=1e-12, atol=1e-12)
 
 
 def _patched():
@@ -124,7 +167,7 @@ class _RenamedLinear(nn.Linear):
         (nn.BatchNorm2d(3), nn.BatchNorm2d),
         (StandardisedLinear(3, 2), None),
         (_patched(), None),
-        (nn.RMSNorm(3), None),
+        (nn.RMSNorm(3), nn.RMSNorm),
         (nn.Bilinear(3, 2, 2), None),
         (nn.Identity(), None),
     ],

@@ -1,0 +1,220 @@
+"""Exact for any network: whole families of torchvision, transformers, and layers that are unlike a plain layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from reference import naive_importance, relative_error
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from pl_personalize import estimate_importance
+
+# The smallest of each family, the size of its images, and what has no closed form, by a part of the names.
+FAMILIES = {
+    "alexnet": (96, {}),
+    "convnext_tiny": (
+        64,
+        {"layer": (".0.weight", ".0.bias", ".1.weight", ".1.bias")},
+    ),
+    "densenet121": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "efficientnet_v2_s": (64, {}),
+    "googlenet": (64, {}),
+    "inception_v3": (96, {}),
+    "maxvit_t": (224, {"layer": ("relative_position_bias_table",)}),
+    "mnasnet0_5": (64, {}),
+    "mobilenet_v2": (64, {}),
+    "mobilenet_v3_small": (64, {}),
+    "regnet_y_400mf": (64, {}),
+    "resnet18": (64, {}),
+    "resnext50_32x4d": (64, {}),
+    "shufflenet_v2_x0_5": (64, {}),
+    "squeezenet1_1": (64, {}),
+    "swin_t": (64, {"model": (".attn.",), "layer": (".attn.",)}),
+    "swin_v2_t": (64, {"model": (".attn.",), "layer": (".attn.",)}),
+    "vgg11_bn": (32, {}),
+    "vit_b_32": (64, {}),
+    "wide_resnet50_2": (64, {}),
+}
+
+
+def _family(name: str, size: int) -> nn.Module:
+    """Random weights, and batch norm away from its initial values."""
+    plain = {"aux_logits": False, "init_weights": False}
+    options = {"googlenet": plain, "inception_v3": plain, "vit_b_32": {"image_size": size}}
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=4, **options.get(name, {})).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    if name == "vit_b_32":
+        nn.init.normal_(model.heads.head.weight)  # zero at first, and with it every other gradient
+    return model.double()  # in single precision, some of these random networks lose most digits on their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_torchvision(name: str) -> None:
+    size, slower = FAMILIES[name]
+    model, x = _family(name, size), torch.randn(3, 3, size, size, dtype=torch.float64)
+
+    found = estimate_importance(model, [x], "mas")
+
+    assert relative_error(found, naive_importance(model, x, "mas")) < 1e-8
+    for parameter, path in found.paths.items():
+        expected = {path for path, parts in slower.items() if any(part in parameter for part in parts)}
+        assert {path} <= (expected | {"closed form"}), parameter
+        assert expected or path == "closed form", parameter
+
+
+def test_no_family_of_torchvision_is_missing() -> None:
+    families = {
+        torchvision.models.get_model_builder(name).__module__
+        for name in torchvision.models.list_models(module=torchvision.models)
+    }
+    assert {torchvision.models.get_model_builder(name).__module__ for name in FAMILIES} >= {
+        family for family in families if "quantization" not in family
+    }
+
+
+class Encoder(nn.Module):
+    """A plain transformer encoder with a class token and positions, over (N, T, d) or (T, N, d)."""
+
+    def __init__(self, batch_first: bool, padded: bool = False, **options: object) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, **options)  # type: ignore[arg-type]
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        shape = (1, 6) if batch_first else (6, 1)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(*shape, 8))
+        self.head, self.batch_first, self.padded = nn.Linear(8, 3), batch_first, padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = 1 if self.batch_first else 0
+        x = x if self.batch_first else x.transpose(0, 1)
+        token = self.token.expand(x.shape[0], -1, -1) if self.batch_first else self.token.expand(-1, x.shape[1], -1)
+        x = torch.cat([token, x], dim) + self.positions
+        empty = x[..., 0] > 2 if self.padded else None
+        if empty is not None and not self.batch_first:
+            empty = empty.T
+        return self.head(self.layers(x, src_key_padding_mask=empty).select(dim, 0))
+
+
+class ReturnsWeights(nn.Module):
+    """Self-attention as most people call it, with the weights that nobody asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+class LayerScale(nn.Module):
+    """A residual branch with a factor for each channel, as ConvNeXt and many vision transformers have."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(3, 3, 3, padding=1)
+        self.scale, self.gain = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.branch(x) * self.gain
+
+
+class Mean(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Checkpointed(nn.Module):
+    """Activations that are computed anew in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=False).mean(1))
+
+
+def _convolutions(first: nn.Module) -> nn.Module:
+    return nn.Sequential(first, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(3))
+
+
+_SEQUENCE, _IMAGE = (5, 8), (3, 6, 6)
+_PARAMETRIZED = {"layer": ("0.parametrizations",)}
+OTHERS = {
+    "encoder": (lambda: Encoder(True), _SEQUENCE, {}),
+    "encoder, norm first": (lambda: Encoder(True, norm_first=True, activation="gelu"), _SEQUENCE, {}),
+    "encoder, padded": (lambda: Encoder(True, padded=True), _SEQUENCE, {}),
+    "encoder over time": (lambda: Encoder(False), _SEQUENCE, {}),
+    "encoder over time, padded": (lambda: Encoder(False, padded=True), _SEQUENCE, {}),
+    "attention with weights": (ReturnsWeights, _SEQUENCE, {}),
+    "scale for each channel": (lambda: _convolutions(LayerScale((3, 1, 1))), _IMAGE, {}),
+    "scale for the batch": (lambda: _convolutions(LayerScale((1, 3, 1, 1))), _IMAGE, {}),
+    "scale for each pixel": (lambda: _convolutions(LayerScale((6, 6))), _IMAGE, {"layer": ("0.scale",)}),
+    "instance norm": (lambda: _convolutions(nn.Sequential(nn.PReLU(), nn.InstanceNorm2d(3, affine=True))), _IMAGE, {}),
+    "weight norm": (lambda: _convolutions(weight_norm(nn.Conv2d(3, 4, 3))), _IMAGE, _PARAMETRIZED),
+    "spectral norm": (lambda: _convolutions(spectral_norm(nn.Conv2d(3, 4, 3))), _IMAGE, _PARAMETRIZED),
+    "orthogonal": (lambda: nn.Sequential(orthogonal(nn.Linear(8, 8)), Mean()), _SEQUENCE, _PARAMETRIZED),
+    "channels last": (lambda: _convolutions(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)), _IMAGE, {}),
+    "checkpointed": (Checkpointed, _SEQUENCE, {}),
+    "scripted": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Flatten())),
+        _SEQUENCE,
+        {"model": ("0",)},
+    ),
+    "scripted part": (lambda: _convolutions(torch.jit.script(nn.Conv2d(3, 4, 3))), _IMAGE, {"model": ("0.",)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["mas", "fisher"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_and_their_paths(name: str, kind: str) -> None:
+    make, shape, slower = OTHERS[name]
+    torch.manual_seed(0)
+    model = make().double().eval()
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    model(x)  # lazy layers learn their shapes
+    options = {"draws": "all"} if kind == "fisher" else {}
+
+    found = estimate_importance(model, [x], kind, **options)  # type: ignore[arg-type]
+
+    assert relative_error(found, naive_importance(model, x, "mas" if kind == "mas" else "expected_fisher")) < 1e-10
+    for parameter, path in found.paths.items():
+        expected = {path for path, parts in slower.items() if parameter.startswith(parts)} or {"closed form"}
+        is_beside = slower is _PARAMETRIZED and parameter == "0.bias"  # a bias is added as always
+        assert is_beside or {path} == expected, parameter
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+def test_compiled_modules_are_computed_as_they_are_written(how: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.randn(4, 3, 6, 6)
+    right = estimate_importance(plain, [x], "mas")
+    model = plain
+    if how == "wrapped":
+        model = torch.compile(plain, backend="eager")  # type: ignore[assignment]
+    elif how == "in place":
+        plain.compile(backend="eager")
+    else:
+        plain[0] = torch.compile(plain[0], backend="eager")  # type: ignore[assignment]
+    before = model(x)
+
+    found = estimate_importance(model, [x], "mas")
+
+    assert [name.replace("_orig_mod.", "") for name in found] == list(right)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for one, other in zip(found.values(), right.values(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert set(found.paths.values()) == {"closed form"}
+    torch.testing.assert_close(model(x), before)
