@@ -52,8 +52,9 @@ each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 @pytest.fixture(autouse=True)
 def fast_path() -> Iterator[None]:
-    """A test that finds attention's fast path changed does not change it for others."""
+    """On at first, as in a new process, and after the test as it was."""
     enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
     yield
     torch.backends.mha.set_fastpath_enabled(enabled)
 
