@@ -81,6 +81,21 @@ class Attention(nn.Module):
         return self.last((x + self.attention(y, y, y, need_weights=False)[0])[:, 0])
 
 
+class Transformer(nn.Module):
+    """An encoder with a class token and a positional embedding, as vision transformers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 6, 8))
+        block = nn.TransformerEncoderLayer(8, 2, 12, activation="gelu", norm_first=True, batch_first=True)
+        self.encoder, self.last = nn.TransformerEncoder(block, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], dim=1) + self.position
+        return self.last(self.encoder(x)[:, 0])
+
+
 class TimeFirst(nn.Module):
     """A linear layer that sees (T, N, d): its first dimension is not the batch."""
 
@@ -258,6 +273,7 @@ NETWORKS = {
     "sequences": (Sequences, (5, 4)),
     "raw": (RawParameter, (6,)),
     "attention": (Attention, (5, 4)),
+    "transformer": (Transformer, (5, 4)),
     "time_first": (TimeFirst, (5, 4)),
     "time_first_two_steps": (TimeFirst, (2, 4)),
     "data_dependent": (DataDependent, (6,)),
