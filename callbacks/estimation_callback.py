@@ -90,7 +90,10 @@ class EstimationCallback(Callback):
         self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float] | None = None
     ) -> PassOverData:
         """The data, in order, each sample once, divided among processes."""
-        return PassOverData(trainer, loaders, no_limits(trainer, loaders) if limits is None else limits)
+        try:
+            return PassOverData(trainer, loaders, no_limits(trainer, loaders) if limits is None else limits)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     def fit_dataloaders(self, trainer: Trainer, pl_module: LightningModule) -> list[Iterable[Any]]:
         """The data that were chosen; those of the training if none were."""

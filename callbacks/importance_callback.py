@@ -26,6 +26,7 @@ from pl_personalize.callbacks.estimation_callback import (
 from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
 from pl_personalize.functional.per_sample import Forward
+from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.importance import Importance, Kind
 
 
@@ -84,17 +85,20 @@ class ImportanceCallback(EstimationCallback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work with a module that ``configure_model`` has made."""
+        """Refuse what cannot work with a module that ``configure_model`` has made, or with these data."""
         self._check_options(pl_module)
+        if self.should_estimate(trainer, pl_module):
+            self.pass_over(trainer, self._predicted(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate over two samples, so that what cannot work fails now and not after the training."""
         if not self.should_estimate(trainer, pl_module):
             return
-        given = self.dataloader is not None and not isinstance(self.dataloader, str)
         # Of a named stage nothing is set up yet: two training samples have to do.
-        loaders = self.given_dataloaders() if given else as_list(trainer.train_dataloader)
+        loaders = self.given_dataloaders() if self._is_given else as_list(trainer.train_dataloader)
+        if not isinstance(self.dataloader, str):
+            self.pass_over(trainer, loaders)
         if not loaders or not can_be_read_again(loaders[0]):
             return
         try:
@@ -124,11 +128,26 @@ class ImportanceCallback(EstimationCallback):
         """Estimate over the data that was predicted, with the weights that predicted it, and write the file."""
         if not self.should_estimate(trainer, pl_module):
             return
-        if self.dataloader is not None and not isinstance(self.dataloader, str):
-            self._estimate(trainer, pl_module, self.given_dataloaders())
-        else:
-            loaders = as_list(trainer.predict_dataloaders)
-            self._estimate(trainer, pl_module, loaders, limits=trainer.num_predict_batches)
+        limits = None if self._is_given else trainer.num_predict_batches
+        self._estimate(trainer, pl_module, self._predicted(trainer), limits)
+
+    @property
+    def _is_given(self) -> bool:
+        """Whether the data themselves were passed."""
+        return self.dataloader is not None and not isinstance(self.dataloader, str)
+
+    def _predicted(self, trainer: Trainer) -> list[Iterable[Any]]:
+        """The data of a ``predict`` run, unless others were passed."""
+        return self.given_dataloaders() if self._is_given else as_list(trainer.predict_dataloaders)
+
+    def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
+        """Source of this process's labels: independent of those of other processes, which have other samples."""
+        given: torch.Generator | None = self._options["generator"]
+        if trainer.global_rank == 0:
+            return given
+        state = (torch.default_generator if given is None else given).get_state()
+        seed = derive_seed(bytes(state.tolist()).hex(), trainer.global_rank)
+        return torch.Generator(pl_module.device).manual_seed(seed)
 
     def _check_options(self, pl_module: LightningModule) -> None:
         try:
@@ -155,7 +174,7 @@ class ImportanceCallback(EstimationCallback):
                 forward=self.forward,
                 progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
                 all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
-                **self._options,
+                **self._options | {"generator": self._generator(trainer, pl_module)},
             )
         self.importance = importance
         path = self.resolve_path(trainer)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import batch_size, batch_tensors, call_model, copy_batch
 from pl_personalize.functional.batchnorm_pass import AllReduce, BatchwisePass, ExactPass, Forward
-from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept
+from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept, uncompiled
 
 
 def adapt_batchnorm(
@@ -122,7 +122,7 @@ def estimate_batchnorm(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        torch.compiler.set_stance("force_eager"),  # compiled code does not see the hooks
+        uncompiled(),
         evaluating(model),
         buffers_kept(model),
     ):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
-from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept, uncompiled
+from pl_personalize.functional.interrupts import InterruptsHeld, LetThrough
+from pl_personalize.functional.module_state import evaluating, model_kept, random_state_kept, uncompiled
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
@@ -93,13 +94,14 @@ def estimate_importance(
     batches = _batches(dataloader, device, progress)
     estimate = _sums_per_sample if reduction == "sample" else _sums_per_batch
     with (
+        InterruptsHeld() as interrupts,
         random_state_kept(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         uncompiled(),
     ):
-        with buffers_kept(model):
+        with model_kept(model):
             sums, counts, paths = estimate(
                 model,
                 parameters,
@@ -109,6 +111,7 @@ def estimate_importance(
                 generator=generator,
                 forward=forward or call_model,
                 max_scratch_bytes=int(max_scratch_mb * 2**20),
+                interruptible=interrupts.let_through(),
             )
         if all_reduce is not None:
             for name in sums:  # one after the other, so that no second set of them is held
@@ -204,6 +207,7 @@ def _sums_per_sample(
     generator: torch.Generator | None,
     forward: Forward,
     max_scratch_bytes: int,
+    interruptible: LetThrough,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Path]]:
     def cotangents(batch: Any, logits: Tensor) -> list[Tensor]:
         if kind == "mas":
@@ -217,7 +221,7 @@ def _sums_per_sample(
     power = 1 if kind == "mas" else 2
     engine = PerSamplePowerSums(model, parameters, power=power, forward=forward, max_scratch_bytes=max_scratch_bytes)
     count = 0
-    with engine:
+    with engine, interruptible:
         for batch in batches:
             if kind == "empirical_fisher":
                 batch_labels(batch)  # before any work is done
@@ -225,8 +229,8 @@ def _sums_per_sample(
             if num_samples:
                 engine.add(batch, num_samples, partial(cotangents, batch))
             count += num_samples
-        device = next(iter(parameters.values())).device
-        return engine.sums, torch.tensor([count], device=device), engine.paths
+    device = next(iter(parameters.values())).device
+    return engine.sums, torch.tensor([count], device=device), engine.paths
 
 
 def _sums_per_batch(
@@ -239,13 +243,14 @@ def _sums_per_batch(
     generator: torch.Generator | None,
     forward: Forward,
     max_scratch_bytes: int,
+    interruptible: LetThrough,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, str]]:
     """The published code's estimates (De Lange et al., CVPR 2020): |mean gradient of a batch|, or its square."""
     sums = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
     }
     count = num_batches = 0
-    with evaluating(model):
+    with evaluating(model), interruptible:
         for batch in batches:
             num_samples = batch_size(batch)
             if num_samples == 0:

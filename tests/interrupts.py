@@ -91,7 +91,7 @@ def count_moments(call: Callable[[], object], moment: Moment) -> list[int]:
 
 
 def interrupt(call: Callable[[], object], moment: Moment, number: int) -> bool:
-    """Call, with a SIGINT at the first such moment from the given event on; whether there was one."""
+    """Call, with a SIGINT at the first such moment from the given event on; whether it ended the call."""
     seen, sent = 0, False
 
     def act(frame: FrameType) -> None:
@@ -106,5 +106,5 @@ def interrupt(call: Callable[[], object], moment: Moment, number: int) -> bool:
         with _at_each_event(act):
             call()
     except KeyboardInterrupt:
-        pass
-    return sent
+        return sent
+    return False

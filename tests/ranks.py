@@ -146,7 +146,10 @@ SAMPLED_CASES: dict[str, Case] = {
         {"draws": 400, "generator": torch.Generator().manual_seed(3)},
     ),
     "sampled-alike": Case(
-        range(NUM_ALIKE), FisherImportance, lambda: DataLoader(Rows(NUM_ALIKE, alike=True), batch_size=5)
+        range(NUM_ALIKE),
+        FisherImportance,
+        lambda: DataLoader(Rows(NUM_ALIKE, alike=True), batch_size=5),
+        {"draws": 1, "generator": torch.Generator().manual_seed(4)},
     ),
 }
 # Of what is predicted: the loaders, and how many batches of each.

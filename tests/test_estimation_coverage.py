@@ -150,6 +150,7 @@ def _convolutions(first: nn.Module) -> nn.Module:
 
 _SEQUENCE, _IMAGE = (5, 8), (3, 6, 6)
 _PARAMETRIZED = {"layer": ("0.parametrizations",)}
+_WHOLE = {"model": ("0.",)}
 OTHERS = {
     "encoder": (lambda: Encoder(True), _SEQUENCE, {}),
     "encoder, norm first": (lambda: Encoder(True, norm_first=True, activation="gelu"), _SEQUENCE, {}),
@@ -171,7 +172,7 @@ OTHERS = {
         _SEQUENCE,
         {"model": ("0",)},
     ),
-    "scripted part": (lambda: _convolutions(torch.jit.script(nn.Conv2d(3, 4, 3))), _IMAGE, {"model": ("0.",)}),
+    "scripted part": (lambda: _convolutions(torch.jit.script(nn.Conv2d(3, 4, 3))), _IMAGE, _WHOLE),
 }
 
 

@@ -192,25 +192,8 @@ class KeepsActivation(nn.Module):
         return self.last(self.hidden)
 
 
-def not_put_back(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
-only_tensors = not_put_back("only attributes that were tensors before are put back")
-nothing = not_put_back("reduction='batch' puts no attribute back")
-
-
-@pytest.mark.parametrize(
-    ("before", "reduction"),
-    [
-        ("tensor", "sample"),
-        pytest.param("None", "sample", marks=only_tensors),
-        pytest.param("absent", "sample", marks=only_tensors),
-        pytest.param("tensor", "batch", marks=nothing),
-        pytest.param("None", "batch", marks=nothing),
-        pytest.param("absent", "batch", marks=nothing),
-    ],
-)
+@each_reduction
+@pytest.mark.parametrize("before", ["tensor", "None", "absent"])
 def test_an_activation_that_the_model_keeps_is_not_one_of_the_pass(before: str, reduction: str) -> None:
     """It would keep the graph alive; and one from inside torch.func is of no use to anybody."""
     model, x = KeepsActivation(before), torch.randn(8, 6)
@@ -222,7 +205,7 @@ def test_an_activation_that_the_model_keeps_is_not_one_of_the_pass(before: str, 
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("reduction", ["sample", pytest.param("batch", marks=nothing)])
+@each_reduction
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_the_weight_of_an_old_style_norm_is_put_back(norm: Callable[[nn.Module], nn.Module], reduction: str) -> None:
     model, x = nn.Sequential(norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3)), torch.randn(8, 6)
@@ -233,7 +216,6 @@ def test_the_weight_of_an_old_style_norm_is_put_back(norm: Callable[[nn.Module],
     assert differences(before, snapshot(model)) == []
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the hooks are called, and their gradients are taken")
 @each_reduction
 def test_hooks_on_gradients_are_for_training_alone(reduction: str) -> None:
     """Such as one that clips, or masks what must not change; it is no part of the derivative."""
@@ -354,23 +336,11 @@ def test_a_signal_at_any_moment_of_the_pass_changes_nothing(name: str, reduction
 @pytest.mark.parametrize(
     ("name", "reduction", "moment"),
     [
-        pytest.param(
-            *("mlp", "sample", on_entering),
-            marks=not_put_back("PerSamplePowerSums.__enter__ changes the model before anything would put it back"),
-        ),
+        ("mlp", "sample", on_entering),
         ("mlp", "batch", on_entering),
-        pytest.param(
-            *("mlp", "sample", on_leaving),
-            marks=not_put_back("an interrupt inside PerSamplePowerSums.__exit__ leaves the rest undone"),
-        ),
-        pytest.param(
-            *("mlp", "batch", on_leaving),
-            marks=not_put_back("an interrupt inside the finally of evaluating() leaves the rest undone"),
-        ),
-        pytest.param(
-            *("parametrised", "sample", on_swapping_parameters),
-            marks=not_put_back("the engine does not put back what functional_call had put in a parameter's place"),
-        ),
+        ("mlp", "sample", on_leaving),
+        ("mlp", "batch", on_leaving),
+        ("parametrised", "sample", on_swapping_parameters),
     ],
 )
 def test_a_signal_while_the_model_is_prepared_or_put_back_changes_nothing(

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from pl_personalize.functional.attention import split_attention
+from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import LayerRule, add_power_sums_, find_layer_rule
 from pl_personalize.functional.sample_copies import Place, SampleCopies
 
@@ -69,7 +70,8 @@ def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tens
         gradients: dict[str, Tensor] = pull_back(grad.unsqueeze(0))[0]
         return gradients
 
-    gradients: dict[str, Tensor] = vmap(one_sample)(x, grad)
+    with InterruptsHeld():  # what swaps a layer's parameters does not survive an interruption
+        gradients: dict[str, Tensor] = vmap(one_sample)(x, grad)
     return gradients
 
 

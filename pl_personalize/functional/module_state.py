@@ -52,6 +52,38 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def model_kept(model: nn.Module) -> Iterator[None]:
+    """The model is as it was at the end: modes, parameters, buffers and what they hold, and every other attribute.
+
+    Hooks on the gradients of its parameters are for training, and do not run inside.
+    """
+    parameters = list(model.parameters())
+    needs_grad, hooks = [p.requires_grad for p in parameters], [p._backward_hooks for p in parameters]
+    contents = {module: dict(vars(module)) for module in model.modules()}
+    entries = {
+        module: (dict(module._parameters), dict(module._buffers))
+        for module in contents
+        if not isinstance(module, torch.jit.ScriptModule)  # there nothing is put in a parameter's place
+    }
+    try:
+        for parameter in parameters:
+            parameter._backward_hooks = None
+        with buffers_kept(model):
+            yield
+    finally:
+        for module, attributes in contents.items():
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for module, (own_parameters, own_buffers) in entries.items():
+            module._parameters.update(own_parameters)
+            module._buffers.update(own_buffers)
+        for parameter, needs, own_hooks in zip(parameters, needs_grad, hooks, strict=True):
+            parameter.requires_grad_(needs)
+            parameter._backward_hooks = own_hooks
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode inside, each in its own mode after."""
     modes = {module: module.training for module in model.modules()}

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
+from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import add_power_sums_, raise_to
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -44,7 +45,8 @@ class PerSamplePowerSums:
     r"""Accumulates :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p`, exact per sample.
 
     A context manager: inside, the model is in eval mode and none of its parameters needs a gradient; on leaving, modes
-    and ``requires_grad`` are as before, also after an error.
+    and ``requires_grad`` are as before, also after an error. What a forward sets in the model, and hooks on gradients,
+    are :func:`~pl_personalize.functional.module_state.model_kept`'s concern.
 
     Each parameter takes the fastest path that gives the right result on the first two samples, taken one at a time
     (``paths``): ``"closed form"``, a vectorised product of its ``"layer"`` alone, a vectorised gradient of the whole
@@ -73,8 +75,6 @@ class PerSamplePowerSums:
         self._max_scratch_bytes = max_scratch_bytes
         self._modes = {module: module.training for module in model.modules()}
         self._needs_grad = {p: p.requires_grad for p in model.parameters()}
-        # Plain tensors that a module sets anew in its forward, such as the weight of an old-style weight norm.
-        self._attributes = {m: {k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in model.modules()}
         layers = layers_with(model, parameters.values())
         self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
         self._layer_names = {
@@ -126,8 +126,6 @@ class PerSamplePowerSums:
             module.training = training
         for parameter, needs_grad in self._needs_grad.items():
             parameter.requires_grad_(needs_grad)
-        for module, attributes in self._attributes.items():
-            vars(module).update(attributes)
 
     def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Add the sums over one batch.
@@ -199,7 +197,9 @@ class PerSamplePowerSums:
         tensors = split_batch(batch, num_samples)
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
-            for full, gradient in gradients(values, [tensor[part] for tensor in tensors], cotangent[part]).items():
+            with InterruptsHeld():  # what swaps a model's parameters does not survive an interruption
+                found = gradients(values, [tensor[part] for tensor in tensors], cotangent[part])
+            for full, gradient in found.items():
                 add_power_sums_(self.sums[names[full]], gradient, self._power)
 
     def _one_sample(

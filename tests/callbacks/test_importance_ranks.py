@@ -196,7 +196,6 @@ def test_sampled_labels_are_right_in_expectation(groups: dict[int, Group], num_r
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="each rank draws from the same generator in the same state")
 @each_group
 def test_ranks_draw_labels_of_their_own(groups: dict[int, Group], num_ranks: int) -> None:
     """Of rows that are all the same; the last bias tells how often each label was drawn.
@@ -230,22 +229,10 @@ def test_data_that_cannot_be_divided_are_refused_on_each_rank(
     assert f"cannot be divided among {num_ranks} processes" in str(messages)
 
 
-after_the_run = pytest.mark.xfail(strict=True, reason="looked at only when the run has ended")
-
-
 @pytest.mark.slow
 @each_group
-@pytest.mark.parametrize(
-    ("run", "data"),
-    [
-        ("fit", "list"),
-        pytest.param("fit", "iterator", marks=after_the_run),
-        pytest.param("fit", "stream", marks=after_the_run),
-        pytest.param("predict", "list", marks=after_the_run),
-        pytest.param("predict", "iterator", marks=after_the_run),
-        pytest.param("predict", "stream", marks=after_the_run),
-    ],
-)
+@pytest.mark.parametrize("data", ["list", "iterator", "stream"])
+@pytest.mark.parametrize("run", ["fit", "predict"])
 def test_data_that_cannot_be_divided_are_refused_before_the_first_step(
     groups: dict[int, Group], num_ranks: int, run: str, data: str
 ) -> None:
