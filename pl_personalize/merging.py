@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ def merge(
     weights: Sequence[float] | None = None,
     zero: Zero = "mean",
     normalize: Normalize | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     r"""Merge experts into one, each parameter entry weighted by its importance.
 
@@ -47,9 +48,11 @@ def merge(
             published code.
         normalize: Divide each expert's importances by their ``"sum"`` or their ``"max"`` over all merged parameters, or
             by the largest of each parameter tensor (``"layer"``), so that their scales count no longer.
+        out: Where to write, instead of into new tensors: a state dict with all the entries, such as that of a model, or
+            of an expert that is not needed any more. New memory takes longer to get than a merge takes.
 
     Returns:
-        A new state dict with the last expert's entries in the last expert's order.
+        A state dict with the last expert's entries in the last expert's order: new tensors, or those of ``out``.
 
     Raises:
         ValueError: If the numbers of experts, importances and weights differ, an entry or an importance is missing or
@@ -62,8 +65,10 @@ def merge(
         [0.75, 0.5]
     """
     plan = _Plan(experts, importances, parameters, weights, zero, normalize)
-    merged = {name: values[-1] for names, values in plan.run(keep_all=False) for name in names}
-    return _complete(merged, experts[-1])
+    if out is not None:
+        plan.check_out(out)
+    merged = {name: values[-1] for names, values in plan.run(keep_all=False, out=out) for name in names}
+    return _complete(merged, experts[-1], out)
 
 
 def merge_prefixes(
@@ -90,8 +95,15 @@ def merge_prefixes(
     return [_complete(state, expert) for state, expert in zip(merged, experts, strict=True)]
 
 
-def _complete(merged: Mapping[str, Tensor], expert: StateDict) -> dict[str, Tensor]:
+def _complete(
+    merged: Mapping[str, Tensor], expert: StateDict, out: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The merged entries, and copies of all others of an expert; what shared storage in it shares it still."""
+    if out is not None:
+        for name in expert:
+            if name not in merged:
+                out[name].detach().copy_(expert[name].detach())
+        return {name: out[name] for name in expert}
     shared = shared_entries(expert)
     copies = {n: expert[n].detach().clone() for n in expert if n not in merged and shared.get(n, n) == n}
     return {name: merged[name] if name in merged else copies[shared.get(name, name)] for name in expert}
@@ -135,16 +147,63 @@ class _Plan:
         self._check_entries()
         self.scales = self._scales()
 
-    def run(self, *, keep_all: bool) -> Iterator[tuple[list[str], list[Tensor]]]:
+    def run(
+        self, *, keep_all: bool, out: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[list[str], list[Tensor]]]:
         """For each merged tensor its names and its value after each expert, or (not ``keep_all``) after the last."""
         for source, names in self.groups.items():
-            thetas = _Column(self.experts, source)
-            omegas = None if self.importances is None else _Column(self.importances, source, self._scaled)
             start = 0 if keep_all else len(self.experts) - 1
-            values = list(prefix_merges(thetas, omegas, self.weights, self.zero, start=start))
-            if not torch.isfinite(values[-1]).all():
-                raise ValueError(f"The parameter {source!r} of an expert has NaN or infinite entries.")
+            thetas = [expert[source] for expert in self.experts]
+            omegas = None if self.importances is None else self._importances_of(source)
+            target = None if out is None else [out[names[0]]]
+            try:
+                values = prefix_merges(
+                    thetas, omegas, self.weights, self.zero, scales=self._scales_of(omegas), start=start, out=target
+                )
+            except FloatingPointError as error:
+                raise ValueError(f"The parameter {source!r} of an expert has NaN or infinite entries.") from error
+            del thetas, omegas  # those of the next parameter take their place
+            if out is not None:
+                for name in names[1:]:
+                    if not _same_memory(out[name], out[names[0]]):
+                        out[name].detach().copy_(values[-1].detach())
             yield names, values
+
+    def check_out(self, out: Mapping[str, Tensor]) -> None:
+        """Refuse to write where the merge does not fit."""
+        last = self.experts[-1]
+        if missing := [name for name in last if name not in out]:
+            raise ValueError(f"out has no entries {missing}; it has {list(out)}.")
+        for name, value in last.items():
+            if out[name].shape != value.shape or out[name].dtype != value.dtype:
+                raise ValueError(
+                    f"out[{name!r}] is {tuple(out[name].shape)} of {out[name].dtype}; the experts' is "
+                    f"{tuple(value.shape)} of {value.dtype}."
+                )
+        if scattered := [name for names in self.groups.values() for name in names if not out[name].is_contiguous()]:
+            raise ValueError(f"The entries {scattered} of out are not contiguous in memory.")
+
+    def _importances_of(self, source: str) -> list[Tensor]:
+        """A parameter's importances, looked at where nobody has done it before."""
+        assert self.importances is not None
+        found = [importance[source] for importance in self.importances]
+        for k, (importance, value) in enumerate(zip(self.importances, found, strict=True)):
+            if kind_of(importance) is None:  # not an Importance, nor the file of one
+                self._check_importance(k, source, value)
+        return found
+
+    def _scales_of(self, omegas: Sequence[Tensor] | None) -> list[float] | None:
+        if omegas is None or self.normalize is None:
+            return None
+        if self.scales is not None:
+            return [1 / scale for scale in self.scales]
+        return [1 / (float(omega.max()) or 1.0) if omega.numel() else 1.0 for omega in omegas]
+
+    def _check_importance(self, k: int, source: str, value: Tensor) -> None:
+        try:
+            check_importance(source, value)
+        except ValueError as error:
+            raise ValueError(f"Expert {k + 1}: {error}") from error
 
     def _check_importances(self, importances: Sequence[StateDict | None] | None) -> list[StateDict] | None:
         if importances is None:
@@ -242,28 +301,6 @@ class _Plan:
             scales.append(scale or 1.0)
         return scales
 
-    def _scaled(self, k: int, source: str, importance: Tensor) -> Tensor:
-        try:
-            check_importance(source, importance)
-        except ValueError as error:
-            raise ValueError(f"Expert {k + 1}: {error}") from error
-        if self.normalize is None or importance.numel() == 0:
-            return importance
-        divisor = float(importance.max()) or 1.0 if self.scales is None else self.scales[k]
-        return importance / divisor
 
-
-class _Column(Sequence[Tensor]):
-    """One entry in several state dicts, read when asked for."""
-
-    def __init__(
-        self, rows: Sequence[StateDict], name: str, transform: Callable[[int, str, Tensor], Tensor] | None = None
-    ) -> None:
-        self._rows, self._name, self._transform = rows, name, transform
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, k: Any) -> Any:
-        value = self._rows[k][self._name]
-        return value if self._transform is None else self._transform(k, self._name, value)
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.device == other.device

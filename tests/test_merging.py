@@ -383,3 +383,80 @@ def test_a_bad_importance_is_refused_with_every_normalization_and_for_one_expert
         bad = _with(I_[:count], 0, w=torch.tensor([1.0, value]))
         with pytest.raises(ValueError, match=r"Expert 1: .*'w'"):
             merge(E_[:count], bad, normalize=normalize)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["importances", "mean"])
+def test_out_is_written_in_place(weighted):
+    model = batch_norm_network()
+    experts = [batch_norm_network().state_dict() for _ in range(3)]
+    importances = [{name: torch.rand_like(p) for name, p in model.named_parameters()} for _ in range(3)]
+    right = merge(experts, importances if weighted else None)
+    target = model.state_dict()
+    places = {name: value.data_ptr() for name, value in target.items()}
+
+    merged = merge(experts, importances if weighted else None, out=target)
+
+    assert list(merged) == list(right)
+    assert {name: value.data_ptr() for name, value in merged.items()} == places
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_out_may_be_an_expert(k):
+    torch.manual_seed(0)
+    experts = [{"w": torch.randn(300_000), "n": torch.tensor(k)} for k in range(3)]
+    importances = [{"w": torch.rand(300_000)} for _ in range(3)]
+    right = merge(experts, importances)
+
+    merged = merge(experts, importances, out=experts[k])
+
+    assert merged["w"] is experts[k]["w"]
+    assert all(torch.equal(merged[name], right[name]) for name in right)
+
+
+def test_out_with_tied_entries_keeps_them_tied_and_equal():
+    experts = [TiedWeights().state_dict() for _ in range(2)]
+    right, tied = merge(experts), TiedWeights().state_dict()
+    apart = {name: value.clone() for name, value in tied.items()}
+
+    assert all(torch.equal(value, right[name]) for name, value in merge(experts, out=tied).items())
+    assert all(torch.equal(value, right[name]) for name, value in merge(experts, out=apart).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": None}, r"out has no entries \['w'\]"),
+        ({"w": torch.zeros(3)}, r"out\['w'\] is \(3,\) of torch.float32; the experts' is \(2,\)"),
+        ({"w": torch.zeros(2, dtype=torch.float64)}, r"of torch.float64; the experts' is \(2,\) of torch.float32"),
+        ({"v": torch.zeros(2, 2).T.contiguous().T}, r"\['v'\] of out are not contiguous"),
+    ],
+)
+def test_out_that_does_not_fit_is_refused_before_anything_is_written(change, message):
+    out = {name: value for name, value in {**E_[0], **change}.items() if value is not None}
+    before = {name: value.clone() for name, value in out.items()}
+    with pytest.raises(ValueError, match=message):
+        merge(E_, I_, out=out)
+    assert all(torch.equal(value, before[name]) for name, value in out.items())
+
+
+@pytest.mark.parametrize("unimportant", ["nothing", "some entries", "everything"])
+@pytest.mark.parametrize("scale", [1e-37, 1.0, 1e37])
+def test_parameters_of_many_stretches_equal_plain_python(scale, unimportant):
+    """Longer than what is merged at a time, with importances for which float32 has no room in one of the stretches."""
+    torch.manual_seed(0)
+    size = 2**17 * torch.get_num_threads() * 2 + 77
+    experts = [{"w": torch.randn(size)} for _ in range(3)]
+    importances = [{"w": torch.rand(size) + 0.1} for _ in range(3)]
+    for importance in importances:
+        importance["w"][:1000] *= scale
+        if unimportant != "nothing":
+            importance["w"][2000 : 3000 if unimportant == "some entries" else None] = 0
+    mass = torch.stack([importance["w"].double() for importance in importances])
+    theta = torch.stack([expert["w"].double() for expert in experts])
+    right = torch.where(mass.sum(0) == 0, theta.mean(0), (mass * theta).sum(0) / mass.sum(0))
+
+    merged = merge(experts, importances)["w"]
+
+    torch.testing.assert_close(merged.double(), right, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,7 +39,12 @@ def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.numel() and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
         found = f"{int(labels.min())} to {int(labels.max())}"
         raise ValueError(f"The labels must be in 0..{logits.shape[1] - 1}; they go from {found}.")
-    return logits.softmax(1) - F.one_hot(labels.long(), logits.shape[1]).to(logits.dtype)
+    return _less_one(logits.softmax(1), labels.long())
+
+
+def _less_one(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Probabilities (n, classes) less 1 at each label (n,)."""
+    return probabilities.scatter_add(1, labels.unsqueeze(1), probabilities.new_full((len(labels), 1), -1))
 
 
 def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
@@ -54,10 +58,12 @@ def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None)
     Returns:
         (n, draws), on the logits' device.
     """
-    probabilities = logits.softmax(1)
-    if generator is not None:
-        probabilities = probabilities.to(generator.device)
-    return torch.multinomial(probabilities, draws, replacement=True, generator=generator).to(logits.device)
+    return _draw(logits.softmax(1), draws, generator)
+
+
+def _draw(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    moved = probabilities if generator is None else probabilities.to(generator.device)
+    return torch.multinomial(moved, draws, replacement=True, generator=generator).to(probabilities.device)
 
 
 def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> list[Tensor]:
@@ -71,8 +77,9 @@ def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | N
     Returns:
         ``draws`` tensors (n, classes).
     """
-    labels = sample_labels(logits, draws, generator)
-    return [label_cotangent(logits, labels[:, k]) / draws**0.5 for k in range(draws)]
+    probabilities = logits.softmax(1)
+    labels = _draw(probabilities, draws, generator)
+    return [_less_one(probabilities, labels[:, k]) / draws**0.5 for k in range(draws)]
 
 
 def expected_fisher_cotangents(logits: Tensor) -> list[Tensor]:
@@ -85,8 +92,5 @@ def expected_fisher_cotangents(logits: Tensor) -> list[Tensor]:
         For each class ``c``, the gradient of :math:`-\log p(c | x)` times :math:`\sqrt{p(c | x)}`, (n, classes).
     """
     probabilities = logits.softmax(1)
-    classes = range(logits.shape[1])
-    return [
-        label_cotangent(logits, torch.full_like(logits[:, 0], c, dtype=torch.long)) * probabilities[:, c : c + 1].sqrt()
-        for c in classes
-    ]
+    one_hot = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    return [(probabilities - row) * probabilities[:, c : c + 1].sqrt() for c, row in enumerate(one_hot)]

@@ -20,7 +20,7 @@ OMEGAS = [
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 2.0, 7.0]])
 @pytest.mark.parametrize("omegas", [OMEGAS, None], ids=["importances", "mean"])
 def test_prefixes_equal_plain_python(omegas, weights, zero):
-    merged = list(prefix_merges(THETAS, omegas, weights, zero))
+    merged = prefix_merges(THETAS, omegas, weights, zero)
 
     assert len(merged) == 3
     assert torch.equal(merged[0], THETAS[0])
@@ -31,7 +31,7 @@ def test_prefixes_equal_plain_python(omegas, weights, zero):
 
 @pytest.mark.parametrize(("zero", "expected"), [("mean", (2 * 3.0 - 1.0) / 3), ("reference", 0.0)])
 def test_an_entry_without_any_importance(zero, expected):
-    merged = list(prefix_merges(THETAS[:2], OMEGAS[:2], [2.0, 1.0], zero))
+    merged = prefix_merges(THETAS[:2], OMEGAS[:2], [2.0, 1.0], zero)
 
     assert merged[1][1, 1].item() == pytest.approx(expected)
     assert merged[0][1, 1].item() == 3.0  # the first is expert 1, whatever its importances
@@ -39,9 +39,9 @@ def test_an_entry_without_any_importance(zero, expected):
 
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_start_leaves_out_the_earlier_merges_and_changes_no_bit(start):
-    everything = list(prefix_merges(THETAS, OMEGAS, [1.0] * 3))
+    everything = prefix_merges(THETAS, OMEGAS, [1.0] * 3)
 
-    part = list(prefix_merges(THETAS, OMEGAS, [1.0] * 3, start=start))
+    part = prefix_merges(THETAS, OMEGAS, [1.0] * 3, start=start)
 
     assert len(part) == 3 - start
     assert all(map(torch.equal, part, everything[start:]))
@@ -62,7 +62,7 @@ def test_low_precision_is_accumulated_in_float32(dtype):
     """The sum of 400 ones in bfloat16 is 256."""
     thetas = [torch.full((3,), 1.0 + k % 2, dtype=dtype) for k in range(400)]
 
-    merged = next(prefix_merges(thetas, [torch.ones(3, dtype=dtype)] * 400, [1.0] * 400, start=399))
+    (merged,) = prefix_merges(thetas, [torch.ones(3, dtype=dtype)] * 400, [1.0] * 400, start=399)
 
     assert merged.dtype == dtype
     assert merged.tolist() == [1.5] * 3
@@ -71,7 +71,7 @@ def test_low_precision_is_accumulated_in_float32(dtype):
 def test_float64_keeps_its_precision():
     thetas = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0 + 3e-12], dtype=torch.float64)]
 
-    merged = list(prefix_merges(thetas, [torch.ones(1)] * 2, [1.0, 1.0]))[1]
+    merged = (prefix_merges(thetas, [torch.ones(1)] * 2, [1.0, 1.0]))[1]
 
     assert merged.item() == pytest.approx(1.0 + 2e-12, rel=0, abs=1e-15)
 
@@ -84,7 +84,7 @@ def test_the_scale_of_the_importances_does_not_matter(scale, size):
     thetas = [torch.tensor([1.0, 1.0]) * size, torch.tensor([3.0, 1.0]) * size]
     right = naive_merge(thetas, omegas)
 
-    merged = list(prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0]))[1]
+    merged = (prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0]))[1]
 
     torch.testing.assert_close(merged.double(), right, rtol=1e-6, atol=0)
 
@@ -111,7 +111,7 @@ def _columns(draw):
 def test_merged_entries_lie_between_the_experts(columns):
     thetas, omegas, weights = columns
 
-    merged = list(prefix_merges(thetas, omegas, weights))
+    merged = prefix_merges(thetas, omegas, weights)
 
     for t, value in enumerate(merged, start=1):
         stack = torch.stack(thetas[:t]).double()
@@ -126,8 +126,8 @@ def test_the_order_of_the_experts_matters_by_rounding_only(columns, random):
     order = random.sample(range(len(thetas)), len(thetas))
     last = len(thetas) - 1
 
-    merged = next(prefix_merges(thetas, omegas, weights, start=last))
-    shuffled = next(prefix_merges(*([column[k] for k in order] for column in columns), start=last))
+    (merged,) = prefix_merges(thetas, omegas, weights, start=last)
+    (shuffled,) = prefix_merges(*([column[k] for k in order] for column in columns), start=last)
 
     slack = 8 * torch.finfo(torch.float32).eps * torch.stack(thetas).abs().amax(0)
     assert ((merged - shuffled).abs() <= slack).all()
@@ -137,8 +137,8 @@ def test_the_order_of_the_experts_matters_by_rounding_only(columns, random):
 def test_scaling_all_importances_by_a_power_of_two_changes_no_bit(columns, exponent):
     thetas, omegas, weights = columns
 
-    merged = list(prefix_merges(thetas, omegas, weights))
-    scaled = list(prefix_merges(thetas, [omega * 2.0**exponent for omega in omegas], weights))
+    merged = prefix_merges(thetas, omegas, weights)
+    scaled = prefix_merges(thetas, [omega * 2.0**exponent for omega in omegas], weights)
 
     assert all(map(torch.equal, merged, scaled))
 

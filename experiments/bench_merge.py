@@ -1,0 +1,130 @@
+"""How fast a merge is: bytes moved per second over those of a plain copy of the same tensors, and its peak memory.
+
+python experiments/bench_merge.py        # or: make bench
+"""
+
+from __future__ import annotations
+
+import csv
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torchvision
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
+
+from pl_personalize import Importance, merge
+from pl_personalize.runner.results import markdown_table
+
+MIB = 2**20
+StateDict = dict[str, Tensor]
+
+
+def main(
+    network: str = "vgg11",
+    num_experts: PositiveInt = 4,
+    rounds: PositiveInt = 5,
+    device: str = "cpu",
+    num_threads: PositiveInt = 1,
+    output_dir: Path = Path("runs/bench-merge"),
+) -> None:
+    """Merge experts of random parameters and importances, and copy the same tensors, taking turns.
+
+    A merge reads each expert and its importances and writes one model; a copy reads and writes each of them.
+
+    Args:
+        network: One of torchvision's classification models.
+        num_experts: How many.
+        rounds: Of each; the median counts.
+        device: Such as ``cpu`` or ``cuda``.
+        num_threads: Threads for PyTorch.
+        output_dir: Folder of the table, as CSV and Markdown.
+    """
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(network).to(device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    experts = [{n: torch.randn(s, device=device) for n, s in shapes.items()} for _ in range(num_experts)]
+    importances = [
+        Importance(
+            {n: torch.rand(s, device=device) ** 2 + 1e-6 for n, s in shapes.items()}, kind="fisher", num_samples=1
+        )
+        for _ in range(num_experts)
+    ]
+    out = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+    size = sum(value.numel() * value.element_size() for value in out.values())
+    read = 2 * num_experts * size
+
+    before = peak(device)
+    merge(experts, importances, out=out)
+    extra = peak(device) - before
+    largest = max(value.numel() * value.element_size() for value in out.values())
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("copy", "merge", "clone", "new")}
+    for _ in range(rounds):
+        seconds["copy"].append(timed(lambda: copy_all([*experts, *importances], out), device))
+        seconds["merge"].append(timed(lambda: merge(experts, importances, out=out), device))
+        seconds["clone"].append(timed(lambda: clone_all([*experts, *importances]), device))
+        seconds["new"].append(timed(lambda: merge(experts, importances), device))
+    header = ["memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]
+    lines = []
+    for memory, copy, merging in (("there before", "copy", "merge"), ("new", "clone", "new")):
+        rates = [2 * read / median(seconds[copy]) / 1e9, (read + size) / median(seconds[merging]) / 1e9]
+        lines.append(
+            [memory, *(f"{r:.1f}" for r in rates), f"{rates[1] / rates[0]:.2f}", f"{median(seconds[merging]):.3f}"]
+        )
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {num_threads} thread(s)"
+    table = markdown_table([header, *lines])
+    print(
+        f"{table}\n\n{num_experts} {network} experts of {size / MIB:.0f} MiB with importances, {name}; medians of "
+        f"{rounds}.\nPeak memory of a merge beside its input and output: {extra / MIB:.0f} MiB; the largest parameter "
+        f"has {largest / MIB:.0f}."
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "merge.md").write_text(table + "\n")
+    with (output_dir / "merge.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    wait(device)
+    begun = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - begun
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def copy_all(sources: list[StateDict | Importance], target: StateDict) -> None:
+    """Each tensor into memory that is there."""
+    for source in sources:
+        for name, value in source.items():
+            target[name].copy_(value)
+
+
+def clone_all(sources: list[StateDict | Importance]) -> None:
+    """Each tensor into new memory, one state dict after the other."""
+    for source in sources:
+        {name: value.clone() for name, value in source.items()}
+
+
+def peak(device: str) -> int:
+    """Bytes: of the process, or of the device's allocator."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
