@@ -41,7 +41,7 @@ help:
 	@echo "make demo        the method on handwritten digits"
 	@echo "make test        all tests (PYTEST_ARGS=... for some of them)"
 	@echo "make lint        ruff, and mypy --strict on the installed package"
-	@echo "make bench       what exact importances and a training step cost, as ratios"
+	@echo "make bench       what importances, a merge and a training step cost, as ratios (15 minutes)"
 	@echo "make wheel-test  the fast tests against the built wheel, in a fresh environment"
 	@echo "make clean       remove the environments, caches and builds"
 
@@ -52,8 +52,10 @@ test: .venv/.installed-dev | $(WRITABLE)
 	@echo "pytest"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-bench: .venv/.installed-experiments | $(WRITABLE)
-	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_importance.py --alternatives '["BackPACK", "batch size 1"]'
+bench: .venv/.installed-dev | $(WRITABLE)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_importance.py
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_memory.py
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_merge.py
 	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_training.py
 
 # The folders are not named as they are imported, so mypy reads an installed copy, where the sources are out of its

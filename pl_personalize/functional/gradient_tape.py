@@ -111,10 +111,11 @@ class GradientTape:
         self, parameters: Mapping[str, nn.Parameter], layers: Iterable[nn.Module], power: int, max_scratch_bytes: int
     ) -> None:
         self.power = power
-        self.sums = {
-            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for name, p in parameters.items()
+        self._shapes = {
+            name: (p.shape, torch.promote_types(p.dtype, torch.float32), p.device) for name, p in parameters.items()
         }
+        self.sums: dict[str, Tensor] = {}
+        self.reset()
         layers = list(layers)
         self._attentions = {layer: split for layer in layers if (split := split_attention(layer)) is not None}
         parts = [part for split in self._attentions.values() for part in split.projections]
@@ -135,6 +136,18 @@ class GradientTape:
         self._use_counts: dict[int, int] = {}
         self._anchor: Tensor | None = None
         self._is_last_backward, self._in_backward = True, False
+
+    def reset(self) -> None:
+        """Begin to sum anew."""
+        for name, (shape, dtype, device) in self._shapes.items():
+            if name in self.sums and self.sums[name].shape == shape:
+                self.sums[name].zero_()
+            else:
+                self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def release(self) -> None:
+        """Give the memory of the sums back until :meth:`reset`."""
+        self.sums.clear()
 
     def attach(self) -> None:
         """Register the forward hooks. They do nothing outside of :meth:`recording`."""

@@ -73,8 +73,8 @@ def prefix_merges(
     factors = [weight * scale for weight, scale in zip(weights, scales or [1.0] * len(weights), strict=True)]
     factors = [factor / factors[0] for factor in factors]
     chunk = _AT_A_TIME * torch.get_num_threads() if device.type == "cpu" else _AT_A_TIME_ELSEWHERE
-    columns = [[t.detach().reshape(-1).split(chunk) for t in group] for group in (parameters, importances or ())]
-    targets = [t.detach().view(-1).split(chunk) for t in results]
+    columns = [[torch.split(t.detach().reshape(-1), chunk) for t in group] for group in (parameters, importances or ())]
+    targets = [torch.split(t.detach().view(-1), chunk) for t in results]
     buffer = torch.empty(2 * min(chunk, results[-1].numel()), dtype=torch.float64, device=device)
     for i in range(len(targets[-1]) if results[-1].numel() else 0):
         thetas, omegas = ([column[i].to(device) for column in group] for group in columns)

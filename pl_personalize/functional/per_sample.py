@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, vmap
 from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
 from pl_personalize.functional.interrupts import InterruptsHeld
-from pl_personalize.functional.layer_rules import add_power_sums_, raise_to
+from pl_personalize.functional.layer_rules import add_power_sums_
+from pl_personalize.functional.sketches import Sketch
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
@@ -25,7 +26,6 @@ _RANDOM = (
     "The model is random in eval mode: it does not give the same output twice, and importances per sample are not "
     "defined. Make it deterministic in eval mode."
 )
-_CHECKED_AT_ONCE = 2**20
 _NO_GRADIENT = "The model's output has no gradient with respect to any of the parameters that count."
 
 
@@ -263,8 +263,9 @@ class PerSamplePowerSums:
         ):
             self._take_slower_path(wrong)
         self._tape.learns_batch_dims = False
-        for name, total in self.sums.items():
-            total.copy_(before[name]) if before else total.zero_()
+        self._tape.reset()
+        for name, total in before.items():
+            self.sums[name].copy_(total)
         self._samples_checked = 1 if other is None else count  # of two that are the same, one was seen
 
     def _wrong_paths(self, samples: Sequence[Any], batch: Any, direction: Tensor) -> list[str]:
@@ -272,8 +273,7 @@ class PerSamplePowerSums:
 
         Those of one layer, if a path broke there.
         """
-        for total in self.sums.values():
-            total.zero_()
+        self._tape.reset()
         try:
             self._add(batch, len(samples), lambda logits: [direction])
         except TapeError as error:
@@ -285,31 +285,28 @@ class PerSamplePowerSums:
             if not self._vectorised or not self._unrecorded():
                 raise
             return list(self._unrecorded())
-        # What remains of the sums once each sample's own gradient is taken away, beside the largest of these.
-        sizes = dict.fromkeys(self.sums, torch.zeros((), dtype=torch.float64))
+        # The sums, and the samples' own gradients, are never in memory together: sketches of them are compared.
+        found = {name: Sketch(p.shape, self.sums[name].dtype, p.device) for name, p in self._parameters.items()}
+        right = {name: Sketch(p.shape, self.sums[name].dtype, p.device) for name, p in self._parameters.items()}
+        for name, total in self.sums.items():
+            found[name].add(total)
+        self._tape.release()
+        sizes = dict.fromkeys(found, 0.0)
+
+        def take(name: str, gradient: Tensor) -> None:
+            sizes[name] = max(sizes[name], right[name].add(gradient, self._power))
+
         for i, sample in enumerate(samples):
-            self._one_sample(sample, direction[i : i + 1], self._parameters, partial(self._take_away, sizes))
+            self._one_sample(sample, direction[i : i + 1], self._parameters, take)
         tolerance = 1e-3 if direction.dtype in (torch.float32, torch.float64) else 5e-2
-        counts = {name: max(1, total.numel()) ** 0.5 for name, total in self.sums.items()}
+        counts = {name: max(1, p.numel()) ** 0.5 for name, p in self._parameters.items()}
         # Where the true gradient is zero, rounding leaves something of the size of the others times the precision.
-        noise = 1e-6**self._power * max(float(size) / counts[name] for name, size in sizes.items())
+        noise = 1e-6**self._power * max(size / counts[name] for name, size in sizes.items())
         return [
             name
-            for name, rest in self.sums.items()
-            if not float(rest.norm()) <= tolerance * float(sizes[name]) + noise * counts[name]
+            for name, size in sizes.items()
+            if not found[name].distance(right[name]) <= tolerance * size + noise * counts[name]
         ]
-
-    def _take_away(self, sizes: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-        """Subtract a sample's gradient from the sums, some rows at a time, and note how large it is."""
-        rest = self.sums[name] if gradient.dim() else self.sums[name].view(1)
-        gradient = gradient if gradient.dim() else gradient.view(1)
-        rows = max(1, _CHECKED_AT_ONCE // max(1, rest[:1].numel()))
-        square = torch.zeros((), dtype=torch.float64, device=rest.device)
-        for part, piece in zip(torch.split(rest, rows), torch.split(gradient, rows), strict=True):
-            power = raise_to(piece.to(part.dtype), self._power)
-            part.sub_(power)
-            square += power.norm().double().square()
-        sizes[name] = torch.maximum(sizes[name].to(square), square.sqrt())
 
     def _misfits(self, batch: Any, num_samples: int) -> list[str]:
         """The copied parameters that break the model."""

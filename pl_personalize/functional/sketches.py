@@ -1,0 +1,54 @@
+"""Comparing large tensors in little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMALL = 2**16  # numbers, up to which the tensor itself is kept
+_DIRECTIONS = 4
+_AT_A_TIME = 2**20  # numbers
+
+
+class Sketch:
+    r"""A random projection of a tensor, whose differences are in expectation as large as those of the tensors.
+
+    Of a matrix :math:`A` it is :math:`A U / \sqrt{4}` with four fixed columns of normal numbers in :math:`U`, so that
+    :math:`E \|A U / \sqrt{4}\|^2 = \|A\|_F^2`. A small tensor is its own sketch.
+
+    Args:
+        shape: The tensor's.
+        dtype: What to compute in.
+        device: Where.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = shape[0] if len(shape) > 1 else 1
+        columns = int(torch.Size(shape).numel()) // max(1, self._rows)
+        self._directions: Tensor | None = None
+        if self._rows * columns > _SMALL and columns > 2 * _DIRECTIONS:
+            generator = torch.Generator().manual_seed(0)
+            normal = torch.randn(columns, _DIRECTIONS, generator=generator, dtype=torch.float64)
+            self._directions = (normal / _DIRECTIONS**0.5).to(device, dtype)
+        size = columns if self._directions is None else _DIRECTIONS
+        self._values = torch.zeros(self._rows, size, dtype=dtype, device=device)
+
+    def add(self, tensor: Tensor, power: int = 1) -> float:
+        """Add the sketch of ``|tensor| ** power``; returns its Euclidean norm. No copy of the whole is made."""
+        rows = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
+        square = torch.zeros((), dtype=torch.float64, device=tensor.device)
+        at_a_time, start = max(1, _AT_A_TIME // max(1, rows[:1].numel())), 0
+        for piece in torch.split(rows, at_a_time) if rows.numel() else ():
+            piece = piece.reshape(len(piece), -1).to(self._values.dtype).abs()
+            piece = piece.square() if power == 2 else piece
+            square += piece.norm().double().square()
+            projected = piece if self._directions is None else piece @ self._directions
+            self._values[start : start + len(piece)] += projected
+            start += len(piece)
+        return float(square.sqrt())
+
+    def distance(self, other: Sketch) -> float:
+        """The Euclidean norm of the difference, in expectation."""
+        return float((self._values - other._values).norm())
