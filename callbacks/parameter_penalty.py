@@ -43,8 +43,8 @@ class ParameterPenalty(Callback):
     with a new Trainer for each, needs two lines::
 
         importances = []  # none yet: nothing is pulled
-        for data in tasks:
-            mas = MASImportance(module="body", weights="last")
+        for k, data in enumerate(tasks):
+            mas = MASImportance(module="body", weights="last", filename=f"task-{k}")
             Trainer(callbacks=[ParameterPenalty(1.0, importances, module="body"), mas]).fit(model, data)
             importances.append(mas.importance)  # or mas.path
 

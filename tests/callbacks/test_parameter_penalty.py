@@ -346,6 +346,31 @@ def test_fused_optimisers_that_unscale_gradients_themselves(tmp_path):
     assert distance(scaled, run(True)) > 0.1
 
 
+def test_small_importances_in_half_precision(tmp_path):
+    """1e-9 is zero in float16; what it adds, times λ, is not."""
+    omega = {name: torch.full_like(p, 1e-9) for name, p in point(Net(norm=False)).items()}
+    anchor, gradients = {name: p + 0.5 for name, p in point(Net(norm=False)).items()}, [Gradients(), Gradients()]
+    options = {"loader": data(dtype=torch.float16), "precision": "16-true", "max_steps": 1}
+    trained(tmp_path, Net(norm=False), ParameterPenalty(1e8, omega, anchor), gradients[0], **options)
+    trained(tmp_path, Net(norm=False), gradients[1], **options)
+    for name, gradient in gradients[0].steps[0].items():
+        added = gradient - gradients[1].steps[0][name]
+        torch.testing.assert_close(added.float(), torch.full(added.shape, -0.1), rtol=0, atol=2e-3)
+
+
+def test_a_strength_of_zero_changes_nothing(tmp_path):
+    class Idle(Net):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Parameter(torch.ones(1))
+
+    gradients = Gradients()
+    anchor = {name: torch.zeros_like(p) for name, p in point(Idle()).items()}
+    net = trained(tmp_path, Idle(), ParameterPenalty(0.0, None, anchor), gradients)
+    assert distance(net, trained(tmp_path, Idle())) == 0
+    assert {step["idle"] for step in gradients.steps} == {None}
+
+
 def test_strength_may_change_and_should_pull_may_be_overridden(tmp_path):
     class Late(ParameterPenalty):
         def should_pull(self, trainer, pl_module, optimizer):
@@ -593,7 +618,8 @@ def test_other_runs_are_left_alone(tmp_path, run):
     first.save_checkpoint(tmp_path / "end.ckpt")
     again = ParameterPenalty(1.0)
     net = Net(seed=4)
-    getattr(trainer(tmp_path, again), run)(net, data(), ckpt_path=tmp_path / "end.ckpt")
+    elsewhere = ParameterPenalty(1.0, "missing.safetensors", log_name="elsewhere")  # needed by nobody but fit
+    getattr(trainer(tmp_path, again, elsewhere), run)(net, data(), ckpt_path=tmp_path / "end.ckpt")
     net.load_state_dict(Net().state_dict())
     right = trained(tmp_path, Net(), ParameterPenalty(1.0))
     assert distance(trained(tmp_path, net.train(), again), right) == 0
