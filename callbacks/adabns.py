@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,6 +18,7 @@ from pl_personalize.adaptation import adapt_batchnorm, check_adaptation
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.callbacks.estimation_callback import as_list, no_limits, sum_over_ranks
 from pl_personalize.callbacks.pass_over_data import PassOverData
+from pl_personalize.callbacks.sharding import refuse_sharded_parameters
 from pl_personalize.functional.batchnorm_pass import Forward
 
 
@@ -74,11 +74,7 @@ class AdaBNS(BaseFinetuning):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, then freeze."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"AdaBNS needs whole parameters on every device; the strategy {type(trainer.strategy).__name__} shards "
-                "them. Use ddp or a single device."
-            )
+        refuse_sharded_parameters(self, trainer)
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # else there may be no layers yet
             super().setup(trainer, pl_module, stage)
 

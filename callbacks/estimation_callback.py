@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from pl_personalize.callbacks.pass_over_data import PassOverData
+from pl_personalize.callbacks.sharding import refuse_sharded_parameters
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -71,11 +71,7 @@ class EstimationCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any training."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole parameters on every device; the strategy "
-                f"{type(trainer.strategy).__name__} shards them. Use ddp or a single device."
-            )
+        refuse_sharded_parameters(self, trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and isinstance(other, EstimationCallback) and self._same_file(other):
                 raise MisconfigurationException(

@@ -145,10 +145,26 @@ def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: f
 
 
 def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that count, by name; relative to ``module``, if there is one.
+    """The parameters whose importance is estimated, by name; relative to ``module``, if there is one.
 
     Raises:
         ValueError: If a name is unknown, or no parameter is left.
+    """
+    chosen = {name: p for name, p in named_parameters(model, module, exclude).items() if p.requires_grad}
+    if not chosen:
+        raise ValueError(
+            "No parameter needs a gradient"
+            + (f" below {module!r}" if module else "")
+            + " (all are frozen or excluded), so there is nothing to estimate."
+        )
+    return chosen
+
+
+def named_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """All parameters of the model, or of ``module`` with names relative to it, but for the excluded ones.
+
+    Raises:
+        ValueError: If a name is unknown.
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
@@ -162,21 +178,15 @@ def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[st
             raise ValueError(f"The model has no module {module!r}; its parameters are {names}.") from error
     excluded: set[int] = set()
     for name in exclude:
-        found = [p for known, p in model.named_parameters(remove_duplicate=False) if _below(known, name)]
+        found = [p for known, p in model.named_parameters(remove_duplicate=False) if below(known, name)]
         if not found:
             raise ValueError(f"exclude={name!r} is no parameter or module of the model; its parameters are {names}.")
         excluded.update(map(id, found))
-    chosen = {name: p for name, p in part.named_parameters() if p.requires_grad and id(p) not in excluded}
-    if not chosen:
-        raise ValueError(
-            "No parameter needs a gradient"
-            + (f" below {module!r}" if module else "")
-            + " (all are frozen or excluded), so there is nothing to estimate."
-        )
-    return chosen
+    return {name: p for name, p in part.named_parameters() if id(p) not in excluded}
 
 
-def _below(parameter: str, name: str) -> bool:
+def below(parameter: str, name: str) -> bool:
+    """Whether a parameter is what ``name`` says, or is in the module of that name."""
     name = name.removesuffix(".")
     return parameter == name or parameter.startswith(f"{name}.")
 

@@ -1,4 +1,4 @@
-"""Quadratic penalties as gradients."""
+"""Quadratic penalties on the distance to earlier parameters: their value, and their gradient."""
 
 from __future__ import annotations
 
@@ -8,12 +8,92 @@ import torch
 from torch import Tensor
 
 
+def quadratic_penalty(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor] | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    r"""The penalty :math:`\lambda \sum_p \Omega_p (\theta_p - \theta^\mathrm{ref}_p)^2`, without a factor 1/2.
+
+    The sum is over all entries of all parameters. With importances it is EWC (Kirkpatrick et al., PNAS 2017, which
+    write λ/2: their λ is twice this one) or MAS (Aljundi et al., ECCV 2018); without, L2-transfer (Lee et al., NeurIPS
+    2017). The convention is that of De Lange et al., CVPR 2020.
+
+    Args:
+        parameters: Of any shapes.
+        anchors: What they are pulled to, θ_ref, of the same shapes.
+        importances: Ω, of the same shapes; ``None``: 1 everywhere.
+        strength: λ.
+
+    Returns:
+        A scalar, differentiable in everything that needs a gradient; float32 for parameters of lower precision.
+
+    Raises:
+        ValueError: If the numbers of tensors or their shapes differ.
+
+    Example:
+        >>> theta, reference, omega = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 5.0]), torch.tensor([2.0, 1.0])
+        >>> quadratic_penalty([theta], [reference], [omega], strength=0.5)
+        tensor(3.)
+    """
+    _check_shapes(parameters, anchors, importances)
+    total: Tensor | None = None
+    for k, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
+        precision = torch.promote_types(parameter.dtype, torch.float32)
+        squares = (parameter.to(precision) - anchor.to(precision)).square()
+        term = (squares if importances is None else importances[k] * squares).sum()
+        total = term if total is None else total + term.to(total.device)
+    return torch.zeros(()) if total is None else strength * total
+
+
+@torch.no_grad()
+def add_penalty_gradient_(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor] | None = None,
+    strength: float = 1.0,
+) -> None:
+    r"""Add :math:`2 \lambda \Omega (\theta - \theta_\mathrm{ref})`, the penalty's gradient, to ``.grad`` in place.
+
+    What a backward pass through :func:`quadratic_penalty` would add, without a graph: a parameter that has no gradient
+    yet gets one, a sparse one becomes dense, and one that does not need a gradient is left alone.
+
+    Args:
+        parameters: Leaves, of any shapes.
+        anchors: θ_ref, of the same shapes, types and devices.
+        importances: Ω, of the same shapes and devices; for parameters of half precision they may be float32. ``None``:
+            1 everywhere.
+        strength: λ.
+
+    Raises:
+        ValueError: If the numbers of tensors or their shapes differ.
+
+    Example:
+        >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> theta.grad = torch.tensor([10.0, 0.0])
+        >>> add_penalty_gradient_([theta], [torch.tensor([0.0, 5.0])], [torch.tensor([2.0, 1.0])], strength=0.5)
+        >>> theta.grad
+        tensor([12., -2.])
+    """
+    _check_shapes(parameters, anchors, importances)
+    pulled = [k for k, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not pulled:
+        return
+    gradients = [_dense_gradient(parameters[k]) for k in pulled]
+    values, targets = [parameters[k].detach() for k in pulled], [anchors[k] for k in pulled]
+    factors = None if importances is None else [importances[k] for k in pulled]
+    add = _add_one_by_one if gradients[0].device.type == "cpu" else _add_at_once
+    add(gradients, values, targets, factors, 2 * strength)
+
+
 @torch.no_grad()
 def add_l2_gradient_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], strength: float) -> None:
     r"""Add the gradient of :math:`\lambda \|\theta - \theta_\mathrm{ref}\|^2`, without a factor 1/2, to ``.grad``.
 
-    L2-transfer of Lee et al., NeurIPS 2017, in the convention of De Lange et al., CVPR 2020. Parameters whose ``.grad``
-    is ``None`` are left alone.
+    :func:`add_penalty_gradient_` without importances, in two additions and without a temporary copy; the results
+    differ by rounding. L2-transfer of Lee et al., NeurIPS 2017, in the convention of De Lange et al., CVPR 2020.
+    Parameters whose ``.grad`` is ``None`` are left alone.
 
     Args:
         parameters: The parameters.
@@ -26,3 +106,49 @@ def add_l2_gradient_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], st
     gradients = [p.grad for p, _ in pulled if p.grad is not None]
     torch._foreach_add_(gradients, [p.detach() for p, _ in pulled], alpha=2 * strength)
     torch._foreach_add_(gradients, [a for _, a in pulled], alpha=-2 * strength)
+
+
+def _check_shapes(
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor] | None
+) -> None:
+    for what, tensors in (("anchors", anchors), ("importances", parameters if importances is None else importances)):
+        if len(tensors) != len(parameters):
+            raise ValueError(f"{len(parameters)} parameters need as many {what}; got {len(tensors)}.")
+        for k, (parameter, tensor) in enumerate(zip(parameters, tensors, strict=True)):
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"Number {k} of the {what} is {tuple(tensor.shape)}; its parameter is {tuple(parameter.shape)}."
+                )
+
+
+def _dense_gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.layout != torch.strided:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
+# In both the difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
+
+
+def _add_one_by_one(
+    gradients: list[Tensor], values: list[Tensor], targets: list[Tensor], factors: list[Tensor] | None, scale: float
+) -> None:
+    """For CPUs: a small difference is still in cache when it is added, and its memory is used again."""
+    for k, gradient in enumerate(gradients):
+        if factors is None:
+            gradient.add_(values[k] - targets[k], alpha=scale)
+        else:
+            gradient.addcmul_(values[k] - targets[k], factors[k], value=scale)
+
+
+def _add_at_once(
+    gradients: list[Tensor], values: list[Tensor], targets: list[Tensor], factors: list[Tensor] | None, scale: float
+) -> None:
+    """For GPUs: few kernels for many tensors."""
+    differences = torch._foreach_sub(values, targets)
+    if factors is None:
+        torch._foreach_add_(gradients, differences, alpha=scale)
+    else:
+        torch._foreach_addcmul_(gradients, differences, factors, value=scale)

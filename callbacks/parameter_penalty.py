@@ -1,0 +1,331 @@
+"""Keep parameters near where they were, each as far as it is important: L2-transfer, EWC and MAS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from pl_personalize.callbacks.sharding import refuse_sharded_parameters
+from pl_personalize.estimation import below, named_parameters
+from pl_personalize.functional.merging import check_importance
+from pl_personalize.functional.penalties import add_penalty_gradient_, quadratic_penalty
+from pl_personalize.importance import Importance
+
+TaskImportance: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
+
+_WAY_OUT = (
+    "Importances are of the parameters that tasks share: estimate them with the same module=, or leave out what "
+    "differs, such as a head, with exclude=."
+)
+
+
+class ParameterPenalty(Callback):
+    r"""Adds the penalty :math:`\lambda \sum_p \Omega_p (\theta_p - \theta^\mathrm{ref}_p)^2` to any training.
+
+    Without importances Ω is 1: L2-transfer. With Fisher importances it is EWC (Kirkpatrick et al., PNAS 2017), with MAS
+    importances it is MAS (Aljundi et al., ECCV 2018). There is no factor 1/2: λ of a paper that writes λ/2 is twice
+    ``strength``.
+
+    The parameters are pulled to where they were when ``fit`` began, unless an anchor is given. So a sequence of tasks,
+    with a new Trainer for each, needs two lines::
+
+        importances = []  # none yet: nothing is pulled
+        for k, data in enumerate(tasks):
+            mas = MASImportance(module="body", weights="last", filename=f"task-{k}")
+            Trainer(callbacks=[ParameterPenalty(1.0, importances, module="body"), mas]).fit(model, data)
+            importances.append(mas.importance)  # or mas.path
+
+    The penalty's gradient is added before each step of an optimiser, to those of its parameters that need a gradient:
+    after gradients were accumulated, reduced over processes and unscaled, and before they are clipped. The step is the
+    one that a loss with the penalty in it would make; the loss that the module logs is without it. A step without any
+    gradient, of a batch that ``training_step`` skipped, stays without.
+
+    Args:
+        strength: λ. It may be changed while training runs.
+        importances: Ω of the earlier tasks: an :class:`~pl_personalize.Importance`, the path of its file, or any
+            mapping of names to tensors; or a sequence of these, which are added up. It is read when ``fit`` starts. A
+            parameter without an entry is free. ``None``: Ω is 1 for all parameters.
+        anchor: θ_ref, one point for all tasks: a state dict, or the path of a checkpoint of Lightning, of a saved
+            state dict or of a safetensors file; the names are those of the whole module or relative to ``module``.
+            ``None``: the parameters when ``fit`` starts. These are in the checkpoint, so that a resumed run is pulled
+            to where the first one began; an anchor that was given is not, and is given again to resume.
+        module: Submodule whose parameters count; names are relative to it, as in
+            :class:`~pl_personalize.callbacks.MASImportance`.
+        exclude: Names of parameters or modules that are free, whatever the importances say: a new task's head.
+        log_name: Name under which the penalty is logged, every ``log_every_n_steps`` of the Trainer; ``None``: not at
+            all. Two of these callbacks in one Trainer need different names.
+
+    Raises:
+        MisconfigurationException: If ``strength`` is negative or not finite; and, before training, for importances or
+            an anchor that cannot be read, are not finite, or do not fit the module's parameters, for importances of
+            different kinds, and for a strategy that shards parameters (FSDP, DeepSpeed).
+
+    Example:
+        >>> penalty = ParameterPenalty(0.001, exclude=["head"])  # L2-transfer for all but the head
+        >>> penalty.strength, penalty.importances, penalty.anchor
+        (0.001, None, None)
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        importances: Sequence[TaskImportance] | TaskImportance | None = None,
+        anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+        *,
+        module: str | None = None,
+        exclude: Sequence[str] = (),
+        log_name: str | None = "penalty",
+    ) -> None:
+        super().__init__()
+        if not 0 <= strength < inf:
+            raise MisconfigurationException(f"strength must be finite and not negative; got {strength}.")
+        # A module's own state dict would move with its parameters, and when a checkpoint is loaded.
+        self.anchor = _copied(anchor) if isinstance(anchor, Mapping) else anchor
+        self.strength, self.importances, self.log_name = strength, importances, log_name
+        self.module = None if module is None else module.removesuffix(".")
+        self.exclude = exclude if isinstance(exclude, str) else tuple(exclude)
+        self._total: dict[str, Tensor] | None = None  # the sum of the importances
+        self._given: dict[str, Tensor] = {}  # the anchor's entries
+        self._start: dict[str, Tensor] | None = None  # the parameters when fit began
+        self._pulled: list[nn.Parameter] = []
+        self._anchors: list[Tensor] = []
+        self._importances: list[Tensor] | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(module=self.module, exclude=self.exclude, log_name=self.log_name)
+
+    def should_pull(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> bool:
+        """Whether to add the penalty to this step. Override to decide otherwise."""
+        return True
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the files, and refuse what cannot work before any training."""
+        refuse_sharded_parameters(self, trainer)
+        if stage != "fit":
+            return
+        self._start = None  # another run's
+        try:
+            self._total = self._sum_of_importances()
+            self._given = _read_anchor(self.anchor)
+        except (ValueError, OSError) as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
+            self._choose_parameters(pl_module)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where the run began that is resumed."""
+        self._start = state_dict["anchor"]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where ``fit`` began, if that is the anchor."""
+        return {"anchor": self._start} if self.anchor is None and self._start else {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring anchor and importances to the parameters' devices and types, once."""
+        chosen = self._choose_parameters(pl_module)
+        if self.anchor is None and self._start is None and chosen and trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"The checkpoint {trainer.ckpt_path} says nothing of where {type(self).__name__}'s run began, so the "
+                "parameters are pulled to what they are in it. Pass anchor= to pull them elsewhere."
+            )
+        anchors = self._anchor_of(chosen) or {name: p.detach() for name, p in chosen.items()}
+        placed = {name: torch.empty_like(p).copy_(anchors[name]) for name, p in chosen.items()}
+        self._pulled, self._anchors = list(chosen.values()), list(placed.values())
+        if self.anchor is None:
+            self._start = placed
+        if self._total is not None:
+            # Small importances would be zero in half precision.
+            self._importances = [
+                torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)).copy_(self._total[name])
+                for name, p in chosen.items()
+            ]
+        self._total, self._given = None, {}
+        optimised = {id(p) for optimizer in trainer.optimizers for p in _parameters(optimizer)}
+        if self._pulled and not any(id(p) in optimised for p in self._pulled):
+            rank_zero_warn(f"No optimiser has any of the parameters that {type(self).__name__} is to pull.")
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the penalty's gradient, and log its value on the steps that are logged."""
+        if not self._pulled or not self.should_pull(trainer, pl_module, optimizer):
+            return
+        stepped = _parameters(optimizer)
+        if all(p.grad is None for p in stepped):  # no backward pass: the batch was skipped
+            return
+        if self.log_name is not None and trainer._logger_connector.should_update_logs:  # as Lightning's monitors ask
+            with torch.no_grad():
+                value = quadratic_penalty(self._pulled, self._anchors, self._importances, self.strength)
+            pl_module.log(self.log_name, value, on_step=True, on_epoch=False)
+        if self.strength == 0:
+            return
+        ids = set(map(id, stepped))
+        own = [k for k, p in enumerate(self._pulled) if id(p) in ids]
+        add_penalty_gradient_(
+            [self._pulled[k] for k in own],
+            [self._anchors[k] for k in own],
+            None if self._importances is None else [self._importances[k] for k in own],
+            self.strength * _scale_of_gradients(trainer, optimizer),
+        )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of parameters and copies; where ``fit`` began stays, for a checkpoint that is saved later."""
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same when the training was interrupted."""
+        self._release()
+
+    def _release(self) -> None:
+        self._total, self._given = None, {}
+        self._pulled, self._anchors, self._importances = [], [], None
+        if self._start is not None:
+            self._start = {name: value.cpu() for name, value in self._start.items()}
+
+    def _sum_of_importances(self) -> dict[str, Tensor] | None:
+        """Ω summed over tasks, on the CPU.
+
+        Raises:
+            ValueError: If a file cannot be read, or importances are no importances or cannot be added.
+        """
+        given = self.importances
+        if given is None:
+            return None
+        tasks = [given] if isinstance(given, str | os.PathLike | Mapping) else list(given)
+        total: dict[str, Tensor] = {}
+        kinds: set[tuple[str, str]] = set()
+        for source in tasks:
+            task = source if isinstance(source, Mapping) else Importance.load(source)
+            if isinstance(task, Importance):
+                kinds.add((task.kind, task.reduction))
+            for name, value in task.items():
+                if self._is_excluded(name):
+                    continue
+                check_importance(name, value)
+                value = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
+                if name in total and value.shape != total[name].shape:
+                    raise ValueError(
+                        f"the importances of {name!r} are {tuple(total[name].shape)} for one task and "
+                        f"{tuple(value.shape)} for another, and cannot be added. {_WAY_OUT}"
+                    )
+                total[name] = total[name] + value if name in total else value
+        if len(kinds) > 1:
+            raise ValueError(
+                f"importances of different kinds, {sorted(kinds)}, are not on one scale. Estimate all in the same way, "
+                "or give each kind a callback of its own."
+            )
+        return total
+
+    def _choose_parameters(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        """The parameters that are pulled, by name.
+
+        Raises:
+            MisconfigurationException: If importances or anchor do not fit them.
+        """
+        try:
+            every = named_parameters(pl_module, self.module, ())
+            free = every.keys() - named_parameters(pl_module, self.module, self.exclude).keys()
+            names = [name for name in every if name not in free and (self._total is None or name in self._total)]
+            if free == every.keys():
+                raise ValueError("there is no parameter to pull" + (f" below {self.module!r}." if self.module else "."))
+            for name, value in (self._total or {}).items():
+                if name not in every:
+                    raise ValueError(f"no parameter is called {name!r}; they are {list(every)}. {_WAY_OUT}")
+                if name not in free and value.shape != every[name].shape:
+                    raise ValueError(
+                        f"the importance of {name!r} is {tuple(value.shape)}, and the parameter "
+                        f"{tuple(every[name].shape)}. {_WAY_OUT}"
+                    )
+            chosen = {name: every[name] for name in names}
+            self._anchor_of(chosen)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
+        return chosen
+
+    def _anchor_of(self, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The anchor's entry for each parameter; nothing if the run begins where it is.
+
+        Raises:
+            ValueError: If one is missing, not finite or of another shape.
+        """
+        anchor = self._given if self.anchor is not None else self._start
+        if anchor is None:
+            return {}
+        whole = {name: f"{self.module}.{name}" for name in chosen}
+        relative = self.module is None or not all(name in anchor for name in whole.values())
+        entries: dict[str, Tensor] = {}
+        for name, parameter in chosen.items():
+            value = anchor.get(name if relative else whole[name])
+            if value is None or value.shape != parameter.shape:
+                found = "nothing" if value is None else tuple(value.shape)
+                raise ValueError(
+                    f"the anchor has {found} for the parameter {name!r}, which is {tuple(parameter.shape)}. Pass the "
+                    "state dict of a module like this one, or leave parameters out with exclude=."
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"the anchor of {name!r} is not finite.")
+            entries[name] = value
+        return entries
+
+    def _is_excluded(self, name: str) -> bool:
+        """By name: an old head's importance may have no parameter any more."""
+        full = name if self.module is None else f"{self.module}.{name}"
+        return not isinstance(self.exclude, str) and any(below(full, excluded) for excluded in self.exclude)
+
+
+def _copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def _read_anchor(anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The entries of a state dict, or of a file that has one.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    if anchor is None:
+        return {}
+    if isinstance(anchor, Mapping):
+        return dict(anchor)
+    try:
+        if Path(anchor).suffix == ".safetensors":
+            return dict(load_file(anchor))
+        loaded: Any = torch.load(anchor, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises whatever a broken file makes it do
+        raise ValueError(f"the anchor {anchor} cannot be read: {error}") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the anchor {anchor} holds no state dict but {type(loaded).__name__}.")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _scale_of_gradients(trainer: Trainer, optimizer: Optimizer) -> float:
+    """What the gradients are still multiplied by: fused optimisers unscale them only in their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
