@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from pl_personalize import ArtifactError
 from pl_personalize.datamodules import NumbersDataModule
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
-from pl_personalize.models import cnn_bn, mlp
+from pl_personalize.models import TaskNetwork, check_backbone, cnn_bn, mlp
+from pl_personalize.models import backbone as published_network
 from pl_personalize.runner import (
     METHODS,
     AdaptationName,
@@ -32,6 +35,7 @@ from pl_personalize.runner import (
 
 PAPER_SOURCES = ("svhn", "mnist")
 PAPER_HIDDEN = (100, 100)
+OWN_NETWORKS = ("mlp", "cnn_bn")
 TRAINING = TrainingOptions()
 IMPORTANCE = ImportanceOptions()
 ADAPTATION = AdaptationOptions()
@@ -47,8 +51,10 @@ def main(
     split_seed: int = 27,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[MethodName] = tuple(METHODS),
-    backbone: Literal["mlp", "cnn_bn"] = "mlp",
+    backbone: str = "mlp",
     hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
+    weights: str | None = None,
+    image_size: PositiveInt | None = None,
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions = ADAPTATION,
     batch_size: PositiveInt = 20,
@@ -71,10 +77,15 @@ def main(
         split_seed: Seed of the choice and the division of the images.
         seeds: Seeds of initial parameters and of the order of the data.
         methods: What is compared.
-        backbone: ``mlp``, the paper's, or ``cnn_bn``: four blocks of convolution and batch norm.
+        backbone: ``mlp``, the paper's; ``cnn_bn``: four blocks of convolution and batch norm; or a classification model
+            of torchvision (``squeezenet1_1``, ``resnet18``, …), or of timm, if it is installed (``timm:resnet18``).
         hidden: Widths of the hidden layers of ``mlp``.
-        adaptations: Of batch norm, for ``cnn_bn``, under which methods are tested: ``last``, ``average``, ``expert``,
-            ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
+        weights: For a model of torchvision or timm: the name of published weights (``DEFAULT``) or the path of a file
+            with a state dict; null for random ones.
+        image_size: For a model of torchvision or timm: side to which it enlarges the images of 28×28, where these are
+            too small; null to leave them.
+        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
+            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         adaptation: How batch norm is adapted.
         batch_size: For training.
         eval_batch_size: For importances, adaptation and tests; it matters for ``--importance.reduction batch`` and for
@@ -99,14 +110,15 @@ def main(
     )
     if backbone != "mlp" and tuple(hidden) != PAPER_HIDDEN:
         raise MisconfigurationException(f"hidden is for the backbone mlp alone; got {list(hidden)} with {backbone}.")
+    make_network = network_maker(backbone, hidden, weights, image_size)
     same = set(sources) == set(PAPER_SOURCES)
     different = "" if same else f", here {', '.join(data.users)}: compare methods, not levels"
     with_paper = backbone == "mlp" and tuple(hidden) == PAPER_HIDDEN
     run_experiment(
         "Numbers",
-        "CNN-BN" if backbone == "cnn_bn" else f"MLP {'-'.join(map(str, hidden))}",
+        {"mlp": f"MLP {'-'.join(map(str, hidden))}", "cnn_bn": "CNN-BN"}.get(backbone, backbone),
         data,
-        lambda n: cnn_bn(IMAGE_SHAPE, n) if backbone == "cnn_bn" else mlp(IMAGE_SHAPE, n, hidden),
+        make_network,
         methods=methods,
         seeds=seeds,
         output_dir=output_dir,
@@ -124,10 +136,56 @@ def main(
             "split_seed": split_seed,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
-        },
+        }
+        | ({} if backbone in OWN_NETWORKS else {"weights": weights, "image_size": image_size}),
         paper=paper_results("Numbers", "MLP") if with_paper else None,
         paper_note=f"In the paper, the users are svhn and mnist{different}.",
     )
+
+
+def network_maker(
+    backbone: str, hidden: Sequence[int], weights: str | None, image_size: int | None
+) -> Callable[[int], TaskNetwork]:
+    """What makes the network for a number of classes.
+
+    Raises:
+        MisconfigurationException: If there is no such network, or it cannot take the images.
+    """
+    if backbone in OWN_NETWORKS and (weights, image_size) != (None, None):
+        raise MisconfigurationException(
+            f"weights and image_size are for networks of torchvision and timm; got {weights} and {image_size} with "
+            f"{backbone}."
+        )
+    if backbone == "mlp":
+        return lambda n: mlp(IMAGE_SHAPE, n, hidden)
+    if backbone == "cnn_bn":
+        return lambda n: cnn_bn(IMAGE_SHAPE, n)
+
+    def make(num_classes: int) -> TaskNetwork:
+        network = published_network(backbone, num_classes, weights=weights)
+        if image_size is not None:
+            network.body.register_forward_pre_hook(partial(_enlarge, size=image_size))
+        return network
+
+    try:
+        check_backbone(backbone, OWN_NETWORKS)
+        network = make(2)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise MisconfigurationException(str(error)) from error
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *IMAGE_SHAPE))
+    except Exception as error:  # where images are too small, any layer may be the one to notice
+        side = image_size or IMAGE_SHAPE[-1]
+        raise MisconfigurationException(
+            f"{backbone} takes no images of {side}×{side} pixels ({error}). Try --image_size 64, or 224."
+        ) from error
+    return make
+
+
+def _enlarge(body: nn.Module, inputs: tuple[Tensor, ...], size: int) -> Tensor:
+    """In the network, not in the datamodule: there all images are in memory."""
+    return F.interpolate(inputs[0], (size, size), mode="bilinear", antialias=True)
 
 
 def run() -> None:

@@ -6,33 +6,80 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
+
+
+class ConvHead(nn.Conv2d):
+    """A 1×1 convolution and the mean over positions: the head of a fully convolutional network such as SqueezeNet.
+
+    Weights start from a normal distribution with deviation 0.01, biases at 0, as torchvision initialises SqueezeNet's
+    last convolution: with PyTorch's default, training at the usual rates stays at chance.
+
+    Args:
+        in_channels: Features.
+        out_channels: Classes.
+        bias: Whether there is a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.weight, std=0.01)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, classes) of features (n, features, height, width), or (n, features) of one position."""
+        maps = x if x.dim() == 4 else x[:, :, None, None]
+        return super().forward(maps).mean((2, 3))
 
 
 class TaskNetwork(nn.Module):
     """A body and the head of one task: ``head(body(x))``.
 
+    For networks of torchvision, of timm and of your own, see :func:`~pl_personalize.models.backbone` and
+    :func:`~pl_personalize.models.split`.
+
     Args:
         body: Everything but the last linear layer; its parameters are shared, regularised and merged.
-        head: The last linear layer, (n, features) to (n, classes); each task has its own.
+        head: The last linear layer, (n, features) to (n, classes), or 1×1 convolution; each task has its own.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, body: nn.Module, head: nn.Linear | ConvHead) -> None:
         super().__init__()
         self.body = body
         self.head = head
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head tells apart."""
+        return self.head.out_channels if isinstance(self.head, ConvHead) else self.head.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, classes) of the task."""
         logits: Tensor = self.head(self.body(x))
         return logits
 
-    def new_head(self, num_classes: int) -> nn.Linear:
+    def new_head(self, num_classes: int) -> nn.Linear | ConvHead:
         """Replace the head by a freshly initialised one with ``num_classes`` outputs, and return it."""
-        old = self.head
-        self.head = nn.Linear(
-            old.in_features, num_classes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-        )
+        old, bias = self.head, self.head.bias is not None
+        device, dtype = old.weight.device, old.weight.dtype
+        if isinstance(old, ConvHead):
+            self.head = ConvHead(old.in_channels, num_classes, bias, device, dtype)
+        else:
+            self.head = nn.Linear(old.in_features, num_classes, bias, device, dtype)
         return self.head
 
 
@@ -44,7 +91,7 @@ class MultiHeadNetwork(nn.Module):
         heads: One for each task, in order.
     """
 
-    def __init__(self, body: nn.Module, heads: Sequence[nn.Linear]) -> None:
+    def __init__(self, body: nn.Module, heads: Sequence[nn.Linear | ConvHead]) -> None:
         super().__init__()
         self.body = body
         self.heads = nn.ModuleList(heads)

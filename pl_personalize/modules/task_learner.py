@@ -69,8 +69,7 @@ class TaskLearner(LightningModule):
             )
         self.save_hyperparameters(ignore=["network", "anchor"])
         self.network = network
-        num_classes = network.head.out_features
-        self.val_accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
+        self.val_accuracy = Accuracy(task="multiclass", num_classes=network.num_classes, average="micro")
         self._anchor_names = self._register_anchor(anchor)
         self._pulled: tuple[list[Tensor], list[Tensor]] | None = None
 

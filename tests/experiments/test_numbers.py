@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 import yaml
 from digit_files import write_mnist, write_photos, write_svhn
+from safetensors.torch import load_file
 from torchvision.datasets import SVHN
 from wandb_file import read_run
 
@@ -104,6 +107,24 @@ def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, globa
     assert "1000" not in rows  # no task has so many
     assert all(0 <= float(cell.partition(" ")[0]) <= 100 for cell in rows["all"])
     assert (folder / "figures" / "adabn-images.png").is_file()
+
+
+def test_a_network_of_torchvision(data_dir, tmp_path, monkeypatch, capsys, global_state):
+    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=7).state_dict(), tmp_path / "weights.pth")
+    sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
+    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1]", "--loggers", "[]"]
+    network = ["--backbone", "shufflenet_v2_x0_5", "--weights", tmp_path / "weights.pth", "--image_size", "40"]
+    methods = ["--methods", "[FIM-RACL, Joint]", "--training.epochs", "1"]
+    run_here(monkeypatch, "numbers.py", *options, *network, *methods, "--output_dir", tmp_path / "run")
+    rows = results(tmp_path / "run")
+    assert {(row["backbone"], row["adaptation"]) for row in rows} == {("shufflenet_v2_x0_5", "AdaBN")}
+    assert {row["method"] for row in rows} == {"FIM-RACL", "Joint"}
+    expert = load_file(tmp_path / "run" / "checkpoints" / "IMM" / "seed1" / "task1.safetensors")
+    assert {"body.conv1.0.weight", "head.weight"} <= set(expert)
+    assert "paper" not in capsys.readouterr().out
+    options[options.index("[1]")] = "[2]"  # in the same folder, the same network alone
+    said = refusal(monkeypatch, capsys, *options, *network[:-2], *methods, "--output_dir", tmp_path / "run")
+    assert "image_size" in said
 
 
 def test_a_configuration_is_tested_or_no_configuration():
@@ -232,6 +253,11 @@ def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch, capsys, g
         (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' was looked for in"),
         (["--sources", "[mnist]", "--max_per_source", "0"], "max_per_source"),
         (["--sources", "[]"], "sources must be at least one"),
+        (["--backbone", "cnn-bn"], "There is no network 'cnn-bn'; did you mean cnn_bn"),
+        (["--backbone", "alexnet"], "alexnet takes no images of 28×28 pixels"),
+        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "weights='nowhere.pth' is no file"),
+        (["--backbone", "resnet18", "--hidden", "[8]"], "hidden is for the backbone mlp alone"),
+        (["--image_size", "64"], "weights and image_size are for networks of torchvision and timm; got None and 64"),
     ],
 )
 def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch, capsys, global_state, options, message):

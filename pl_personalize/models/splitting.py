@@ -1,0 +1,140 @@
+"""Taking any network apart into a body and a head."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from pl_personalize.functional.module_state import evaluating
+from pl_personalize.models.task_network import ConvHead, TaskNetwork
+
+
+def split(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
+    """Take a network apart into its body and its head, the last linear layer.
+
+    The body is a copy of the module with :class:`torch.nn.Identity` in the place of the head: ``body(x)`` is what goes
+    into the head, and ``head(body(x))`` are the logits. So its parameters keep their names, frozen ones stay frozen,
+    and what comes before the head (dropout, pooling, hooks, adapters) stays where it is. Nothing may follow the head,
+    such as a softmax, except what a 1×1 convolution can trade places with: pooling by the mean, and flattening. One
+    forward pass in eval mode checks all this.
+
+    Args:
+        module: A network whose output is logits (n, classes). It stays as it is.
+        head: Name of the last linear layer or 1×1 convolution, as in ``module.named_modules()``. A convolution becomes
+            a :class:`~pl_personalize.models.ConvHead`.
+        example: Any input of the module, (n, …), for the check.
+
+    Returns:
+        The network. It shares nothing with the module.
+
+    Raises:
+        ValueError: If there is no such layer, its parameters are used elsewhere in the module, it is called several
+            times, or the body and the head do not give the module's logits.
+
+    Example:
+        >>> module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 10))
+        >>> network = split(module, "3", example=torch.zeros(1, 3, 2, 2))
+        >>> _ = network.new_head(num_classes=2)
+        >>> [name for name, _ in network.named_parameters()]
+        ['body.1.weight', 'body.1.bias', 'head.weight', 'head.bias']
+    """
+    _find_head(module, head)
+    return split_checked(copy.deepcopy(module), head, example)
+
+
+def split_checked(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
+    """Split a module as :func:`split` does, but in place; a module that is refused may have lost its head."""
+    layer = _find_head(module, head)
+    calls: list[nn.Module] = []
+    with torch.no_grad(), evaluating(module):
+        handle = layer.register_forward_hook(lambda layer, inputs, output: calls.append(layer))
+        try:
+            logits = module(example)
+        finally:
+            handle.remove()
+        if len(calls) != 1:
+            raise ValueError(
+                f"The head {head!r} must be called once in a forward pass of the {type(module).__name__}; it was "
+                f"called {len(calls)} times."
+            )
+        classes = layer.weight.shape[0]
+        if not isinstance(logits, Tensor) or logits.shape != (len(example), classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"The {type(module).__name__} must return the logits ({len(example)}, {classes}) of its head {head!r}; "
+                f"it returned {found}."
+            )
+        network = split_in_place(module, head)
+        follows = (
+            f"The {type(module).__name__} does something with the output of {head!r} (another layer, a softmax, a "
+            "scale?), so that layer cannot be its head: the body followed by the head does not give its logits. Take "
+            "out what follows; or build TaskNetwork(body, head) yourself."
+        )
+        with evaluating(network):
+            try:
+                again = network(example)
+            except Exception as error:  # whatever the module did to the logits does not fit the features
+                raise ValueError(f"{follows} ({error})") from error
+    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(follows)
+    return network
+
+
+def split_in_place(module: nn.Module, head: str) -> TaskNetwork:
+    """Move the head out of a module, which becomes the body, without a check.
+
+    Raises:
+        ValueError: If there is no such layer, or its parameters are used elsewhere in the module.
+    """
+    layer = _find_head(module, head)
+    module.set_submodule(head, nn.Identity())
+    return TaskNetwork(module, layer if isinstance(layer, nn.Linear) else as_conv_head(layer))
+
+
+def as_conv_head(layer: nn.Conv2d) -> ConvHead:
+    """A head with the parameters of a 1×1 convolution."""
+    # On the meta device nothing is drawn: the global generator does not move.
+    head = ConvHead(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
+    head.weight, head.bias = layer.weight, layer.bias
+    return head
+
+
+def possible_heads(module: nn.Module) -> list[str]:
+    """Names of the linear layers and 1×1 convolutions, in the order in which they are registered."""
+    return [name for name, layer in module.named_modules() if name and _can_be_head(layer)]
+
+
+def _can_be_head(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        plain = (layer.kernel_size, layer.stride, layer.groups) == ((1, 1), (1, 1), 1) and layer.padding in (0, (0, 0))
+        return plain and type(layer).forward is nn.Conv2d.forward
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+def _find_head(module: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
+    """The head, if its parameters are its own."""
+    layer = dict(module.named_modules(remove_duplicate=False)).get(head)
+    if layer is None or layer is module or not _can_be_head(layer):
+        what = "nothing of that name" if layer is None or layer is module else f"a {type(layer).__name__}"
+        found = possible_heads(module)[-10:]
+        raise ValueError(
+            f"The head must be a linear layer or a 1×1 convolution inside the module; {head!r} is {what}. "
+            + (f"The last of them here are {', '.join(map(repr, found))}." if found else "There is none here.")
+        )
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    if other := {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
+        raise ValueError(
+            f"The head {head!r} has the parameters {', '.join(sorted(other))} (weight norm, spectral norm?), which the "
+            "new heads of further tasks would not have. Turn it into a plain layer first, as "
+            "torch.nn.utils.parametrize.remove_parametrizations does."
+        )
+    own = {id(p): f"{head}.{name}" for name, p in layer.named_parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and name != own[id(parameter)]:
+            raise ValueError(
+                f"{own[id(parameter)]!r} of the head is also the body's {name!r} (one tensor, two names), so that body "
+                "and head cannot be told apart. Give the head parameters of its own."
+            )
+    return layer
