@@ -65,6 +65,7 @@ class ImportanceCallback(EstimationCallback):
             "draws": draws,
         }
         self.importance: Importance | None = None
+        self._own_generator: torch.Generator | None = None
 
     @property
     @override
@@ -145,9 +146,11 @@ class ImportanceCallback(EstimationCallback):
         given: torch.Generator | None = self._options["generator"]
         if trainer.global_rank == 0:
             return given
-        state = (torch.default_generator if given is None else given).get_state()
-        seed = derive_seed(bytes(state.tolist()).hex(), trainer.global_rank)
-        return torch.Generator(pl_module.device).manual_seed(seed)
+        if self._own_generator is None or given is None:  # one that was given moves on from estimate to estimate
+            state = (torch.default_generator if given is None else given).get_state()
+            seed = derive_seed(bytes(state.tolist()).hex(), trainer.global_rank)
+            self._own_generator = torch.Generator(pl_module.device).manual_seed(seed)
+        return self._own_generator
 
     def _check_options(self, pl_module: LightningModule) -> None:
         try:

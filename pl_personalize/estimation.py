@@ -49,6 +49,9 @@ def estimate_importance(
       :math:`\hat y` drawn from the model's own softmax: the diagonal of the Fisher information. Needs no labels.
     * ``"empirical_fisher"``: the same with the true labels (as in Kirkpatrick et al., PNAS 2017).
 
+    How each parameter's gradients are computed is decided on the first two samples, with plain autograd beside it; what
+    they do not show, such as rows that a layer picks by their values, is not seen.
+
     The absolute value or square is taken for each sample, not for the mean over a batch: the result does not depend on
     the batch size. It is computed in eval mode and without autocast, and the model is left as it was: modes,
     ``requires_grad``, ``.grad``, buffers, hooks and the state of the random number generators.
@@ -219,7 +222,7 @@ def _sums_per_sample(
     max_scratch_bytes: int,
     interruptible: LetThrough,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Path]]:
-    def cotangents(batch: Any, logits: Tensor) -> list[Tensor]:
+    def cotangents(batch: Any, logits: Tensor) -> Iterable[Tensor]:
         if kind == "mas":
             return [mas_cotangent(logits)]
         if kind == "empirical_fisher":

@@ -49,14 +49,15 @@ def merge(
         normalize: Divide each expert's importances by their ``"sum"`` or their ``"max"`` over all merged parameters, or
             by the largest of each parameter tensor (``"layer"``), so that their scales count no longer.
         out: Where to write, instead of into new tensors: a state dict with all the entries, such as that of a model, or
-            of an expert that is not needed any more. New memory takes longer to get than a merge takes.
+            of an expert that is not needed any more. New memory takes longer to get than a merge takes. After an error
+            some of it may be written.
 
     Returns:
         A state dict with the last expert's entries in the last expert's order: new tensors, or those of ``out``.
 
     Raises:
         ValueError: If the numbers of experts, importances and weights differ, an entry or an importance is missing or
-            has another shape, or an importance is negative, NaN or infinite.
+            has another shape, an importance is negative, NaN or infinite, or ``out`` does not fit.
 
     Example:
         >>> import torch
@@ -179,6 +180,12 @@ class _Plan:
                 raise ValueError(
                     f"out[{name!r}] is {tuple(out[name].shape)} of {out[name].dtype}; the experts' is "
                     f"{tuple(value.shape)} of {value.dtype}."
+                )
+        own, tied = shared_entries(last), shared_entries(out)
+        for name in last:
+            if tied.get(name, name) != name and own.get(name, name) != own.get(tied[name], tied[name]):
+                raise ValueError(
+                    f"The entries {tied[name]!r} and {name!r} of out are one tensor, and two in the experts."
                 )
         if scattered := [name for names in self.groups.values() for name in names if not out[name].is_contiguous()]:
             raise ValueError(f"The entries {scattered} of out are not contiguous in memory.")

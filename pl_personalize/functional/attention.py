@@ -32,10 +32,18 @@ class SplitAttention:
             _linear(layer.out_proj.weight, layer.out_proj.bias),
         )
         self._is_recording: Callable[[], bool] = lambda: False
+        self._on_other_use: Callable[[nn.Module], None] = lambda projection: None
 
-    def attach(self, is_recording: Callable[[], bool]) -> None:
-        """Compute by layers wherever ``is_recording()``; otherwise as always."""
-        self._is_recording = is_recording
+    def attach(
+        self, is_recording: Callable[[], bool], on_other_use: Callable[[nn.Module], None] = lambda projection: None
+    ) -> None:
+        """Compute by layers wherever ``is_recording()``; otherwise as always.
+
+        Args:
+            is_recording: Asked at each call.
+            on_other_use: Told of the projections where the call is one that layers cannot compute.
+        """
+        self._is_recording, self._on_other_use = is_recording, on_other_use
         self._layer.forward = self._forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
@@ -55,7 +63,9 @@ class SplitAttention:
     ) -> Any:
         layer = self._layer
         plain = query is key and key is value and query.dim() == 3
-        if not plain or not self._is_recording() or (attn_mask is not None and attn_mask.dim() != 2):
+        if not plain or not self._is_recording():
+            for projection in self.projections if self._is_recording() else ():
+                self._on_other_use(projection)
             return type(layer).forward(
                 layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -63,7 +73,10 @@ class SplitAttention:
         n, length, width = x.shape
         into, out = self.projections
         heads = into(x).reshape(n, length, 3, layer.num_heads, width // layer.num_heads).permute(2, 0, 3, 1, 4)
-        masks = [] if attn_mask is None else [_added(attn_mask, x.dtype)]
+        masks = []
+        if attn_mask is not None:  # (T, T), or (n · heads, T, T)
+            added = _added(attn_mask, x.dtype)
+            masks.append(added if added.dim() == 2 else added.view(n, layer.num_heads, length, length))
         if key_padding_mask is not None:
             masks.append(_added(key_padding_mask, x.dtype)[:, None, None])
         mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]

@@ -127,7 +127,8 @@ class GradientTape:
         recorded = {id(p) for own in self._own.values() for p in own.values()}
         self.names: dict[int, str] = {id(p): name for name, p in parameters.items() if id(p) in recorded}
         self.copies = SampleCopies(self._sole_uses())
-        self.learns_batch_dims = False
+        self.is_learning = False
+        self._known: set[nn.Module] = set()
         self._batch_dims: dict[nn.Module, int] = {}
         self._max_scratch_bytes = max_scratch_bytes
         self._handles: list[RemovableHandle] = []
@@ -154,7 +155,7 @@ class GradientTape:
         for layer in self.rules:
             self._handles.append(layer.register_forward_hook(self._on_forward, with_kwargs=True))
         for split in self._attentions.values():
-            split.attach(lambda: self._num_samples is not None)
+            split.attach(self._is_recording, self._refuse_other_use)
 
     def detach(self) -> None:
         """Remove the hooks and forget what was recorded."""
@@ -251,6 +252,10 @@ class GradientTape:
         if len(inputs) != 1 or not all(isinstance(t, Tensor) and t.dim() > 0 for t in tensors):
             raise TapeError(layer, "it does not map one tensor to one tensor")
         batch_dim = self._batch_dim(layer, tensors)
+        if self.is_learning:
+            self._known.add(layer)
+        elif layer not in self._known:
+            raise TapeError(layer, "the two samples that the check took did not use it")
         if output._is_view():  # a hook on a view would see what an operation in place makes of it
             output = output.clone()
         if not output.requires_grad and torch.is_grad_enabled():
@@ -264,12 +269,24 @@ class GradientTape:
         output.register_hook(lambda grad: self._on_gradient(use, grad))
         return output
 
+    def _is_recording(self) -> bool:
+        """Also in the backward pass, where activation checkpointing computes again."""
+        return self._num_samples is not None or self._in_backward
+
+    def _refuse_other_use(self, projection: nn.Module) -> None:
+        if self._num_samples is not None and self.owned(projection):
+            raise TapeError(projection, "it is attention to something else than its own input")
+
+    def module_of(self, layer: nn.Module) -> nn.Module:
+        """The model's module of which a layer is a part."""
+        return next((whole for whole, split in self._attentions.items() if layer in split.projections), layer)
+
     def _batch_dim(self, layer: nn.Module, tensors: list[Tensor]) -> int:
         """Where the samples are: in the first dimension, or in the second, as in transformers over time."""
         dim = self._batch_dims.get(layer, 0)
         if all(t.dim() > dim and t.shape[dim] == self._num_samples for t in tensors):
             return dim
-        if self.learns_batch_dims and all(t.dim() > 1 and t.shape[1] == self._num_samples for t in tensors):
+        if self.is_learning and all(t.dim() > 1 and t.shape[1] == self._num_samples for t in tensors):
             self._batch_dims[layer] = 1
             return 1
         place = ("first", "second")[dim]
@@ -306,12 +323,18 @@ class GradientTape:
             assert use.x is not None
             assert use.grad is not None
         first, rule = uses[0], self.rules[uses[0].layer]
+        assert first.x is not None
+        assert first.grad is not None
+        num_samples = first.x.shape[0]
         if len(uses) == 1 and rule.power_sum is not None:
             sums = {local: self.sums[name] for local, (_, name) in self.owned(first.layer).items()}
-            if self._apply(rule.power_sum, first.layer, first.x, first.grad, self.power, sums):
+            chunk = self._at_a_time(2 * (first.x.numel() + first.grad.numel()) // num_samples, first.grad)
+            if all(  # the first says whether there is a shortcut
+                self._apply(rule.power_sum, first.layer, x, grad, self.power, sums)
+                for x, grad in zip(torch.split(first.x, chunk), torch.split(first.grad, chunk), strict=True)
+            ):
                 return
-        num_samples = first.x.shape[0]  # type: ignore[union-attr]
-        chunk = max(1, self._max_scratch_bytes // max(1, self._bytes_per_sample(uses)))
+        chunk = self._at_a_time(self._numbers_per_sample(uses), first.grad)
         for start in range(0, num_samples, chunk):
             part = slice(start, start + chunk)
             totals: dict[str, Tensor] = {}
@@ -322,21 +345,23 @@ class GradientTape:
             for name in list(totals):
                 add_power_sums_(self.sums[name], totals.pop(name), self.power)
 
-    def _bytes_per_sample(self, uses: list[LayerUse]) -> int:
+    def _at_a_time(self, numbers: int, like: Tensor) -> int:
+        """For how many samples there is room, of so many numbers each."""
+        return max(1, self._max_scratch_bytes // max(1, numbers * like.element_size()))
+
+    def _numbers_per_sample(self, uses: list[LayerUse]) -> int:
         """What the gradients of one sample take, and what their rules hold on the way."""
         parameters = {id(p): p for use in uses for p in self._own[use.layer].values()}
         elements = sum(p.numel() for p in parameters.values()) * (2 if len(uses) > 1 else 1)
-        scratch, size = 0, 1
+        scratch = 0
         for use in uses:
             assert use.x is not None
             assert use.grad is not None
-            size = use.grad.element_size()
-            rule = self.rules[use.layer]
-            if rule.scratch is not None:
-                scratch = max(scratch, rule.scratch(use.layer, use.x, use.grad))
-            elif rule is VJP_RULE:
-                scratch = max(scratch, (use.x.numel() + use.grad.numel()) // use.x.shape[0])
-        return (elements + scratch) * size
+            held = 2 * (use.x.numel() + use.grad.numel()) // use.x.shape[0]
+            if (own := self.rules[use.layer].scratch) is not None:
+                held += own(use.layer, use.x, use.grad)
+            scratch = max(scratch, held)
+        return elements + scratch
 
     def _apply(self, rule: Any, layer: nn.Module, *args: Any) -> Any:
         try:

@@ -286,7 +286,7 @@ def prelu(layer: nn.PReLU, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _embedding_power_sum(layer: nn.Embedding, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
-    if x.is_cuda:  # how many pairs there are is not known there without waiting for the device
+    if x.is_cuda or layer.scale_grad_by_freq:  # on a GPU, to know how many pairs there are is to wait for it
         return False
     # A row gets the sum over a sample's positions that have it: one row for each pair of sample and entry.
     count, width = layer.weight.shape
@@ -304,6 +304,8 @@ def _embedding_power_sum(layer: nn.Embedding, x: Tensor, grad: Tensor, power: in
 @register_layer_rule(nn.Embedding, power_sum=_embedding_power_sum)
 def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Embedding: gradients added up by entry."""
+    if layer.scale_grad_by_freq:
+        raise NotImplementedError("gradients that are scaled by frequency have no closed form here")
     count, width = layer.weight.shape
     n = x.shape[0]
     index = x.reshape(n, -1, 1).expand(-1, -1, width)

@@ -13,7 +13,7 @@ Zero = Literal["mean", "reference"]
 
 _AT_A_TIME = 2**18  # entries, for each thread of a CPU: what stays in a core's cache
 _AT_A_TIME_ELSEWHERE = 2**24
-_SMALL, _LARGE = 1e-25, 1e25  # sums of importances between which float32 loses nothing
+_SMALL, _LARGE = 1e-25, 1e25  # sums of importances between which float32 has room for products with parameters
 
 
 def check_importance(name: str, value: Tensor) -> None:
@@ -75,12 +75,19 @@ def prefix_merges(
     chunk = _AT_A_TIME * torch.get_num_threads() if device.type == "cpu" else _AT_A_TIME_ELSEWHERE
     columns = [[torch.split(t.detach().reshape(-1), chunk) for t in group] for group in (parameters, importances or ())]
     targets = [torch.split(t.detach().view(-1), chunk) for t in results]
+    storages = {t.untyped_storage().data_ptr() for t in parameters}
+    in_place = any(result.untyped_storage().data_ptr() in storages for result in results)
     buffer = torch.empty(2 * min(chunk, results[-1].numel()), dtype=torch.float64, device=device)
     for i in range(len(targets[-1]) if results[-1].numel() else 0):
         thetas, omegas = ([column[i].to(device) for column in group] for group in columns)
-        stretch = _Stretch(thetas, omegas, weights, factors, zero, [target[i] for target in targets], buffer)
+        places = [target[i] for target in targets]
+        # What is in the place of an expert is written last: until then, the expert is needed.
+        values = [torch.empty_like(place) for place in places] if in_place else places
+        stretch = _Stretch(thetas, omegas, weights, factors, zero, values, buffer)
         if not (stretch.merge() or stretch.merge(torch.float64)):
             raise FloatingPointError("A merged entry is NaN or infinite.")
+        for place, value in zip(places, values, strict=True) if in_place else ():
+            place.copy_(value)
     return list(results)
 
 
@@ -104,7 +111,9 @@ class _Stretch:
     def merge(self, dtype: torch.dtype | None = None) -> bool:
         """Write the results; whether ``dtype``, by default the parameters' (at least float32), has room for them."""
         if dtype is None:
-            dtype = torch.promote_types(self.thetas[0].dtype, torch.float32)
+            dtype = torch.float32
+            for theta in self.thetas:
+                dtype = torch.promote_types(dtype, theta.dtype)
         first = len(self.thetas) - len(self.results)
         if first == 0:
             self.results[0].copy_(self.thetas[0])

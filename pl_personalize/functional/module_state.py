@@ -53,12 +53,19 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
-    """The model is as it was at the end: modes, parameters, buffers and what they hold, and every other attribute.
+    """The model is as it was at the end: modes, parameters, buffers and what these hold, and every other attribute.
 
-    Hooks on the gradients of its parameters are for training, and do not run inside.
+    What a forward changes inside a list or a dict of its own stays changed. Hooks on the gradients of parameters are for
+    training, and do not run inside.
     """
     parameters = list(model.parameters())
     needs_grad, hooks = [p.requires_grad for p in parameters], [p._backward_hooks for p in parameters]
+    # The one forward of torch that changes a parameter.
+    renormed = [
+        (module.weight, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
     contents = {module: dict(vars(module)) for module in model.modules()}
     entries = {
         module: (dict(module._parameters), dict(module._buffers))
@@ -78,6 +85,9 @@ def model_kept(model: nn.Module) -> Iterator[None]:
         for module, (own_parameters, own_buffers) in entries.items():
             module._parameters.update(own_parameters)
             module._buffers.update(own_buffers)
+        with torch.no_grad():
+            for weight, value in renormed:
+                weight.copy_(value)
         for parameter, needs, own_hooks in zip(parameters, needs_grad, hooks, strict=True):
             parameter.requires_grad_(needs)
             parameter._backward_hooks = own_hooks

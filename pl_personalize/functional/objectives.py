@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -82,15 +84,17 @@ def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | N
     return [_less_one(probabilities, labels[:, k]) / draws**0.5 for k in range(draws)]
 
 
-def expected_fisher_cotangents(logits: Tensor) -> list[Tensor]:
-    r"""One direction per class; the squares of their gradients sum to the expectation under the softmax.
+def expected_fisher_cotangents(logits: Tensor) -> Iterator[Tensor]:
+    r"""One direction per class, in turn; the squares of their gradients sum to the expectation under the softmax.
 
     Args:
         logits: (n, classes).
 
-    Returns:
+    Yields:
         For each class ``c``, the gradient of :math:`-\log p(c | x)` times :math:`\sqrt{p(c | x)}`, (n, classes).
     """
     probabilities = logits.softmax(1)
-    one_hot = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-    return [(probabilities - row) * probabilities[:, c : c + 1].sqrt() for c, row in enumerate(one_hot)]
+    for c in range(logits.shape[1]):
+        direction = probabilities.clone()
+        direction[:, c] -= 1
+        yield direction.mul_(probabilities[:, c : c + 1].sqrt())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import isfinite
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.hooks import RemovableHandle
 
 from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
@@ -127,7 +129,7 @@ class PerSamplePowerSums:
         for parameter, needs_grad in self._needs_grad.items():
             parameter.requires_grad_(needs_grad)
 
-    def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]) -> None:
         """Add the sums over one batch.
 
         Args:
@@ -147,11 +149,12 @@ class PerSamplePowerSums:
             self._add(batch, num_samples, cotangents)
         except TapeError as error:
             raise ValueError(
-                f"{self._describe(error.layer)} was used differently in a later batch than in the first one: {error}. "
+                f"{self._describe(self._tape.module_of(error.layer))} was used differently in a later batch than in "
+                f"the first one: {error}. "
                 "Pass exclude=(its name,) or a smaller, more regular batch."
             ) from error
 
-    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]) -> None:
         device = next(iter(self._parameters.values())).device
         self._tape.start(num_samples, device)
         try:
@@ -160,10 +163,13 @@ class PerSamplePowerSums:
             self._tape.stop()
         try:
             check_logits(logits, num_samples)
-            directions = cotangents(logits.detach())
-            for k, direction in enumerate(directions):
-                self._tape.backward(logits, direction, last=k == len(directions) - 1)
+            directions = iter(cotangents(logits.detach()))
+            direction = next(directions, None)
+            while direction is not None:
+                following = next(directions, None)
+                self._tape.backward(logits, direction, last=following is None)
                 self._add_whole_model(batch, num_samples, direction)
+                direction = following
         finally:
             self._tape.clear()
 
@@ -211,8 +217,10 @@ class PerSamplePowerSums:
     ) -> None:
         """Hand over each parameter's gradient as soon as it is there, and keep none."""
 
-        def take(name: str, gradient: Tensor) -> Tensor:
-            consume(name, gradient)
+        def take(name: str, gradient: Tensor | None) -> Tensor | None:
+            if gradient is None:  # a function of the user's own that has none
+                return None
+            consume(name, gradient.to_dense() if gradient.layout != torch.strided else gradient)
             return gradient.new_zeros(()).expand_as(gradient)  # holds no memory
 
         handles = []
@@ -244,25 +252,24 @@ class PerSamplePowerSums:
         before = {name: total.clone() for name, total in self.sums.items()} if self._samples_checked else {}
         pair = slice_batch(batch, num_samples, [0, other or 1][:count])
         samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
-        with torch.no_grad():
-            together = self._network(pair)
-            check_logits(together, count)
-            if not _close(together, self._network(pair)):
-                raise ValueError(_RANDOM)
-            apart = torch.cat([self._alone(sample) for sample in samples])
+        together = self._network(pair).detach()
+        check_logits(together, count)
+        if not _close(together, self._network(pair).detach()):
+            raise ValueError(_RANDOM)
+        apart = torch.cat([self._alone(sample).detach() for sample in samples])
         self._refuse_mixed_samples(pair, samples, together, apart)
 
         # A fixed direction without symmetries: the sum of a softmax, for one, has no gradient.
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(together.shape, generator=generator, dtype=torch.float64).to(together)
         # One sample alone, too, and first: what is the batch, and what are positions, may look alike in two.
-        self._tape.learns_batch_dims = True
+        self._tape.is_learning = True
         while wrong := (
             self._wrong_paths(samples[:1], samples[0], direction[:1])
             or (count > 1 and self._wrong_paths(samples, pair, direction))
         ):
             self._take_slower_path(wrong)
-        self._tape.learns_batch_dims = False
+        self._tape.is_learning = False
         self._tape.reset()
         for name, total in before.items():
             self.sums[name].copy_(total)
@@ -298,15 +305,34 @@ class PerSamplePowerSums:
 
         for i, sample in enumerate(samples):
             self._one_sample(sample, direction[i : i + 1], self._parameters, take)
-        tolerance = 1e-3 if direction.dtype in (torch.float32, torch.float64) else 5e-2
+        if infinite := [name for name, size in sizes.items() if not isfinite(size)]:
+            raise ValueError(
+                f"The gradient of {infinite[0]} for a single sample has NaN or infinite entries; its importances are "
+                "not defined. A square root at zero has one, or an input that is too large."
+            )
+        errors = {name: found[name].distance(right[name]) for name in sizes}
+        return self._out_of_tolerance(errors, sizes, direction.dtype)
+
+    def _out_of_tolerance(
+        self, errors: Mapping[str, float], sizes: Mapping[str, float], dtype: torch.dtype
+    ) -> list[str]:
+        """The parameters whose errors rounding does not explain."""
+        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
         counts = {name: max(1, p.numel()) ** 0.5 for name, p in self._parameters.items()}
-        # Where the true gradient is zero, rounding leaves something of the size of the others times the precision.
-        noise = 1e-6**self._power * max(size / counts[name] for name, size in sizes.items())
-        return [
-            name
-            for name, size in sizes.items()
-            if not found[name].distance(right[name]) <= tolerance * size + noise * counts[name]
-        ]
+        means = {name: size / counts[name] for name, size in sizes.items()}
+        largest: dict[str, float] = {}
+        for name, mean in means.items():
+            largest[_module_of(name)] = max(mean, largest.get(_module_of(name), 0.0))
+        unit, paths = min(1e-6, 8 * torch.finfo(dtype).eps), self.paths
+        wrong = []
+        for name, error in errors.items():
+            # Where the true gradient is zero, rounding leaves something of the size of the others times the precision:
+            # of those of the module, or at worst of the network. A loop over samples has nothing slower behind it.
+            near = unit**self._power * largest[_module_of(name)]
+            far = (1e-6 if paths[name] == "loop" else 1e-3 * unit) ** self._power * max(means.values())
+            if not error <= tolerance * sizes[name] + max(near, far) * counts[name]:
+                wrong.append(name)
+        return wrong
 
     def _misfits(self, batch: Any, num_samples: int) -> list[str]:
         """The copied parameters that break the model."""
@@ -352,14 +378,15 @@ class PerSamplePowerSums:
             return logits
         except Exception as error:
             entered: list[nn.Module] = []
-            handles = [
-                module.register_forward_pre_hook(lambda module, _: entered.append(module))
-                for module in self._layer_names
-            ]
-            with suppress(Exception):
-                self._network(sample)
-            for handle in handles:
-                handle.remove()
+            handles: list[RemovableHandle] = []
+            try:
+                for module in self._layer_names:
+                    handles.append(module.register_forward_pre_hook(lambda module, _: entered.append(module)))
+                with suppress(Exception):
+                    self._network(sample)
+            finally:
+                for handle in handles:
+                    handle.remove()
             culprit = self._describe(entered[-1]) if entered else "The model"
             raise ValueError(
                 f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample "
@@ -373,13 +400,14 @@ class PerSamplePowerSums:
         outputs: list[list[tuple[nn.Module, Any]]] = []
         for inputs in (pair, *samples):
             calls: list[tuple[nn.Module, Any]] = []
-            handles = [
-                module.register_forward_hook(lambda module, _, output, calls=calls: calls.append((module, output)))
-                for module in self._layer_names
-            ]
+            handles: list[RemovableHandle] = []
+
+            def note(module: nn.Module, _: Any, output: Any, calls: list[tuple[nn.Module, Any]] = calls) -> None:
+                calls.append((module, output))
+
             try:
-                with torch.no_grad():
-                    self._network(inputs)
+                handles += [module.register_forward_hook(note) for module in self._layer_names]
+                self._network(inputs)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -400,6 +428,15 @@ class PerSamplePowerSums:
 
     def _describe(self, module: nn.Module) -> str:
         return f"The module {self._layer_names.get(module, '?')!r} ({type(module).__name__})"
+
+
+def _module_of(parameter: str) -> str:
+    """Name of the module that a parameter is of, also where it is computed from others."""
+    return (
+        parameter.partition(".parametrizations.")[0]
+        if ".parametrizations." in parameter
+        else parameter.rpartition(".")[0]
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

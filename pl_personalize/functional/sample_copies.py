@@ -100,9 +100,8 @@ def _shapes(parameter: Tensor) -> list[tuple[int, tuple[int, ...]]]:
     shape = tuple(parameter.shape)
     # A dimension of size 1 may be there for the batch.
     found = [(dim, shape) for dim in (0, 1) if 1 < len(shape) > dim and shape[dim] == 1]
-    # A factor or a summand for each channel, or for all. Not a table: an entry that is looked up in the wrong
-    # dimension would be out of bounds, which stops a GPU for good.
-    is_vector = len(shape) == 1 and not parameter.is_cuda
-    if not shape or is_vector or (len(shape) > 1 and all(size == 1 for size in shape[1:])):
+    # A factor or a summand for each channel, or for all. Not on a GPU where it may be a table: an entry that is looked
+    # up in the wrong dimension is out of bounds, which stops a GPU for good.
+    if not shape or (all(size == 1 for size in shape[1:]) and not parameter.is_cuda):
         found += [(0, (1, *[1] * ones, *shape)) for ones in range(3 if shape else 4)]
     return found

@@ -27,7 +27,7 @@ from reference import relative_error
 from torch import Tensor
 
 from pl_personalize import Importance, estimate_importance
-from pl_personalize.callbacks import FisherImportance, MASImportance, estimation_callback
+from pl_personalize.callbacks import FisherImportance, MASImportance, sharding
 
 KINDS = {
     "mas": ("mas", {}),
@@ -257,7 +257,7 @@ def test_a_users_own_kind_of_a_strategy_that_shards_is_refused(
 def test_a_trainer_whose_strategy_shards_is_stopped_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callback: type[Callback], name: str, run: str
 ) -> None:
-    monkeypatch.setattr(estimation_callback, name, SingleDeviceStrategy)
+    monkeypatch.setattr(sharding, name, SingleDeviceStrategy)
     steps = ranks.Steps()
     trainer = Trainer(
         accelerator="cpu",

@@ -71,7 +71,7 @@ def test_low_precision_is_accumulated_in_float32(dtype):
 def test_float64_keeps_its_precision():
     thetas = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0 + 3e-12], dtype=torch.float64)]
 
-    merged = (prefix_merges(thetas, [torch.ones(1)] * 2, [1.0, 1.0]))[1]
+    merged = prefix_merges(thetas, [torch.ones(1)] * 2, [1.0, 1.0])[1]
 
     assert merged.item() == pytest.approx(1.0 + 2e-12, rel=0, abs=1e-15)
 
@@ -84,7 +84,7 @@ def test_the_scale_of_the_importances_does_not_matter(scale, size):
     thetas = [torch.tensor([1.0, 1.0]) * size, torch.tensor([3.0, 1.0]) * size]
     right = naive_merge(thetas, omegas)
 
-    merged = (prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0]))[1]
+    merged = prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0])[1]
 
     torch.testing.assert_close(merged.double(), right, rtol=1e-6, atol=0)
 
