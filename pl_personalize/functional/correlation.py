@@ -55,7 +55,7 @@ def pearson_matrix(rows: Tensor) -> Tensor:
     centred = rows - rows.mean(1, keepdim=True)
     centred = centred / centred.abs().amax(1, keepdim=True)  # the squares of small importances would vanish
     centred = centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    matrix = (centred @ centred.T).clamp_(-1, 1)
+    matrix: Tensor = (centred @ centred.T).clamp_(-1, 1)
     matrix[constant] = matrix[:, constant] = float("nan")
     return matrix
 
