@@ -23,7 +23,8 @@ from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.runner import (
-    METHODS,
+    MERGES_AND_BOUNDS,
+    BaselineOptions,
     ImportanceOptions,
     LoggerName,
     MethodName,
@@ -35,18 +36,20 @@ from pl_personalize.runner import (
 
 TRAINING = TrainingOptions(epochs=20, lr=0.01)
 IMPORTANCE = ImportanceOptions()
+BASELINES = BaselineOptions()
 TRAINER = TrainerOptions(accelerator="cpu")
 WANDB = WandbOptions()
 
 
 def main(
     seeds: Sequence[int] = (1, 2, 3, 4),
-    methods: Sequence[MethodName] = tuple(METHODS),
+    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
     split_seed: int = 27,
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
+    baselines: BaselineOptions = BASELINES,
     trainer: TrainerOptions = TRAINER,
     loggers: Sequence[LoggerName] = ("wandb",),
     wandb: WandbOptions = WANDB,
@@ -63,6 +66,7 @@ def main(
         split_seed: Seed of the division of the images among server and users.
         training: How experts are trained.
         importance: How importances are estimated.
+        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
         trainer: For the Lightning Trainers.
         loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
         wandb: Tracking in Weights & Biases.
@@ -83,6 +87,7 @@ def main(
         seeds=seeds,
         training=training,
         importance=importance,
+        baselines=baselines,
         trainer=trainer,
         loggers=loggers,
         wandb=wandb,

@@ -20,9 +20,10 @@ from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import TaskNetwork, check_backbone, cnn_bn, mlp
 from pl_personalize.models import backbone as published_network
 from pl_personalize.runner import (
-    METHODS,
+    MERGES_AND_BOUNDS,
     AdaptationName,
     AdaptationOptions,
+    BaselineOptions,
     ImportanceOptions,
     LoggerName,
     MethodName,
@@ -39,6 +40,7 @@ OWN_NETWORKS = ("mlp", "cnn_bn")
 TRAINING = TrainingOptions()
 IMPORTANCE = ImportanceOptions()
 ADAPTATION = AdaptationOptions()
+BASELINES = BaselineOptions()
 TRAINER = TrainerOptions(accelerator="cpu")
 WANDB = WandbOptions()
 
@@ -50,13 +52,14 @@ def main(
     max_per_source: PositiveInt | None = 10_000,
     split_seed: int = 27,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
-    methods: Sequence[MethodName] = tuple(METHODS),
+    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
     backbone: str = "mlp",
     hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
     weights: str | None = None,
     image_size: PositiveInt | None = None,
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions = ADAPTATION,
+    baselines: BaselineOptions = BASELINES,
     batch_size: PositiveInt = 20,
     eval_batch_size: PositiveInt = 1000,
     training: TrainingOptions = TRAINING,
@@ -76,7 +79,9 @@ def main(
         max_per_source: Cap on the server's images of a task and source; null for all.
         split_seed: Seed of the choice and the division of the images.
         seeds: Seeds of initial parameters and of the order of the data.
-        methods: What is compared.
+        methods: What is compared: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``, ``mean-IMM``; the
+            methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks; ``FT``, experts
+            trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
         backbone: ``mlp``, the paper's; ``cnn_bn``: four blocks of convolution and batch norm; or a classification model
             of torchvision (``squeezenet1_1``, ``resnet18``, …), or of timm, if it is installed (``timm:resnet18``).
         hidden: Widths of the hidden layers of ``mlp``.
@@ -87,6 +92,7 @@ def main(
         adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
             ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         adaptation: How batch norm is adapted.
+        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
         batch_size: For training.
         eval_batch_size: For importances, adaptation and tests; it matters for ``--importance.reduction batch`` and for
             batch norm that is not adapted with ``--adaptation.exact true``.
@@ -127,6 +133,7 @@ def main(
         trainer=trainer,
         adaptations=adaptations,
         adaptation=adaptation,
+        baselines=baselines,
         loggers=loggers,
         wandb=wandb,
         options={

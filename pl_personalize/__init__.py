@@ -13,12 +13,13 @@ from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.importance import Importance
 from pl_personalize.merging import merge, merge_prefixes
-from pl_personalize.modules import MergeModule, TaskLearner
+from pl_personalize.modules import LwFLearner, MergeModule, TaskLearner
 
 __all__ = [
     "ArtifactError",
     "BatchNormStatistics",
     "Importance",
+    "LwFLearner",
     "MergeModule",
     "TaskLearner",
     "adapt_batchnorm",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Attention
 from reference import naive_importance, relative_error
+from torch import nn
 
 from pl_personalize import estimate_importance
 from pl_personalize.functional import layer_rules
@@ -32,10 +32,12 @@ def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
         assert names["callback"].importance.num_samples == 40
         assert (tmp_path / "importances" / "user-7-task-1.safetensors").is_file()
     if page.name == "importances.md":  # the rule that it registers
-        network, x = Attention(), torch.randn(5, 3, 4)
-        importance = estimate_importance(network, [x], "mas")
-        assert importance.paths["norm.weight"] == "closed form"
-        assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5
+        for shape in ((5, 4), (5, 3, 4), (5, 2, 3, 4)):
+            network, x = nn.Sequential(nn.Linear(4, 6), names["Gain"](6), nn.Tanh()), torch.randn(shape)  # type: ignore[operator]
+            assert layer_rules.find_layer_rule(network[1]) is not None
+            importance = estimate_importance(network, [x], "mas")
+            assert importance.paths["1.gain"] == "closed form"
+            assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5
 
 
 def test_links_lead_somewhere():

@@ -49,6 +49,8 @@ class SequenceEvaluator(LightningModule):
             ``max_scratch_mb``.
         entries: Of model t on task i (both from 0), what replaces entries of its body, such as batch norm that was
             trained for the task; then no other pair is tested.
+        own_heads: Of model t on task i (both from 0), a head that takes the place of the task's, for models that go on
+            training the heads of earlier tasks.
 
     Attributes:
         matrix: After a test, the (T, T) accuracies, model by task, in [0, 1]; NaN where there is none.
@@ -70,6 +72,7 @@ class SequenceEvaluator(LightningModule):
         bn_policy: BNPolicy | None = "last",
         bn_options: Mapping[str, Any] | None = None,
         entries: Mapping[tuple[int, int], StateDict] | None = None,
+        own_heads: Mapping[tuple[int, int], StateDict] | None = None,
     ) -> None:
         super().__init__()
         check_policy(bn_policy, self.policies)
@@ -90,6 +93,7 @@ class SequenceEvaluator(LightningModule):
                         f"The {part} of model {t + 1} does not fit the network: they differ in the entries {different}."
                     )
         self.bn_policy, self.bn_options, self.entries = bn_policy, dict(bn_options or {}), dict(entries or {})
+        self.own_heads = dict(own_heads or {})
         self.statistics: dict[tuple[int, int], StateDict] = {}
         self.accuracy = TaskAccuracyMatrix(len(heads))
         self.matrix: Tensor | None = None
@@ -128,8 +132,11 @@ class SequenceEvaluator(LightningModule):
                         f"{name.removeprefix('body.')!r} in the body of model {t + 1} is {tuple(value.shape)}; in the "
                         f"network it is {tuple(expected.shape)}."
                     )
-        heads = [{f"head.{name}": value.to(self.device) for name, value in head.items()} for head in self.heads]
-        states = {(t, i): moved[t] | heads[i] for t in moved for i in range(t + 1)}
+        heads = {(t, i): self.own_heads.get((t, i), self.heads[i]) for t in moved for i in range(t + 1)}
+        states = {
+            (t, i): moved[t] | {f"head.{name}": value.to(self.device) for name, value in head.items()}
+            for (t, i), head in heads.items()
+        }
         if self.entries:
             states = {cell: state for cell, state in states.items() if cell in self.entries}
         elif statistics_names(self.network.body):

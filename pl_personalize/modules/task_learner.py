@@ -67,7 +67,10 @@ class TaskLearner(LightningModule):
             raise MisconfigurationException(
                 f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}."
             )
-        self.save_hyperparameters(ignore=["network", "anchor"])
+        # By name: what subclasses take besides, such as networks, would not load with weights_only.
+        self.save_hyperparameters(
+            "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "drop_after", "stop_after"
+        )
         self.network = network
         self.val_accuracy = Accuracy(task="multiclass", num_classes=network.num_classes, average="micro")
         self._anchor_names = self._register_anchor(anchor)
@@ -89,6 +92,10 @@ class TaskLearner(LightningModule):
             )
             names.append(name)
         return names
+
+    def model_state(self) -> dict[str, Tensor]:
+        """What is kept of the trained model: its entries ``body.…`` and ``head.…``."""
+        return self.network.state_dict()
 
     @property
     def anchors(self) -> dict[str, Tensor]:
@@ -130,13 +137,16 @@ class TaskLearner(LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = F.cross_entropy(self(x), y)
+        loss = self.training_loss(*batch)
         # A logged value costs Lightning about as much as a small network's step: log only what is written.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
+
+    def training_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch of images and labels. Override for another one."""
+        return F.cross_entropy(self(x), y)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,16 @@
 """Task by user by method: the stages of an experiment, resumable."""
 
-from pl_personalize.runner.methods import ADAPTATIONS, MERGING_METHODS, METHODS, AdaptationName, MethodName
+from pl_personalize.runner.methods import (
+    ADAPTATIONS,
+    MERGES_AND_BOUNDS,
+    MERGING_METHODS,
+    METHODS,
+    AdaptationName,
+    MethodName,
+)
 from pl_personalize.runner.options import (
     AdaptationOptions,
+    BaselineOptions,
     ImportanceOptions,
     LoggerName,
     TrainerOptions,
@@ -14,10 +22,12 @@ from pl_personalize.runner.run import run_experiment
 
 __all__ = [
     "ADAPTATIONS",
+    "MERGES_AND_BOUNDS",
     "MERGING_METHODS",
     "METHODS",
     "AdaptationName",
     "AdaptationOptions",
+    "BaselineOptions",
     "ImportanceOptions",
     "LoggerName",
     "MethodName",

@@ -21,6 +21,7 @@ from pl_personalize.runner.methods import ADAPTATIONS, METHODS, AdaptationName, 
 from pl_personalize.runner.options import (
     AdaptationOptions,
     ArtifactName,
+    BaselineOptions,
     ImportanceOptions,
     LoggerName,
     TrainerOptions,
@@ -37,6 +38,7 @@ def check_options(
     training: TrainingOptions,
     importance: ImportanceOptions,
     adaptation: AdaptationOptions,
+    baselines: BaselineOptions,
     trainer: TrainerOptions,
     loggers: Sequence[str],
     wandb: WandbOptions,
@@ -72,6 +74,12 @@ def check_options(
         ("adaptation.epochs", adaptation.epochs, adaptation.epochs >= 1, "at least 1"),
         ("adaptation.lr", adaptation.lr, 0 < adaptation.lr < math.inf, "positive"),
         ("adaptation.prior_samples", adaptation.prior_samples, 0 <= adaptation.prior_samples < math.inf, "0 or more"),
+        ("baselines.mas_strength", baselines.mas_strength, 0 <= baselines.mas_strength < math.inf, "0 or more"),
+        ("baselines.ewc_strength", baselines.ewc_strength, 0 <= baselines.ewc_strength < math.inf, "0 or more"),
+        ("baselines.lwf_strength", baselines.lwf_strength, 0 <= baselines.lwf_strength < math.inf, "0 or more"),
+        ("baselines.lwf_temperature", baselines.lwf_temperature, baselines.lwf_temperature > 0, "positive"),
+        ("baselines.ft_epochs", baselines.ft_epochs, baselines.ft_epochs >= 1, "at least 1"),
+        ("baselines.ft_lr", baselines.ft_lr, 0 < baselines.ft_lr < math.inf, "positive"),
         ("trainer.log_every_n_steps", trainer.log_every_n_steps, trainer.log_every_n_steps >= 1, "at least 1"),
     ):
         if not fits:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
+from pl_personalize.artifacts import save_tensors
 from pl_personalize.callbacks import FisherImportance, MASImportance
+from pl_personalize.datamodules import tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.importance import Kind
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
+from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner.methods import METHODS, MethodName
 from pl_personalize.runner.run_folder import Stage
-from pl_personalize.runner.server_run import RunFile, ServerRun, Work, open_expert, part
+from pl_personalize.runner.sequence_run import SequenceRun
+from pl_personalize.runner.server_run import RunFile, Work, open_expert, part
 
 SERVER = "server"
 
 
-class ExpertRun(ServerRun):
+class ExpertRun(SequenceRun):
     """One expert after the other, each pulled to the one before; then importances, merges and tests."""
 
     server = "IMM"
 
     @override
-    def training(self) -> Iterator[Work]:
-        for task in range(self.num_tasks):
-            yield self._work(f"train/task{task + 1}", self._train_expert, task)
+    def learner(self, task: int, network: TaskNetwork, before: Mapping[str, Tensor] | None) -> TaskLearner:
+        options, anchor = self.learner_options(task), None if before is None else part(before, "body")
+        return TaskLearner(network, anchor=anchor, l2_transfer=self.setting.training.l2_transfer, **options)
 
     @override
     def importances(self) -> Iterator[Work]:
@@ -47,20 +52,32 @@ class ExpertRun(ServerRun):
                     yield owner, kind, task
 
     @override
+    def importance_files(self) -> list[tuple[str, int, Path]]:
+        return [(owner, task, self.importance_path(owner, kind, task)) for owner, kind, task in self.estimates()]
+
+    @override
+    def tuning(self) -> Iterator[Work]:
+        if any(METHODS[method].tunes for method in self.methods):
+            for user in self.data.users:
+                for task in range(self.num_tasks):
+                    yield self._work(f"tune/{user}/task{task + 1}", self._tune, user, task)
+
+    @override
     def files(self) -> list[RunFile]:
-        experts = [self.expert_path(task) for task in range(self.num_tasks)]
-        found = [RunFile("experts", path, experts[task - 1 : task]) for task, path in enumerate(experts)]
+        experts, found = [self.expert_path(task) for task in range(self.num_tasks)], super().files()
         for owner, kind, task in self.estimates():
             found.append(RunFile("importances", self.importance_path(owner, kind, task), [experts[task]]))
         for method in self.methods:
-            if METHODS[method].merges:
-                for user in self.data.users:
+            for user in self.data.users:
+                if METHODS[method].merges:
                     found.append(RunFile("merged", self.merged_path(method, user), self.sources(method, user)))
+                if METHODS[method].tunes:
+                    found += [RunFile("experts", self.tuned_path(user, t), [path]) for t, path in enumerate(experts)]
         return found
 
-    def expert_path(self, task: int) -> Path:
-        """The file of a task's expert (task from 0)."""
-        return self.path("checkpoints", f"task{task + 1}")
+    def tuned_path(self, user: str, task: int) -> Path:
+        """The file of a task's expert (task from 0) that was trained further for a user."""
+        return self.path("finetuned", f"{user}-task{task + 1}")
 
     def importance_path(self, owner: str, kind: Kind, task: int) -> Path:
         """The file of an owner's importances for a task's expert (task from 0)."""
@@ -74,10 +91,11 @@ class ExpertRun(ServerRun):
     @override
     def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:
         network = self._network(self.data.num_classes(0))
-        experts = [open_expert(self.expert_path(task)) for task in range(self.num_tasks)]
         if METHODS[method].merges:
+            experts = [open_expert(self.expert_path(task)) for task in range(self.num_tasks)]
             return MergeModule(network, experts, self._importance_paths(method, user) or None, **options)
-        loaded = [expert.load() for expert in experts]
+        paths = self.tuned_path if METHODS[method].tunes else lambda _, task: self.expert_path(task)
+        loaded = [open_expert(paths(user, task)).load() for task in range(self.num_tasks)]
         bodies, heads = ([part(expert, what) for expert in loaded] for what in ("body", "head"))
         return SequenceEvaluator(network, bodies, heads, **options)
 
@@ -93,13 +111,19 @@ class ExpertRun(ServerRun):
         network.load_state_dict(open_expert(self.expert_path(task)).load())
         return network
 
-    def _train_expert(self, task: int, stage: str) -> Stage:
-        network = self._network(self.data.num_classes(task), task)
-        anchor = None
-        if task > 0:
-            anchor = self._load_expert(task - 1).body.state_dict()
-            network.body.load_state_dict(anchor)
-        return self._train(stage, network, self.data.view(task=task), self.expert_path(task), task, anchor)
+    def _tune(self, user: str, task: int, stage: str) -> Stage:
+        """Train an expert on a user's labelled images, without a look at those that test it: keep the last model."""
+        options = self.setting.baselines
+        seed = derive_seed(self.seed, "FT", user, task)
+        fixed = {"lr": options.ft_lr, "momentum": 0.9, "weight_decay": 0.0, "seed": seed}
+        learner = TaskLearner(self._load_expert(task), l2_transfer=0.0, **self.learner_options(task) | fixed)
+        images, labels = self.data.user_split(user, task)[0]
+        loader = tensor_loader(images, labels, batch_size=self.data.batch_size, shuffle=True, seed=seed)
+        trainer = self._lightning(stage, max_epochs=options.ft_epochs, enable_checkpointing=False)
+        trainer.fit(learner, loader)
+        path = self.tuned_path(user, task)
+        save_tensors(path, learner.model_state(), kind=EXPERT_KIND, metadata={"stage": stage, "user": user})
+        return self.folder.finish(stage, artifacts=[path])
 
     def _estimate(self, owner: str, kind: Kind, task: int, stage: str) -> Stage:
         path = self.importance_path(owner, kind, task)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pl_personalize.importance import Importance
-from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.figures import draw_matrices
 from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
@@ -131,10 +130,8 @@ class Following:
         return tracker
 
     def _conclude(self, tracker: Tracker, run: ServerRun) -> None:
-        if isinstance(run, ExpertRun):
-            for owner, kind, task in run.estimates():
-                path = run.importance_path(owner, kind, task)
-                tracker.log_importance(owner, task + 1, Importance.load(path))
+        for owner, task, path in run.importance_files():
+            tracker.log_importance(owner, task + 1, Importance.load(path))
         matrices: dict[tuple[str, str], Tensor] = {}
         matrices |= {(v.label, user): run.matrix(v, user) for v in run.variants for user in run.data.users}
         figures = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from pl_personalize.modules import SequenceEvaluator
+from pl_personalize.modules import SequenceEvaluator, TaskLearner
 from pl_personalize.runner.methods import MethodName
 from pl_personalize.runner.run_folder import Stage
 from pl_personalize.runner.server_run import RunFile, ServerRun, Work, open_expert, part
@@ -29,7 +29,8 @@ class JointRun(ServerRun):
 
     def _train_joint(self, stage: str) -> Stage:
         network = self._network(self.data.num_classes(), "joint")
-        return self._train(stage, network, self.data.view(), self.path("checkpoints", "all"), self.num_tasks)
+        learner = TaskLearner(network, **self.learner_options(self.num_tasks), l2_transfer=0.0)
+        return self._train(stage, learner, self.data.view(), self.path("checkpoints", "all"))
 
     @override
     def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:

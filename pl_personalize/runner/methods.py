@@ -9,8 +9,21 @@ from typing import Literal, NamedTuple
 from pl_personalize.importance import Kind
 from pl_personalize.modules.batchnorm_policy import BNPolicy
 
-MethodName = Literal["MAS-RACL", "FIM-RACL", "MAS-IMM", "FIM-IMM", "mean-IMM", "Experts", "Joint"]
-ServerMethod = Literal["IMM", "Joint"]
+MethodName = Literal[
+    "MAS-RACL",
+    "FIM-RACL",
+    "MAS-IMM",
+    "FIM-IMM",
+    "mean-IMM",
+    "MAS",
+    "EWC",
+    "LwF",
+    "Finetune",
+    "FT",
+    "Experts",
+    "Joint",
+]
+ServerMethod = Literal["IMM", "MAS", "EWC", "LwF", "Finetune", "Joint"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +32,13 @@ class Method:
 
     Attributes:
         server: How the server trains for it: ``"IMM"``, one expert after the other, each pulled to the one before;
-            ``"Joint"``, one model on the data of all tasks.
+            ``"MAS"``, ``"EWC"``, ``"LwF"``, one model through all tasks, which is kept from forgetting; ``"Finetune"``,
+            the same without; ``"Joint"``, one model on the data of all tasks.
         merges: Whether the experts are merged.
         kind: Of the importances that they are weighted by, or ``None`` for equal weights.
         source: Whose data the importances are from: each ``"user"``'s own (RACL) or the ``"server"``'s (IMM).
+        tunes: Whether the experts are trained further on each user's labelled images.
+        one_each: Whether each task has a model of its own, so that nothing can be forgotten.
         bound: What it is, if it is no competitor but something to compare with.
     """
 
@@ -30,6 +46,8 @@ class Method:
     merges: bool = False
     kind: Kind | None = None
     source: Literal["server", "user"] = "server"
+    tunes: bool = False
+    one_each: bool = False
     bound: str | None = None
 
 
@@ -39,9 +57,22 @@ METHODS: dict[MethodName, Method] = {
     "MAS-IMM": Method(merges=True, kind="mas"),
     "FIM-IMM": Method(merges=True, kind="fisher"),
     "mean-IMM": Method(merges=True),
-    "Experts": Method(bound="each task with its own unmerged expert"),
+    "MAS": Method("MAS"),
+    "EWC": Method("EWC"),
+    "LwF": Method("LwF"),
+    "Finetune": Method("Finetune", bound="one model, trained on one task after the other"),
+    "FT": Method(
+        tunes=True, one_each=True, bound="each task with its expert, trained further on the user's labelled images"
+    ),
+    "Experts": Method(one_each=True, bound="each task with its own unmerged expert"),
     "Joint": Method("Joint", bound="one model trained on all tasks at once"),
 }
+# What the demonstration compares: everything that the same experts give, and one model on all data.
+MERGES_AND_BOUNDS: tuple[MethodName, ...] = (
+    *(name for name, method in METHODS.items() if method.merges),
+    "Experts",
+    "Joint",
+)
 MERGING_METHODS: tuple[MethodName, ...] = tuple(name for name, method in METHODS.items() if method.merges)
 
 

@@ -49,6 +49,27 @@ class ImportanceOptions:
 
 
 @dataclass
+class BaselineOptions:
+    """Methods that do not merge.
+
+    Attributes:
+        mas_strength: λ of the penalty of ``MAS``, without a factor 1/2.
+        ewc_strength: λ of the penalty of ``EWC``, without a factor 1/2 (it is 2λ in papers that write λ/2).
+        lwf_strength: λ of the distillation of ``LwF``.
+        lwf_temperature: T of the distillation.
+        ft_epochs: For ``FT``, epochs over the user's labelled images.
+        ft_lr: For ``FT``, the learning rate.
+    """
+
+    mas_strength: float = 1.0
+    ewc_strength: float = 400.0
+    lwf_strength: float = 1.0
+    lwf_temperature: float = 2.0
+    ft_epochs: int = 10
+    ft_lr: float = 0.0005
+
+
+@dataclass
 class AdaptationOptions:
     """How batch norm is re-estimated (``recalibrate``, ``AdaBN``, ``AdaBN-S``), for networks that have it.
 

@@ -55,7 +55,7 @@ def result_row(
     matrix: Tensor, *, benchmark: str, backbone: str, method: str, user: str, seed: int, adaptation: str = "none"
 ) -> ResultRow:
     """The row that follows from an accuracy matrix (model by task, in [0, 1])."""
-    if method == "Experts":  # the bound: each task with the expert that was trained for it
+    if method in METHODS and METHODS[method].one_each:
         accuracy, lost = matrix.diagonal().mean(), None
     else:
         accuracy = average_accuracy(matrix)

@@ -32,6 +32,7 @@ from pl_personalize.runner.methods import (
 )
 from pl_personalize.runner.options import (
     AdaptationOptions,
+    BaselineOptions,
     ImportanceOptions,
     LoggerName,
     TrainerOptions,
@@ -45,9 +46,12 @@ from pl_personalize.runner.results import (
     with_means_over_users,
 )
 from pl_personalize.runner.run_folder import RunFolder
+from pl_personalize.runner.sequence_run import EWCRun, FinetuneRun, LwFRun, MASRun
 from pl_personalize.runner.server_run import ServerRun, Setting
 
-SERVER_RUNS: dict[str, type[ServerRun]] = {run.server: run for run in (ExpertRun, JointRun)}
+SERVER_RUNS: dict[str, type[ServerRun]] = {
+    run.server: run for run in (ExpertRun, MASRun, EWCRun, LwFRun, FinetuneRun, JointRun)
+}
 
 
 def run_experiment(
@@ -64,6 +68,7 @@ def run_experiment(
     trainer: TrainerOptions,
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions | None = None,
+    baselines: BaselineOptions | None = None,
     loggers: Sequence[LoggerName] = ("wandb",),
     wandb: WandbOptions | None = None,
     options: Mapping[str, Any] | None = None,
@@ -88,6 +93,7 @@ def run_experiment(
         trainer: For the Trainers.
         adaptations: Of batch norm, under which every method is tested; by default ``AdaBN`` for a network that has it.
         adaptation: How batch norm is adapted.
+        baselines: Methods that do not merge.
         loggers: Who follows the runs; several, or nobody. There is one run for each seed and server method.
         wandb: Tracking in Weights & Biases.
         options: Further options that the results depend on.
@@ -102,17 +108,18 @@ def run_experiment(
         MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
     wandb, adaptation = wandb or WandbOptions(), adaptation or AdaptationOptions()
+    baselines = baselines or BaselineOptions()
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
     with _quiet_lightning():
-        check_options(datamodule, methods, seeds, training, importance, adaptation, trainer, loggers, wandb)
+        check_options(datamodule, methods, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb)
     with torch.random.fork_rng(devices=[]):
         adaptations = choose_adaptations(adaptations, make_network(2), methods)
     servers = by_server(methods)
     if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
         output_dir = folder_in_a_sweep(output_dir, len(servers) * len(seeds))
     decisive = {"benchmark": benchmark, "backbone": backbone} | asdict(training) | asdict(importance) | asdict(trainer)
-    decisive |= options or {}
+    decisive |= {f"baselines.{name}": value for name, value in asdict(baselines).items()} | dict(options or {})
     if "none" not in adaptations:
         decisive |= {f"adaptation.{name}": value for name, value in asdict(adaptation).items()}
     for name in ("enable_progress_bar", "log_every_n_steps"):
@@ -123,7 +130,9 @@ def run_experiment(
     datamodule.prepare_data()
     folder = RunFolder(output_dir, decisive)
     with _explained_interruption(), folder.locked(), _quiet_lightning():
-        setting = Setting(folder, datamodule, make_network, training, importance, trainer, adaptations, adaptation)
+        setting = Setting(
+            folder, datamodule, make_network, training, importance, trainer, adaptations, adaptation, baselines
+        )
         runs = [SERVER_RUNS[server](setting, group, seed) for seed in seeds for server, group in servers.items()]
         pending = [[work for work in run.stages() if folder.finished(work.name) is None] for run in runs]
         total = sum(1 for run in runs for _ in run.stages())

@@ -38,6 +38,7 @@ from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
 from pl_personalize.runner.options import (
     AdaptationOptions,
     ArtifactName,
+    BaselineOptions,
     ImportanceOptions,
     TrainerOptions,
     TrainingOptions,
@@ -60,6 +61,7 @@ class Setting:
         trainer: Passed on to Trainers.
         adaptations: Of batch norm, under which every method is tested.
         adaptation: How batch norm is adapted.
+        baselines: Methods that do not merge.
     """
 
     folder: RunFolder
@@ -70,6 +72,7 @@ class Setting:
     trainer: TrainerOptions
     adaptations: Sequence[AdaptationName]
     adaptation: AdaptationOptions
+    baselines: BaselineOptions
 
 
 class RunFile(NamedTuple):
@@ -88,7 +91,7 @@ class Work(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``train``, ``importance``, ``merge`` or ``test``."""
+        """``train``, ``importance``, ``tune``, ``merge`` or ``test``."""
         return self.name.split("/")[2]
 
 
@@ -142,10 +145,19 @@ class ServerRun(ABC):
         """The stages of estimating importances, if there are any."""
         return iter(())
 
+    def tuning(self) -> Iterator[Work]:
+        """The stages of training on the users' labelled images, if there are any."""
+        return iter(())
+
+    def importance_files(self) -> list[tuple[str, int, Path]]:
+        """Importances that are estimated: whose, for which task's model (from 0), and the file."""
+        return []
+
     def stages(self) -> Iterator[Work]:
         """Every stage, in an order in which each finds what it needs."""
         yield from self.training()
         yield from self.importances()
+        yield from self.tuning()
         for method in self.methods:
             for user in self.data.users if METHODS[method].merges else ():
                 yield self._work(f"merge/{method}/{user}", self._merge, method, user)
@@ -189,7 +201,7 @@ class ServerRun(ABC):
 
     def validation(self) -> dict[str, float]:
         """The best validation accuracy of each trained model, in [0, 1], by the last part of its stage's name."""
-        stages = [work.name.removeprefix(f"{self.name}/") for work in self.training()]
+        stages = [work.name.removeprefix(f"{self.name}/") for work in self.training() if work.kind == "train"]
         return {stage.rpartition("/")[2]: self.result(stage)["val_acc"] for stage in stages}
 
     def path(self, room: str, name: str) -> Path:
@@ -212,6 +224,12 @@ class ServerRun(ABC):
             enable_model_summary=False,
         )
 
+    def learner_options(self, task: int) -> dict[str, Any]:
+        """What all learners have in common."""
+        options = asdict(self.setting.training)
+        del options["epochs"], options["l2_transfer"]
+        return options | {"seed": self.seed, "task": task}
+
     def _network(self, num_classes: int, *purpose: str | int) -> TaskNetwork:
         """The initial network: for each seed one body, whatever the task and method."""
         with torch.random.fork_rng():
@@ -224,30 +242,27 @@ class ServerRun(ABC):
     def _train(
         self,
         stage: str,
-        network: TaskNetwork,
+        learner: TaskLearner,
         data: TaskIncrementalDataModule,
         path: Path,
-        task: int,
-        anchor: Mapping[str, Tensor] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Stage:
         """Train, resuming if it was interrupted, and keep the model with the best validation accuracy."""
-        options = asdict(self.setting.training)
-        epochs = options.pop("epochs")
-        learner = TaskLearner(network, anchor=anchor, seed=self.seed, task=task, **options)
+        epochs = self.setting.training.epochs
         best = Checkpoints(path.with_suffix(""))
         every = min(self.setting.trainer.log_every_n_steps, len(data.train_dataloader()))  # once an epoch at least
         trainer = self._lightning(
-            stage, [best], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=max(1, every)
+            stage, [*callbacks, best], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=max(1, every)
         )
         trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
-        if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        if not all(bool(torch.isfinite(p).all()) for p in learner.network.parameters()):
             raise MisconfigurationException(
                 f"{stage}: the training diverged (parameters are NaN or infinite). Try a smaller training.lr."
             )
         learner.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
         accuracy = float(best.best_model_score or 0.0)
         metadata = {"stage": stage, "val_acc": accuracy}
-        save_tensors(path, network.state_dict(), kind=EXPERT_KIND, metadata=metadata)
+        save_tensors(path, learner.model_state(), kind=EXPERT_KIND, metadata=metadata)
         done = self.folder.finish(stage, artifacts=[path], result=metadata | {"steps": trainer.global_step})
         shutil.rmtree(path.with_suffix(""))
         return done

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import mean
+from statistics import mean, stdev
 
 from pl_personalize.runner.methods import METHODS
 from pl_personalize.runner.results import ALL_USERS, ResultRow
@@ -112,6 +112,21 @@ def welch_test(first: Sequence[float], second: Sequence[float]) -> float:
     if max(first) == min(first) and max(second) == min(second):  # no variance: the test is not defined
         return 1.0 if first[0] == second[0] else 0.0
     return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def one_more_test(sample: Sequence[float], value: float) -> float:
+    """Two-sided p of the t-test that ``value`` is one more of a normal sample: is it in the prediction interval?
+
+    Example:
+        >>> round(one_more_test([1.0, 2.0, 3.0], 5.0), 4)
+        0.1217
+    """
+    from scipy import stats
+
+    deviation = stdev(sample) * math.sqrt(1 + 1 / len(sample))
+    if deviation == 0:
+        return 1.0 if value == sample[0] else 0.0
+    return float(2 * stats.t.sf(abs(value - mean(sample)) / deviation, len(sample) - 1))
 
 
 def holm(values: Sequence[float]) -> list[float]:

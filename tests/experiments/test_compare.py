@@ -26,6 +26,7 @@ def compare(monkeypatch, *arguments):
 
 def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
     ours = {"MAS-IMM": [92.0, 93.0, 93.5], "FIM-IMM": [80.0, 80.1, 80.2], "FIM-RACL": [99.0, 99.1, 99.2]}
+    ours["EWC"], ours["MAS"], ours["Finetune"] = [95.0, 96.0, 97.0], [80.0, 80.1, 80.2], [99.0, 99.0]
     ours["Joint"] = [99.0]
     compare(monkeypatch, table(tmp_path / "results.csv", ours), REFERENCE)
     lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
@@ -33,12 +34,15 @@ def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
     assert "ours below" in lines["FIM-IMM"]
     assert "ours above" in lines["FIM-RACL"]
     assert "| 94.3 ± 0.9 (-1.0) |" in lines["FIM-IMM"]  # the mean of the five
-    assert "Joint" not in lines
+    assert "| 95.9 (1.6) " in lines["EWC"]  # one seed
+    assert "no significant difference" in lines["EWC"]
+    assert "ours below" in lines["MAS"]
+    assert not {"Joint", "Finetune"} & set(lines)
 
 
 def test_tables_without_a_method_in_common_are_refused(tmp_path, monkeypatch):
-    ours = table(tmp_path / "results.csv", {"Joint": [99.0, 98.0]})
-    with pytest.raises(SystemExit, match="have no method with two seeds each"):
+    ours = table(tmp_path / "results.csv", {"Experts": [99.0, 98.0]})
+    with pytest.raises(SystemExit, match="have no method in common, of which the first has two seeds"):
         compare(monkeypatch, ours, REFERENCE)
     with pytest.raises(SystemExit, match=r"none\.csv cannot be read"):
         compare(monkeypatch, tmp_path / "none.csv", REFERENCE)

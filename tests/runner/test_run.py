@@ -6,65 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from tiny_benchmark import Tiny, call, with_norm
 from wandb_file import read_run
 
 from pl_personalize import BatchNormStatistics
 from pl_personalize.artifacts import TensorFile
-from pl_personalize.datamodules import TaskIncrementalDataModule
-from pl_personalize.datamodules.base import LabelledImages
-from pl_personalize.models import TaskNetwork
 from pl_personalize.runner import (
     AdaptationOptions,
-    ImportanceOptions,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
-    run_experiment,
 )
 from pl_personalize.runner.server_run import ServerRun
-
-
-class Tiny(TaskIncrementalDataModule):
-    def __init__(self, users=("ann", "bob"), images=12):
-        super().__init__(["a", "b"], [("x", "y")] * 2, list(users), batch_size=4)
-        self.images = images
-
-    def split(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(2, (self.images,), generator=generator)
-        return LabelledImages(torch.randn(self.images, 4, generator=generator) + labels[:, None], labels)
-
-    def load_server(self, task):
-        return self.split(task), self.split(10 + task)
-
-    def load_user(self, user, task):
-        return self.split(20 + 2 * user + task), self.split(30 + 2 * user + task)
-
-
-def plain(classes):
-    return TaskNetwork(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, classes))
-
-
-def with_norm(classes):
-    return TaskNetwork(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()), nn.Linear(5, classes))
-
-
-def call(folder, *, data=None, network=plain, methods=("mean-IMM",), seeds=(1,), loggers=(), **options):
-    return run_experiment(
-        "Tiny",
-        "net",
-        data or Tiny(),
-        network,
-        methods=list(methods),
-        seeds=list(seeds),
-        output_dir=folder,
-        training=options.pop("training", TrainingOptions(epochs=1, lr=0.1)),
-        importance=ImportanceOptions(),
-        trainer=options.pop("trainer", TrainerOptions(accelerator="cpu")),
-        loggers=list(loggers),
-        **options,
-    )
 
 
 def logged(folder, stage) -> list[dict[str, str]]:

@@ -1,0 +1,200 @@
+"""Methods that train one model through all tasks, and fine-tuning for users: how they train, and what is tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_benchmark import Tiny, call, plain, with_norm
+from wandb_file import read_run
+
+from pl_personalize import Importance, estimate_importance
+from pl_personalize.artifacts import TensorFile
+from pl_personalize.callbacks import ParameterPenalty
+from pl_personalize.modules.merge_module import EXPERT_KIND
+from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
+
+LONGER = TrainingOptions(epochs=4, lr=0.1)
+
+
+def model(folder: Path, server: str, task: int) -> dict[str, torch.Tensor]:
+    return TensorFile(folder / "checkpoints" / server / "seed1" / f"task{task}.safetensors", kind=EXPERT_KIND).load()
+
+
+def network(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    made = plain(2)
+    made.load_state_dict({name: value for name, value in state.items() if not name.startswith("old_heads")})
+    return made.eval()
+
+
+def accuracy(state: dict[str, torch.Tensor], head: dict[str, torch.Tensor], images: object) -> float:
+    made = network(state)
+    made.head.load_state_dict(head)
+    x, y = images
+    return float((made(x).argmax(1) == y).float().mean())
+
+
+def test_without_strength_all_are_plain_finetuning(tmp_path):
+    nothing = BaselineOptions(mas_strength=0.0, ewc_strength=0.0, lwf_strength=0.0)
+    call(tmp_path, data=Tiny(tasks=3), methods=["MAS", "EWC", "LwF", "Finetune"], training=LONGER, baselines=nothing)
+
+    for server in ("MAS", "EWC"):
+        for task in (1, 2, 3):
+            for name, value in model(tmp_path, "Finetune", task).items():
+                assert torch.equal(model(tmp_path, server, task)[name], value), (server, task, name)
+    for name, value in model(tmp_path, "Finetune", 3).items():
+        torch.testing.assert_close(model(tmp_path, "LwF", 3)[name], value)
+
+
+def test_all_methods_share_the_first_model(tmp_path):
+    call(tmp_path, methods=["mean-IMM", "MAS", "EWC", "LwF", "Finetune"])
+    first = model(tmp_path, "IMM", 1)
+
+    for server in ("MAS", "EWC", "LwF", "Finetune"):
+        assert all(torch.equal(value, first[name]) for name, value in model(tmp_path, server, 1).items())
+
+
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+@pytest.mark.parametrize(("server", "kind"), [("MAS", "mas"), ("EWC", "empirical_fisher")])
+def test_importances_are_of_the_training_images_of_each_task(tmp_path, server, kind, reduction):
+    data = Tiny(tasks=3)
+    call(tmp_path, data=data, methods=[server], importance=ImportanceOptions(reduction=reduction))
+
+    files = sorted((tmp_path / "importances" / server / "seed1").iterdir())
+    assert [file.stem for file in files] == [f"server-{kind}-task{task}" for task in (1, 2)]
+    for task, file in enumerate(files):
+        x, y = data.server_split(task)[0]
+        batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, len(x), 4)]
+        right = estimate_importance(network(model(tmp_path, server, task + 1)), batches, kind, reduction=reduction)
+        found = Importance.load(file)
+        assert (found.kind, found.reduction, found.num_samples) == (kind, reduction, len(x))
+        for name, value in found.items():
+            torch.testing.assert_close(value, right[f"body.{name}"])
+
+
+@pytest.mark.parametrize(("reduction", "times"), [("sample", 1), ("batch", 4)])
+def test_penalties_have_the_importances_of_all_earlier_tasks_and_the_last_model_as_anchor(
+    tmp_path, monkeypatch, reduction, times
+):
+    made = []
+    real = ParameterPenalty.__init__
+
+    def spy(self, strength, importances, anchor, **options):
+        made.append((strength, [Path(path).stem for path in importances], anchor))
+        real(self, strength, importances, anchor, **options)
+
+    monkeypatch.setattr(ParameterPenalty, "__init__", spy)
+    call(
+        tmp_path,
+        data=Tiny(tasks=3),
+        methods=["EWC"],
+        baselines=BaselineOptions(ewc_strength=0.5),
+        importance=ImportanceOptions(reduction=reduction),
+    )
+
+    assert [strength for strength, _, _ in made] == [0.5 * times] * 2
+    stems = [f"server-empirical_fisher-task{task}" for task in (1, 2)]
+    assert [names for _, names, _ in made] == [stems[:1], stems]
+    for task, (_, _, anchor) in enumerate(made, start=1):
+        right = model(tmp_path, "EWC", task)
+        assert all(torch.equal(value, right[f"body.{name}"]) for name, value in anchor.items())
+
+
+def test_a_strong_penalty_keeps_what_was_important(tmp_path):
+    call(tmp_path, methods=["MAS", "Finetune"], training=LONGER, baselines=BaselineOptions(mas_strength=5.0))
+    importance = Importance.load(tmp_path / "importances" / "MAS" / "seed1" / "server-mas-task1.safetensors")
+    moved = {}
+    for server in ("MAS", "Finetune"):
+        first, second = model(tmp_path, server, 1), model(tmp_path, server, 2)
+        moved[server] = sum(
+            float((omega * (second[f"body.{name}"] - first[f"body.{name}"]).square()).sum())
+            for name, omega in importance.items()
+        )
+    assert 0 < moved["MAS"] < 0.5 * moved["Finetune"]
+
+
+def test_lwf_tests_each_model_with_its_own_heads(tmp_path):
+    data = Tiny(tasks=3, images=40)
+    call(tmp_path, data=data, methods=["LwF"], training=LONGER)
+    matrix = _matrix(tmp_path, "LwF", "LwF", "ann")
+    changed = []
+    for t in range(3):
+        state = model(tmp_path, "LwF", t + 1)
+        for i in range(t + 1):
+            prefix = "head." if i == t else f"old_heads.{i}."
+            head = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            assert matrix[t][i] == pytest.approx(accuracy(state, head, data.user_split(0, i)[1]))
+            changed.append(not torch.equal(head["weight"], model(tmp_path, "LwF", i + 1)["head.weight"]))
+    assert changed == [False, True, False, True, True, False]
+
+
+def test_finetuning_tests_earlier_tasks_with_the_heads_they_had(tmp_path):
+    data = Tiny(images=40)
+    call(tmp_path, data=data, methods=["Finetune"], training=LONGER)
+    matrix = _matrix(tmp_path, "Finetune", "Finetune", "bob")
+    last, first = model(tmp_path, "Finetune", 2), model(tmp_path, "Finetune", 1)
+    head = {name.removeprefix("head."): value for name, value in first.items() if name.startswith("head.")}
+
+    assert matrix[1][0] == pytest.approx(accuracy(last, head, data.user_split(1, 0)[1]))
+
+
+def test_ft_trains_each_expert_on_each_users_own_images(tmp_path):
+    data = Tiny(images=40)
+    rows = call(
+        tmp_path,
+        data=data,
+        methods=["FT", "Experts"],
+        baselines=BaselineOptions(ft_epochs=3, ft_lr=0.1),
+        loggers=["csv"],
+    )
+    folder = tmp_path / "finetuned" / "IMM" / "seed1"
+    assert sorted(file.stem for file in folder.iterdir()) == ["ann-task1", "ann-task2", "bob-task1", "bob-task2"]
+    tuned = {file.stem: TensorFile(file, kind=EXPERT_KIND).load() for file in folder.iterdir()}
+    assert not torch.equal(tuned["ann-task1"]["head.weight"], tuned["bob-task1"]["head.weight"])
+    for number, user in enumerate(data.users):
+        (row,) = [row for row in rows if (row.method, row.user) == ("FT", user)]
+        found = []
+        for task in range(2):
+            state = tuned[f"{user}-task{task + 1}"]
+            head = {"weight": state["head.weight"], "bias": state["head.bias"]}
+            found.append(accuracy(state, head, data.user_split(number, task)[1]))
+        assert row.avg_acc == pytest.approx(100 * sum(found) / 2)
+        assert row.forgetting is None
+
+
+def test_every_method_with_batch_norm_and_wandb(tmp_path):
+    methods = ["FIM-RACL", "MAS", "EWC", "LwF", "Finetune", "FT", "Experts", "Joint"]
+    options = {"network": with_norm, "methods": methods, "loggers": ["wandb"]}
+    rows = call(tmp_path, **options, wandb=WandbOptions(artifacts=["experts", "importances"]))
+
+    assert {row.method for row in rows} == set(methods)
+    runs = {}
+    for folder in (tmp_path / "wandb").glob("offline-run-*"):
+        run = read_run(folder)
+        runs[run.run.job_type] = run
+    assert set(runs) == {"IMM", "MAS", "EWC", "LwF", "Finetune", "Joint"}
+    artifacts = {
+        server: sorted(a.name for a in run.artifacts if not a.name.startswith("run-")) for server, run in runs.items()
+    }
+    assert sum("empirical_fisher" in name for name in artifacts["EWC"]) == 1
+    assert len(artifacts["LwF"]) == 2
+    assert len(artifacts["IMM"]) == 2 + 2 * 2 + 2 * 2  # experts, of each user importances and tuned experts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mas_strength": -1.0}, "baselines.mas_strength must be 0 or more; got -1.0"),
+        ({"lwf_temperature": 0.0}, "baselines.lwf_temperature must be positive; got 0.0"),
+        ({"ft_epochs": 0}, "baselines.ft_epochs must be at least 1; got 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        call(tmp_path, methods=["MAS"], baselines=BaselineOptions(**options))
+
+
+def _matrix(folder: Path, server: str, method: str, user: str) -> list[list[float]]:
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    return stages[f"{server}/seed1/test/{method}/{user}"]["result"]["matrix"]
