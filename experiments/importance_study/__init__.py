@@ -1,0 +1,1 @@
+"""What ``importance_analysis.py`` is made of."""
