@@ -219,3 +219,156 @@ def test_compiled_modules_are_computed_as_they_are_written(how: str) -> None:
         torch.testing.assert_close(one, other)
     assert set(found.paths.values()) == {"closed form"}
     torch.testing.assert_close(model(x), before)
+
+
+# What the first two samples do not show
+
+
+class Masked(nn.Module):
+    """Attention that is given other keys, or none, by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x.flip(1) if bool((x > 9).any()) else x
+        return self.head(self.attention(x, keys, keys, need_weights=False)[0].mean(1))
+
+
+class Routed(nn.Module):
+    """An expert that sees those samples alone whose first number is large, and as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0, 0] > 9
+        y = x.clone()
+        if bool(chosen.any()):
+            y[chosen] = self.expert(x[chosen].flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize(("model", "culprit"), [(Masked(), "'attention'"), (Routed(), "'expert'")])
+def test_a_use_that_comes_later_is_refused_by_name(model: nn.Module, culprit: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(10, 5, 8)
+    x[7, 0, 0] = 10.0
+    with pytest.raises(ValueError, match=rf"{culprit} .* was used differently in a later batch"):
+        estimate_importance(model, [x[:5], x[5:]], "mas")
+    assert estimate_importance(model, [x[:5]], "mas").num_samples == 5
+
+
+class Deep(nn.Module):
+    """Gradients that shrink by orders of magnitude down to the first layer, whose weight a function uses, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.middle = nn.Sequential(*(layer for _ in range(9) for layer in (nn.Linear(6, 6), nn.Sigmoid())))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.first(x) + nn.functional.linear(x.sin(), self.first.weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_gradients_are_checked_as_large_ones_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Deep().to(dtype), torch.randn(5, 6, dtype=dtype)
+    found = estimate_importance(model, [x], "mas")
+    right = naive_importance(model, x, "mas")
+
+    assert found.paths["first.weight"] == "model"
+    assert relative_error(found, right) < (1e-10 if dtype == torch.float64 else 1e-3)
+
+
+class Silent(torch.autograd.Function):
+    """Has no gradient for its second input."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight.detach()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class WithSilent(nn.Module):
+    """A parameter whose gradient is left out on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Silent.apply(x, self.weight).mean(1))
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        nn.Embedding(6, 8, scale_grad_by_freq=True),
+        nn.Embedding(6, 8, sparse=True),
+        nn.Embedding(6, 8, max_norm=0.5),
+    ],
+    ids=["scaled by frequency", "sparse", "renormed"],
+)
+def test_embeddings_with_options(embedding: nn.Embedding) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(embedding, Mean(), nn.Linear(8, 3)).double()
+    x = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 1, 1], [2, 2, 0]])
+    before = embedding.weight.detach().clone()
+    right = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in x:
+        gradients = torch.autograd.grad(model(row[None]).square().sum(), list(model.parameters()))
+        for total, gradient in zip(right.values(), gradients, strict=True):
+            total += gradient.to_dense().abs() / len(x)
+    with torch.no_grad():
+        embedding.weight.copy_(before)
+
+    found = estimate_importance(model, [x], "mas")
+
+    assert relative_error(found, right) < 1e-10
+    assert torch.equal(embedding.weight, before)
+
+
+def test_a_function_without_a_gradient_for_a_parameter() -> None:
+    torch.manual_seed(0)
+    model, x = WithSilent(), torch.randn(4, 5, 8)
+    found = estimate_importance(model, [x], "mas", exclude=())
+
+    assert not found["weight"].any()
+    assert relative_error({"h": found["head.weight"]}, {"h": naive_importance(model, x, "mas")["head.weight"]}) < 1e-5
+
+
+def test_infinite_gradients_are_called_that() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x - x.detach()).sqrt()  # at zero
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Root(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"gradient of 0\.weight for a single sample has NaN or infinite entries"):
+        estimate_importance(model, [torch.randn(5, 4)], "mas")
+
+
+def test_checkpointed_attention() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.layer, x, use_reentrant=False).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Block().double().eval(), torch.randn(4, 5, 8, dtype=torch.float64)
+    found = estimate_importance(model, [x], "mas")
+
+    assert relative_error(found, naive_importance(model, x, "mas")) < 1e-10
+    assert set(found.paths.values()) == {"closed form"}

@@ -460,3 +460,36 @@ def test_parameters_of_many_stretches_equal_plain_python(scale, unimportant):
     merged = merge(experts, importances)["w"]
 
     torch.testing.assert_close(merged.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize(
+    ("thetas", "omegas"),
+    [
+        ([[1.0, 3.0], [2.0, 5.0]], [[1.0, 0.0], [1.0, 0.0]]),
+        ([[1e20, 1.0], [3e20, 2.0]], [[1e20, 1.0], [1e20, 3.0]]),
+        ([[3e38, 1.0], [-3e38, 2.0]], None),
+    ],
+    ids=["nothing is important", "large", "far apart"],
+)
+def test_an_expert_that_is_overwritten_is_needed_until_the_end(thetas, omegas, k):
+    def made():
+        importances = None if omegas is None else [{"w": torch.tensor(o)} for o in omegas]
+        return [{"w": torch.tensor(theta)} for theta in thetas], importances
+
+    right = merge(*made())["w"]
+    experts, importances = made()
+    assert torch.equal(merge(experts, importances, out=experts[k])["w"], right)
+
+
+def test_out_that_ties_what_the_experts_have_apart_is_refused():
+    tied = TiedWeights().state_dict()
+    experts = [{name: value.clone() for name, value in tied.items()} for _ in range(2)]
+    with pytest.raises(ValueError, match=r"'a.weight' and 'b.weight' of out are one tensor, and two in the experts"):
+        merge(experts, out=tied)
+
+
+def test_experts_of_different_precision_are_merged_in_the_higher():
+    experts = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 2e-10], dtype=torch.float64)}]
+
+    assert merge(experts)["w"].item() == pytest.approx(1.0 + 1e-10, abs=1e-15)

@@ -55,7 +55,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def model_kept(model: nn.Module) -> Iterator[None]:
     """The model is as it was at the end: modes, parameters, buffers and what these hold, and every other attribute.
 
-    What a forward changes inside a list or a dict of its own stays changed. Hooks on the gradients of parameters are for
+    What a forward changes inside a list or a dict of its own stays changed. Hooks on gradients of parameters are for
     training, and do not run inside.
     """
     parameters = list(model.parameters())

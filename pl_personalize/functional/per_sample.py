@@ -220,7 +220,10 @@ class PerSamplePowerSums:
         def take(name: str, gradient: Tensor | None) -> Tensor | None:
             if gradient is None:  # a function of the user's own that has none
                 return None
-            consume(name, gradient.to_dense() if gradient.layout != torch.strided else gradient)
+            if gradient.layout != torch.strided:
+                consume(name, gradient.to_dense())
+                return gradient
+            consume(name, gradient)
             return gradient.new_zeros(()).expand_as(gradient)  # holds no memory
 
         handles = []

@@ -97,8 +97,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(finished, tmp_path)
     code = f"""
 import os, runpy, sys
 from pl_personalize.runner.expert_run import ExpertRun
-train = ExpertRun._train_expert
-ExpertRun._train_expert = lambda self, task, stage: os._exit(9) if task == 2 else train(self, task, stage)
+train = ExpertRun._train_task
+ExpertRun._train_task = lambda self, task, stage: os._exit(9) if task == 2 else train(self, task, stage)
 sys.argv[0] = {str(EXPERIMENTS / "digits.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

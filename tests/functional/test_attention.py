@@ -21,7 +21,11 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("mask", [None, FLOATS, CAUSAL, CAUSAL < 0], ids=["none", "float", "causal", "bool"])
+@pytest.mark.parametrize(
+    "mask",
+    [None, FLOATS, CAUSAL, CAUSAL < 0, torch.stack([FLOATS * k for k in range(6)])],
+    ids=["none", "float", "causal", "bool", "each head"],
+)
 def test_it_is_the_same_function(batch_first, bias, mask):
     layer, x = made(batch_first=batch_first, bias=bias)
     x = x.transpose(0, 1) if batch_first else x
@@ -73,12 +77,11 @@ def test_what_is_not_plain_self_attention_is_left_to_the_layer():
     calls = [
         ((x, y, y), {"need_weights": False}),
         ((x[:, 0], x[:, 0], x[:, 0]), {"need_weights": False}),
-        ((x, x, x), {"need_weights": False, "attn_mask": FLOATS.expand(6, 5, 5)}),
     ]
     expected = [layer(*args, **options) for args, options in calls]
     split = split_attention(layer)
-    split.attach(lambda: True)
-    called = []
+    called, told = [], []
+    split.attach(lambda: True, told.append)
     for part in split.projections:
         part.register_forward_hook(lambda *args: called.append(args))
     for (args, options), right in zip(calls, expected, strict=True):
@@ -86,6 +89,7 @@ def test_what_is_not_plain_self_attention_is_left_to_the_layer():
         torch.testing.assert_close(found[0], right[0])
         assert (found[1] is None) == (right[1] is None)
     assert called == []
+    assert told == list(split.projections) * len(calls)
 
 
 def test_it_leaves_the_layer_as_it_was():

@@ -59,7 +59,7 @@ def test_expected_fisher_squares_sum_to_the_expectation_over_classes():
         score = chances - torch.eye(3, dtype=torch.float64)[c]
         right += chances[:, c : c + 1] * score.square()
 
-    directions = expected_fisher_cotangents(LOGITS)
+    directions = list(expected_fisher_cotangents(LOGITS))
 
     assert [d.shape for d in directions] == [LOGITS.shape] * 3
     torch.testing.assert_close(sum(d.square() for d in directions), right)
