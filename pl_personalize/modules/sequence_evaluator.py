@@ -107,6 +107,10 @@ class SequenceEvaluator(LightningModule):
         """T."""
         return len(self.heads)
 
+    def head_of(self, model: int, task: int) -> StateDict:
+        """The head that a model is tested with on a task, both from 0."""
+        return self.own_heads.get((model, task), self.heads[task])
+
     def load_bodies(self) -> Sequence[StateDict]:
         """The bodies to test; called when a test starts."""
         return self.bodies
@@ -132,10 +136,10 @@ class SequenceEvaluator(LightningModule):
                         f"{name.removeprefix('body.')!r} in the body of model {t + 1} is {tuple(value.shape)}; in the "
                         f"network it is {tuple(expected.shape)}."
                     )
-        heads = {(t, i): self.own_heads.get((t, i), self.heads[i]) for t in moved for i in range(t + 1)}
         states = {
-            (t, i): moved[t] | {f"head.{name}": value.to(self.device) for name, value in head.items()}
-            for (t, i), head in heads.items()
+            (t, i): moved[t] | {f"head.{name}": value.to(self.device) for name, value in self.head_of(t, i).items()}
+            for t in moved
+            for i in range(t + 1)
         }
         if self.entries:
             states = {cell: state for cell, state in states.items() if cell in self.entries}

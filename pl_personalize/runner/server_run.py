@@ -287,7 +287,12 @@ class ServerRun(ABC):
             tuned = self._train_batchnorm(evaluator, user, stage)
             bodies = evaluator.load_bodies()
             evaluator = SequenceEvaluator(
-                evaluator.network, bodies, evaluator.heads, models=evaluator.models, entries=tuned
+                evaluator.network,
+                bodies,
+                evaluator.heads,
+                models=evaluator.models,
+                entries=tuned,
+                own_heads=evaluator.own_heads,
             )
         self._lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
         assert evaluator.matrix is not None
@@ -327,7 +332,7 @@ class ServerRun(ABC):
         for t, i in sorted(cells):
             network = self._network(data.num_classes(i))
             network.body.load_state_dict(bodies[t])
-            network.head.load_state_dict(evaluator.heads[i])
+            network.head.load_state_dict(evaluator.head_of(t, i))
             adapt_batchnorm(network, data.adapt_dataloader(i), module="body", **evaluator.bn_options)
             seed = derive_seed(self.seed, "AdaBN-S", t, i)
             learner = TaskLearner(network, seed=seed, task=i, lr=options.lr, l2_transfer=0.0)

@@ -12,6 +12,7 @@ from wandb_file import read_run
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.callbacks import ParameterPenalty
+from pl_personalize.modules import SequenceEvaluator
 from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
 
@@ -198,3 +199,17 @@ def test_what_cannot_work_is_refused(tmp_path, options, message):
 def _matrix(folder: Path, server: str, method: str, user: str) -> list[list[float]]:
     stages = json.loads((folder / "manifest.json").read_text())["stages"]
     return stages[f"{server}/seed1/test/{method}/{user}"]["result"]["matrix"]
+
+
+def test_trained_batch_norm_is_trained_and_tested_with_the_models_own_heads(tmp_path, monkeypatch):
+    tested = []
+    start = SequenceEvaluator.on_test_start
+    monkeypatch.setattr(SequenceEvaluator, "on_test_start", lambda self: (tested.append(self), start(self))[1])
+    call(tmp_path, network=with_norm, methods=["LwF"], adaptations=["AdaBN-S"], training=LONGER)
+
+    state = model(tmp_path, "LwF", 2)
+    for evaluator in tested:
+        assert set(evaluator.entries) == {(0, 0), (1, 0), (1, 1)}
+        assert torch.equal(evaluator.head_of(1, 0)["weight"], state["old_heads.0.weight"])
+        assert torch.equal(evaluator.head_of(1, 1)["weight"], state["head.weight"])
+    assert len(tested) == 2  # a user each
