@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
+from pl_personalize.artifacts import save_tensors
 from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
 from pl_personalize.datamodules import tensor_loader
 from pl_personalize.importance import Kind
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import LwFLearner, SequenceEvaluator, TaskLearner
-from pl_personalize.runner.methods import MethodName
+from pl_personalize.modules.merge_module import EXPERT_KIND
+from pl_personalize.runner.methods import MethodName, ServerMethod
 from pl_personalize.runner.run_folder import Stage
 from pl_personalize.runner.server_run import RunFile, ServerRun, Work, open_expert, part
 
@@ -57,6 +60,8 @@ class SequenceRun(ServerRun):
         return []
 
     def _train_task(self, task: int, stage: str) -> Stage:
+        if task == 0 and (done := self._take_first_model(stage)) is not None:
+            return done
         network = self._network(self.data.num_classes(task), task)
         before = None
         if task > 0:
@@ -65,6 +70,25 @@ class SequenceRun(ServerRun):
         learner = self.learner(task, network, before)
         data, path = self.data.view(task=task), self.expert_path(task)
         return self._train(stage, learner, data, path, self.callbacks(task, before))
+
+    def _take_first_model(self, stage: str) -> Stage | None:
+        """The first model of another method with this seed: with nothing before it, all are the same."""
+        for server in get_args(ServerMethod):
+            other = stage.replace(self.name, f"{server}/seed{self.seed}", 1)
+            found = self.folder.finished(other) if server not in (self.server, "Joint") else None
+            if found is None:
+                continue
+            self.log.drop(stage, from_step=0)
+            for record in self.log.read():
+                if record.stage == other:
+                    self.log.append(record._replace(stage=stage))
+            path = self.expert_path(0)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # of a training of its own that was interrupted
+            metadata = found.result | {"stage": stage, "taken_from": other}
+            source = open_expert(self.folder.path / next(iter(found.artifacts)))
+            save_tensors(path, source.load(), kind=EXPERT_KIND, metadata=metadata)
+            return self.folder.finish(stage, artifacts=[path], result=metadata)
+        return None
 
 
 class FinetuneRun(SequenceRun):

@@ -15,6 +15,9 @@ from pl_personalize.callbacks import ParameterPenalty
 from pl_personalize.modules import SequenceEvaluator
 from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
+from pl_personalize.runner.checkpoints import Checkpoints
+from pl_personalize.runner.metrics_log import MetricsLog
+from pl_personalize.runner.server_run import ServerRun
 
 LONGER = TrainingOptions(epochs=4, lr=0.1)
 
@@ -48,12 +51,48 @@ def test_without_strength_all_are_plain_finetuning(tmp_path):
         torch.testing.assert_close(model(tmp_path, "LwF", 3)[name], value)
 
 
-def test_all_methods_share_the_first_model(tmp_path):
-    call(tmp_path, methods=["mean-IMM", "MAS", "EWC", "LwF", "Finetune"])
-    first = model(tmp_path, "IMM", 1)
+def test_all_methods_share_the_first_model_which_is_trained_once(tmp_path, monkeypatch):
+    methods = ["mean-IMM", "MAS", "EWC", "LwF", "Finetune"]
+    for method in methods:  # each on its own
+        call(tmp_path / method, methods=[method], loggers=["csv"])
+    trained = []
+    train = ServerRun._train
+    monkeypatch.setattr(
+        ServerRun, "_train", lambda self, stage, *args: (trained.append(stage), train(self, stage, *args))[1]
+    )
+    for some in (methods[2:], methods):
+        call(tmp_path / "all", methods=some, loggers=["csv"])
 
-    for server in ("MAS", "EWC", "LwF", "Finetune"):
-        assert all(torch.equal(value, first[name]) for name, value in model(tmp_path, server, 1).items())
+    assert [stage for stage in trained if stage.endswith("task1")] == ["EWC/seed1/train/task1"]
+    for method in methods:
+        server = "IMM" if method == "mean-IMM" else method
+        for task in (1, 2):
+            alone = model(tmp_path / method, server, task)
+            for name, value in model(tmp_path / "all", server, task).items():
+                assert torch.equal(value, alone[name]), (server, task, name)
+        alone, together = (MetricsLog(tmp_path / folder / "metrics.jsonl").read() for folder in (method, "all"))
+        assert [r for r in together if r.stage == f"{server}/seed1/train/task1"] == alone[:1]
+
+
+def test_the_first_model_is_taken_over_after_a_training_that_was_interrupted(tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def killed(self, trainer, *args, **kwargs):
+        trainer.save_checkpoint(self.resume)
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "on_train_batch_end", killed)
+        with pytest.raises(KilledError):
+            call(tmp_path, methods=["MAS"])
+    call(tmp_path, methods=["EWC"])
+    call(tmp_path, methods=["MAS"])
+    call(tmp_path / "alone", methods=["MAS"])
+
+    for name, value in model(tmp_path / "alone", "MAS", 2).items():
+        assert torch.equal(model(tmp_path, "MAS", 2)[name], value)
+    assert not (tmp_path / "checkpoints" / "MAS" / "seed1" / "task1").exists()
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
