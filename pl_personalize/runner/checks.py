@@ -65,12 +65,13 @@ def check_options(
     for name, chosen, there in known:
         if unknown := [one for one in chosen if one not in there]:
             raise MisconfigurationException(f"{name}: there is no {unknown[0]!r}; there are {', '.join(there)}.")
+    strength = training.l2_transfer
     for name, value, fits, range_ in (
         ("training.epochs", training.epochs, training.epochs >= 1, "at least 1"),
         ("training.lr", training.lr, 0 < training.lr < math.inf, "positive"),
         ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
         ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
-        ("training.l2_transfer", training.l2_transfer, training.l2_transfer >= 0, "0 or more"),
+        ("training.l2_transfer", strength, strength == "reference" or strength >= 0, "0 or more, or 'reference'"),
         ("adaptation.epochs", adaptation.epochs, adaptation.epochs >= 1, "at least 1"),
         ("adaptation.lr", adaptation.lr, 0 < adaptation.lr < math.inf, "positive"),
         ("adaptation.prior_samples", adaptation.prior_samples, 0 <= adaptation.prior_samples < math.inf, "0 or more"),

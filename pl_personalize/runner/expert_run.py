@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.artifacts import save_tensors
-from pl_personalize.callbacks import FisherImportance, MASImportance
+from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
 from pl_personalize.datamodules import tensor_loader
+from pl_personalize.estimation import estimate_importance
+from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.seeding import derive_seed
-from pl_personalize.importance import Kind
+from pl_personalize.importance import Importance, Kind
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.merge_module import EXPERT_KIND
@@ -33,8 +36,17 @@ class ExpertRun(SequenceRun):
 
     @override
     def learner(self, task: int, network: TaskNetwork, before: Mapping[str, Tensor] | None) -> TaskLearner:
-        options, anchor = self.learner_options(task), None if before is None else part(before, "body")
-        return TaskLearner(network, anchor=anchor, l2_transfer=self.setting.training.l2_transfer, **options)
+        strength = self.setting.training.l2_transfer
+        if strength == "reference":
+            strength = 0.0 if task == 1 else 1.0
+        anchor = None if before is None else part(before, "body")
+        return TaskLearner(network, anchor=anchor, l2_transfer=strength, **self.learner_options(task))
+
+    @override
+    def callbacks(self, task: int, before: Mapping[str, Tensor] | None) -> list[Callback]:
+        if self.setting.training.l2_transfer == "reference" and task > 1:
+            return [ParameterPenalty(1.0, module="network.head", log_name=None)]
+        return []
 
     @override
     def importances(self) -> Iterator[Work]:
@@ -93,7 +105,8 @@ class ExpertRun(SequenceRun):
         network = self._network(self.data.num_classes(0))
         if METHODS[method].merges:
             experts = [open_expert(self.expert_path(task)) for task in range(self.num_tasks)]
-            return MergeModule(network, experts, self._importance_paths(method, user) or None, **options)
+            zero: Zero = "reference" if self.setting.importance.reduction == "batch" else "mean"
+            return MergeModule(network, experts, self._importance_paths(method, user) or None, zero=zero, **options)
         paths = self.tuned_path if METHODS[method].tunes else lambda _, task: self.expert_path(task)
         loaded = [open_expert(paths(user, task)).load() for task in range(self.num_tasks)]
         bodies, heads = ([part(expert, what) for expert in loaded] for what in ("body", "head"))
@@ -140,11 +153,32 @@ class ExpertRun(SequenceRun):
         else:
             draws = options.fisher_draws if options.reduction == "sample" else 1
             generator = torch.Generator().manual_seed(derive_seed(self.seed, owner, kind, task))
-            callback = FisherImportance(draws=draws, generator=generator, **target)
+            target["generator"] = generator
+            callback = FisherImportance(draws=draws, **target)
         learner = TaskLearner(self._load_expert(task))
+        if owner == SERVER and (kind, options.reduction) == ("fisher", "batch"):
+            self._estimate_published(learner, task, target["generator"]).save(path)
+            return self.folder.finish(stage, artifacts=[path])
         trainer = self._lightning(stage, [callback])
         if owner == SERVER:
             trainer.predict(learner, self.data.server_dataloader(task), return_predictions=False)
         else:
             trainer.predict(learner, datamodule=self.data.view(task=task, user=owner), return_predictions=False)
         return self.folder.finish(stage, artifacts=[path])
+
+    def _estimate_published(self, learner: TaskLearner, task: int, generator: torch.Generator) -> Importance:
+        """As the published code for FIM-IMM: the mean over batches of train and that of val, added."""
+        train, val = (
+            estimate_importance(
+                learner.network,
+                self.data.server_dataloader(task, split),
+                "fisher",
+                module="body",
+                reduction="batch",
+                generator=generator,
+            )
+            for split in ("train", "val")
+        )
+        values = {name: value + (val[name] - 1e-8) for name, value in train.items()}  # the floor is there once
+        samples = train.num_samples + val.num_samples
+        return Importance(values, kind="fisher", num_samples=samples, reduction="batch", paths=train.paths)

@@ -19,7 +19,8 @@ class TrainingOptions:
         lr: Learning rate.
         momentum: Of SGD.
         weight_decay: Of SGD.
-        l2_transfer: λ of the pull to the preceding expert.
+        l2_transfer: λ of the pull to the preceding expert. ``reference``: as in the published code, where λ is 1, the
+            second task has none, and from the third on the new head is pulled to its initial values, too.
         drop_after: Epochs without better validation accuracy before the learning rate drops.
         stop_after: Epochs without better validation accuracy before training stops.
     """
@@ -28,7 +29,7 @@ class TrainingOptions:
     lr: float = 0.001
     momentum: float = 0.9
     weight_decay: float = 0.0
-    l2_transfer: float = 0.001
+    l2_transfer: float | Literal["reference"] = 0.001
     drop_after: int = 5
     stop_after: int = 11
 
@@ -38,8 +39,9 @@ class ImportanceOptions:
     """How importances are estimated.
 
     Attributes:
-        reduction: ``sample``: exact, per sample; ``batch``: the published code's estimate, which depends on the batch
-            size and the order, for comparison.
+        reduction: ``sample``: exact, per sample; ``batch``: for comparison, as the published code does: its estimate,
+            which depends on the batch size and the order; for ``FIM-IMM`` the sum of those of train and val; 0 for
+            entries that are important to no expert; and for ``EWC`` the scale that its strength belongs to.
         fisher_draws: Labels drawn for each sample in a Fisher information, or ``all`` for the exact expectation over
             the classes. It has no meaning for ``batch``, which draws one.
     """

@@ -12,7 +12,7 @@ from wandb_file import read_run
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.callbacks import ParameterPenalty
-from pl_personalize.modules import SequenceEvaluator
+from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
 from pl_personalize.runner.checkpoints import Checkpoints
@@ -252,3 +252,58 @@ def test_trained_batch_norm_is_trained_and_tested_with_the_models_own_heads(tmp_
         assert torch.equal(evaluator.head_of(1, 0)["weight"], state["old_heads.0.weight"])
         assert torch.equal(evaluator.head_of(1, 1)["weight"], state["head.weight"])
     assert len(tested) == 2  # a user each
+
+
+# What the published code does
+
+
+def test_fim_imm_adds_what_train_and_val_give(tmp_path, monkeypatch):
+    data = Tiny()
+    monkeypatch.setattr(torch, "multinomial", lambda chances, *args, **options: chances.argmax(1, keepdim=True))
+    call(tmp_path, data=data, methods=["FIM-IMM"], importance=ImportanceOptions(reduction="batch"))
+
+    for task in range(2):
+        trained = network(model(tmp_path, "IMM", task + 1))
+        right = 0.0
+        for split in ("train", "val"):
+            squares = []
+            for x, _ in data.server_dataloader(task, split):
+                loss = torch.nn.functional.cross_entropy(trained(x), trained(x).argmax(1))
+                squares.append(torch.autograd.grad(loss, trained.body[0].weight)[0].square())
+            right = right + torch.stack(squares).mean(0)
+        folder = tmp_path / "importances" / "IMM" / "seed1"
+        found = Importance.load(folder / f"server-fisher-task{task + 1}.safetensors")
+        assert found.num_samples == 24
+        torch.testing.assert_close(found["0.weight"], right + 1e-8)
+
+
+def test_l2_transfer_as_the_published_code_has_it(tmp_path, monkeypatch):
+    learners, penalties = [], []
+    configure, penalty = TaskLearner.configure_optimizers, ParameterPenalty.__init__
+
+    def spy(self):
+        learners.append((self.hparams["task"], self.hparams["l2_transfer"], bool(self.anchors)))
+        return configure(self)
+
+    monkeypatch.setattr(TaskLearner, "configure_optimizers", spy)
+
+    def other_spy(self, *args, **options):
+        penalties.append((args, options))
+        penalty(self, *args, **options)
+
+    monkeypatch.setattr(ParameterPenalty, "__init__", other_spy)
+    training = TrainingOptions(epochs=1, lr=0.1, l2_transfer="reference")
+    call(tmp_path, data=Tiny(tasks=3), methods=["Experts"], training=training)
+
+    assert learners == [(0, 1.0, False), (1, 0.0, True), (2, 1.0, True)]
+    assert penalties == [((1.0,), {"module": "network.head", "log_name": None})]
+
+
+def test_reference_merges_have_zero_where_nothing_is_important(tmp_path, monkeypatch):
+    seen = []
+    make = MergeModule.__init__
+    monkeypatch.setattr(MergeModule, "__init__", lambda self, *a, **k: (seen.append(k["zero"]), make(self, *a, **k))[1])
+    for reduction in ("sample", "batch"):
+        call(tmp_path / reduction, methods=["MAS-IMM"], importance=ImportanceOptions(reduction=reduction))
+    assert set(seen[: len(seen) // 2]) == {"mean"}
+    assert set(seen[len(seen) // 2 :]) == {"reference"}
