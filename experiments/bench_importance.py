@@ -61,6 +61,8 @@ def main(
         num_threads: Threads for PyTorch.
         output_dir: Folder of the table, as CSV and Markdown.
     """
+    if unknown := [name for name in cases if name not in CASES]:
+        raise SystemExit(f"cases must be of {', '.join(CASES)}; got {unknown[0]!r}.")
     torch.set_num_threads(num_threads)
     header = ["network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives]
     lines: list[list[str]] = []

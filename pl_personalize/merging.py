@@ -220,6 +220,12 @@ class _Plan:
         if len(importances) != len(self.experts):
             raise ValueError(f"There are {len(self.experts)} experts but {len(importances)} importances.")
         for k, importance in enumerate(importances):
+            if importance is not None and not isinstance(importance, Mapping):
+                raise ValueError(
+                    f"The importances of expert {k + 1} are a {type(importance).__name__}; give a mapping, such as "
+                    "Importance.load(path)."
+                )
+        for k, importance in enumerate(importances):
             if importance is None or len(importance) == 0:
                 raise ValueError(
                     f"Expert {k + 1} of {len(self.experts)} has no importances. Give one mapping for each expert, or "

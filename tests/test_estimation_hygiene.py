@@ -51,6 +51,14 @@ each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 @pytest.fixture(autouse=True)
+def _python_handles_signals() -> Iterator[None]:
+    """Where tests run in the background, the signal of Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def fast_path() -> Iterator[None]:
     """On at first, as in a new process, and after the test as it was."""
     enabled = torch.backends.mha.get_fastpath_enabled()

@@ -327,12 +327,13 @@ class PerSamplePowerSums:
         for name, mean in means.items():
             largest[_module_of(name)] = max(mean, largest.get(_module_of(name), 0.0))
         unit, paths = min(1e-6, 8 * torch.finfo(dtype).eps), self.paths
+        far_unit = 1e-3 * unit if dtype == torch.float32 else unit
         wrong = []
         for name, error in errors.items():
             # Where the true gradient is zero, rounding leaves something of the size of the others times the precision:
             # of those of the module, or at worst of the network. A loop over samples has nothing slower behind it.
             near = unit**self._power * largest[_module_of(name)]
-            far = (1e-6 if paths[name] == "loop" else 1e-3 * unit) ** self._power * max(means.values())
+            far = (1e-6 if paths[name] == "loop" else far_unit) ** self._power * max(means.values())
             if not error <= tolerance * sizes[name] + max(near, far) * counts[name]:
                 wrong.append(name)
         return wrong

@@ -48,6 +48,18 @@ class LwFLearner(TaskLearner):
         temperature: float = 2.0,
         **options: Any,
     ) -> None:
+        if own := {"l2_transfer", "anchor"} & options.keys():
+            raise MisconfigurationException(
+                f"LwFLearner takes no {' and no '.join(sorted(own))}: it has no L2-transfer."
+            )
+        if isinstance(old_heads, nn.Module) and not isinstance(old_heads, nn.ModuleList):
+            raise MisconfigurationException(
+                f"old_heads must be a sequence of heads, one for each earlier task; got a {type(old_heads).__name__}."
+            )
+        if any(head is network.head for head in old_heads):
+            raise MisconfigurationException(
+                "One of old_heads is the network's present head. Keep it, and call network.new_head(num_classes) first."
+            )
         super().__init__(network, l2_transfer=0.0, **options)
         if strength < 0 or temperature <= 0:
             raise MisconfigurationException(

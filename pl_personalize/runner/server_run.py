@@ -180,13 +180,16 @@ class ServerRun(ABC):
         return other
 
     def matrix(self, variant: Variant, user: str) -> Tensor:
-        """The accuracies, model by task, in [0, 1]; NaN where there is none.
+        """The accuracies, model by task, in [0, 1]; NaN where there is none, or it says nothing of the method.
 
         Raises:
             KeyError: If that stage is not finished.
         """
         rows: Matrix = self.result(f"test/{variant.label}/{user}")["matrix"]
-        return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
+        found = torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
+        if METHODS[variant.method].one_each:  # each model is for its own task
+            found[~torch.eye(len(found), dtype=torch.bool)] = float("nan")
+        return found
 
     def result(self, stage: str) -> Any:
         """What a finished stage found.
