@@ -94,8 +94,9 @@ def main(
         adaptation: How batch norm is adapted.
         baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
         batch_size: For training.
-        eval_batch_size: For importances, adaptation and tests; it matters for ``--importance.reduction batch`` and for
-            batch norm that is not adapted with ``--adaptation.exact true``.
+        eval_batch_size: For importances (those of ``MAS`` and ``EWC`` have ``batch_size``), adaptation and tests; it
+            matters for ``--importance.reduction batch``, and for batch norm that is not adapted with
+            ``--adaptation.exact true``.
         training: How models are trained.
         importance: How importances are estimated.
         trainer: For the Lightning Trainers.

@@ -34,7 +34,6 @@ FAMILIES = {
     "shufflenet_v2_x0_5": (64, {}),
     "squeezenet1_1": (64, {}),
     "swin_t": (64, {"model": (".attn.",), "layer": (".attn.",)}),
-    "swin_v2_t": (64, {"model": (".attn.",), "layer": (".attn.",)}),
     "vgg11_bn": (32, {}),
     "vit_b_32": (64, {}),
     "wide_resnet50_2": (64, {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class LwFLearner(TaskLearner):
     def __init__(
         self,
         network: TaskNetwork,
-        old_heads: Sequence[nn.Module] = (),
+        old_heads: Sequence[nn.Module] | nn.ModuleList = (),
         *,
         strength: float = 1.0,
         temperature: float = 2.0,
@@ -52,7 +53,7 @@ class LwFLearner(TaskLearner):
             raise MisconfigurationException(
                 f"LwFLearner takes no {' and no '.join(sorted(own))}: it has no L2-transfer."
             )
-        if isinstance(old_heads, nn.Module) and not isinstance(old_heads, nn.ModuleList):
+        if not isinstance(old_heads, list | tuple | nn.ModuleList):
             raise MisconfigurationException(
                 f"old_heads must be a sequence of heads, one for each earlier task; got a {type(old_heads).__name__}."
             )
@@ -61,9 +62,9 @@ class LwFLearner(TaskLearner):
                 "One of old_heads is the network's present head. Keep it, and call network.new_head(num_classes) first."
             )
         super().__init__(network, l2_transfer=0.0, **options)
-        if strength < 0 or temperature <= 0:
+        if not (0 <= strength < inf and 0 < temperature < inf):
             raise MisconfigurationException(
-                f"strength must not be negative and temperature positive; got {strength}, {temperature}."
+                f"strength must not be negative, temperature positive, both finite; got {strength}, {temperature}."
             )
         self.strength, self.temperature = strength, temperature
         self.old_heads = nn.ModuleList(old_heads)
@@ -84,8 +85,8 @@ class LwFLearner(TaskLearner):
 
     @override
     def on_fit_start(self) -> None:
-        """Bring the teacher to the device."""
-        self._teacher[0].to(self.device)
+        """Bring the teacher to the device, and to the precision of the Trainer."""
+        self._teacher[0].to(tensor=self.network.head.weight)
 
     @override
     def training_loss(self, x: Tensor, y: Tensor) -> Tensor:

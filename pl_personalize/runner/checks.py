@@ -65,20 +65,25 @@ def check_options(
     for name, chosen, there in known:
         if unknown := [one for one in chosen if one not in there]:
             raise MisconfigurationException(f"{name}: there is no {unknown[0]!r}; there are {', '.join(there)}.")
-    strength = training.l2_transfer
+    pull = training.l2_transfer
     for name, value, fits, range_ in (
         ("training.epochs", training.epochs, training.epochs >= 1, "at least 1"),
         ("training.lr", training.lr, 0 < training.lr < math.inf, "positive"),
         ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
-        ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
-        ("training.l2_transfer", strength, strength == "reference" or strength >= 0, "0 or more, or 'reference'"),
+        ("training.weight_decay", training.weight_decay, _is_finite(training.weight_decay), "0 or more"),
+        (
+            "training.l2_transfer",
+            pull,
+            pull == "reference" or _is_finite(pull),
+            "0 or more, or 'reference'",
+        ),
         ("adaptation.epochs", adaptation.epochs, adaptation.epochs >= 1, "at least 1"),
         ("adaptation.lr", adaptation.lr, 0 < adaptation.lr < math.inf, "positive"),
         ("adaptation.prior_samples", adaptation.prior_samples, 0 <= adaptation.prior_samples < math.inf, "0 or more"),
         ("baselines.mas_strength", baselines.mas_strength, 0 <= baselines.mas_strength < math.inf, "0 or more"),
         ("baselines.ewc_strength", baselines.ewc_strength, 0 <= baselines.ewc_strength < math.inf, "0 or more"),
         ("baselines.lwf_strength", baselines.lwf_strength, 0 <= baselines.lwf_strength < math.inf, "0 or more"),
-        ("baselines.lwf_temperature", baselines.lwf_temperature, baselines.lwf_temperature > 0, "positive"),
+        ("baselines.lwf_temperature", baselines.lwf_temperature, 0 < baselines.lwf_temperature < math.inf, "positive"),
         ("baselines.ft_epochs", baselines.ft_epochs, baselines.ft_epochs >= 1, "at least 1"),
         ("baselines.ft_lr", baselines.ft_lr, 0 < baselines.ft_lr < math.inf, "positive"),
         ("trainer.log_every_n_steps", trainer.log_every_n_steps, trainer.log_every_n_steps >= 1, "at least 1"),
@@ -96,6 +101,10 @@ def check_options(
             raise MisconfigurationException(
                 f"An experiment with these options needs {package}, which is not installed: pip install {package}"
             )
+
+
+def _is_finite(value: float | str) -> bool:
+    return not isinstance(value, str) and 0 <= value < math.inf
 
 
 def choose_adaptations(
@@ -148,6 +157,6 @@ def folder_in_a_sweep(output_dir: Path, runs: int) -> Path:
     if runs != 1:
         raise MisconfigurationException(
             f"In a sweep a call is one run of W&B, but these seeds and methods make {runs}: give one seed, and methods "
-            "that the server trains for in one way (not Joint beside others)."
+            "that the server trains for in one way (merges together, but MAS, EWC, LwF, Finetune and Joint each alone)."
         )
     return output_dir / os.environ.get("WANDB_RUN_ID", "run")

@@ -24,7 +24,7 @@ from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner.methods import METHODS, MethodName
 from pl_personalize.runner.run_folder import Stage
 from pl_personalize.runner.sequence_run import SequenceRun
-from pl_personalize.runner.server_run import RunFile, Work, open_expert, part
+from pl_personalize.runner.server_run import RunFile, Work, open_expert, part, refuse_divergence
 
 SERVER = "server"
 
@@ -134,6 +134,7 @@ class ExpertRun(SequenceRun):
         loader = tensor_loader(images, labels, batch_size=self.data.batch_size, shuffle=True, seed=seed)
         trainer = self._lightning(stage, max_epochs=options.ft_epochs, enable_checkpointing=False)
         trainer.fit(learner, loader)
+        refuse_divergence(stage, learner.network, "baselines.ft_lr")
         path = self.tuned_path(user, task)
         save_tensors(path, learner.model_state(), kind=EXPERT_KIND, metadata={"stage": stage, "user": user})
         return self.folder.finish(stage, artifacts=[path])

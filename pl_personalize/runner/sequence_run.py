@@ -71,24 +71,31 @@ class SequenceRun(ServerRun):
         data, path = self.data.view(task=task), self.expert_path(task)
         return self._train(stage, learner, data, path, self.callbacks(task, before))
 
+    @override
+    def forget_interrupted(self) -> None:
+        stage = f"{self.name}/train/task1"
+        if self.folder.finished(stage) is None and self._first_model_of_others(stage) is not None:
+            shutil.rmtree(self.expert_path(0).with_suffix(""), ignore_errors=True)  # it is not resumed, but taken over
+        super().forget_interrupted()
+
+    def _first_model_of_others(self, stage: str) -> str | None:
+        """The stage in which another method with this seed has trained the first model, which is the same for all."""
+        others = [server for server in get_args(ServerMethod) if server not in (self.server, "Joint")]
+        stages = [stage.replace(self.name, f"{server}/seed{self.seed}", 1) for server in others]
+        return next((other for other in stages if self.folder.finished(other) is not None), None)
+
     def _take_first_model(self, stage: str) -> Stage | None:
-        """The first model of another method with this seed: with nothing before it, all are the same."""
-        for server in get_args(ServerMethod):
-            other = stage.replace(self.name, f"{server}/seed{self.seed}", 1)
-            found = self.folder.finished(other) if server not in (self.server, "Joint") else None
-            if found is None:
-                continue
-            self.log.drop(stage, from_step=0)
-            for record in self.log.read():
-                if record.stage == other:
-                    self.log.append(record._replace(stage=stage))
-            path = self.expert_path(0)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # of a training of its own that was interrupted
-            metadata = found.result | {"stage": stage, "taken_from": other}
-            source = open_expert(self.folder.path / next(iter(found.artifacts)))
-            save_tensors(path, source.load(), kind=EXPERT_KIND, metadata=metadata)
-            return self.folder.finish(stage, artifacts=[path], result=metadata)
-        return None
+        other = self._first_model_of_others(stage)
+        found = None if other is None else self.folder.finished(other)
+        if found is None:
+            return None
+        for record in self.log.read():
+            if record.stage == other:
+                self.log.append(record._replace(stage=stage))
+        path, metadata = self.expert_path(0), found.result | {"stage": stage, "taken_from": other}
+        source = open_expert(self.folder.path / next(iter(found.artifacts)))
+        save_tensors(path, source.load(), kind=EXPERT_KIND, metadata=metadata)
+        return self.folder.finish(stage, artifacts=[path], result=metadata)
 
 
 class FinetuneRun(SequenceRun):

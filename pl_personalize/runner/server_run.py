@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import TensorFile, save_tensors
@@ -258,10 +258,7 @@ class ServerRun(ABC):
             stage, [*callbacks, best], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=max(1, every)
         )
         trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
-        if not all(bool(torch.isfinite(p).all()) for p in learner.network.parameters()):
-            raise MisconfigurationException(
-                f"{stage}: the training diverged (parameters are NaN or infinite). Try a smaller training.lr."
-            )
+        refuse_divergence(stage, learner.network, "training.lr, or strength of a penalty")
         learner.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
         accuracy = float(best.best_model_score or 0.0)
         metadata = {"stage": stage, "val_acc": accuracy}
@@ -344,6 +341,7 @@ class ServerRun(ABC):
             name, epochs = f"{stage}/model{t + 1}-task{i + 1}", options.epochs
             trainer = self._lightning(name, [AdaBNS("keep")], max_epochs=epochs, enable_checkpointing=False)
             trainer.fit(learner, loader)
+            refuse_divergence(name, network, "adaptation.lr")
             state = network.body.state_dict()
             names = [*statistics_names(network.body), *affine_names(network.body)]
             tuned[t, i] = {name: state[name].clone() for name in names}
@@ -356,6 +354,18 @@ class ServerRun(ABC):
     def sources(self, method: MethodName, user: str) -> list[Path]:
         """The files that a method's model for a user is made of."""
         return []
+
+
+def refuse_divergence(stage: str, network: nn.Module, what: str) -> None:
+    """Refuse a model that training has broken.
+
+    Raises:
+        MisconfigurationException: If a parameter is NaN or infinite.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise MisconfigurationException(
+            f"{stage}: the training diverged (parameters are NaN or infinite). Try a smaller {what}."
+        )
 
 
 def part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

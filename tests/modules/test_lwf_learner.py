@@ -109,7 +109,36 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("options", [{"strength": -1.0}, {"temperature": 0.0}])
-def test_numbers_out_of_range_are_refused(options):
-    with pytest.raises(MisconfigurationException, match="strength must not be negative and temperature positive"):
-        LwFLearner(*made(), **options)
+@pytest.mark.parametrize("name", ["strength", "temperature"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(MisconfigurationException, match="strength must not be negative, temperature positive, both"):
+        LwFLearner(*made(), **{name: value})
+
+
+def test_what_would_train_something_else_is_refused():
+    network, heads = made()
+    with pytest.raises(MisconfigurationException, match="takes no l2_transfer"):
+        LwFLearner(network, heads, l2_transfer=1.0)
+    with pytest.raises(MisconfigurationException, match="sequence of heads, one for each earlier task; got a Linear"):
+        LwFLearner(network, heads[0])
+    with pytest.raises(MisconfigurationException, match=r"call network.new_head\(num_classes\) first"):
+        LwFLearner(network, [*heads, network.head])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_the_teacher_has_the_precision_of_the_trainer(tmp_path, precision):
+    network, heads = made()
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    learner = LwFLearner(network, heads, lr=0.1)
+    trainer.fit(learner, tensor_loader(*data(), batch_size=4))
+    assert {p.dtype for p in learner._teacher[0].parameters()} == {p.dtype for p in learner.parameters()}

@@ -12,7 +12,9 @@ from wandb_file import read_run
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.callbacks import ParameterPenalty
-from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
+from pl_personalize.datamodules import tensor_loader
+from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.modules import LwFLearner, MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
 from pl_personalize.runner.checkpoints import Checkpoints
@@ -227,6 +229,7 @@ def test_every_method_with_batch_norm_and_wandb(tmp_path):
     [
         ({"mas_strength": -1.0}, "baselines.mas_strength must be 0 or more; got -1.0"),
         ({"lwf_temperature": 0.0}, "baselines.lwf_temperature must be positive; got 0.0"),
+        ({"lwf_temperature": float("inf")}, "baselines.lwf_temperature must be positive; got inf"),
         ({"ft_epochs": 0}, "baselines.ft_epochs must be at least 1; got 0"),
     ],
 )
@@ -307,3 +310,51 @@ def test_reference_merges_have_zero_where_nothing_is_important(tmp_path, monkeyp
         call(tmp_path / reduction, methods=["MAS-IMM"], importance=ImportanceOptions(reduction=reduction))
     assert set(seen[: len(seen) // 2]) == {"mean"}
     assert set(seen[len(seen) // 2 :]) == {"reference"}
+
+
+def test_ft_is_what_its_options_and_the_adapt_images_make_of_an_expert(tmp_path):
+    data = Tiny()
+    call(tmp_path, data=data, methods=["FT"], baselines=BaselineOptions(ft_epochs=3, ft_lr=0.07))
+    tuned = TensorFile(tmp_path / "finetuned" / "IMM" / "seed1" / "bob-task2.safetensors", kind=EXPERT_KIND).load()
+
+    expert = network(model(tmp_path, "IMM", 2)).train()
+    optimizer = torch.optim.SGD(expert.parameters(), lr=0.07, momentum=0.9)
+    x, y = data.user_split(1, 1)[0]
+    loader = tensor_loader(x, y, batch_size=4, shuffle=True, seed=derive_seed(1, "FT", "bob", 1))
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        for images, labels in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(expert(images), labels).backward()
+            optimizer.step()
+
+    for name, value in expert.state_dict().items():
+        torch.testing.assert_close(tuned[name], value)
+
+
+def test_lwf_trains_with_its_options_and_the_heads_as_they_were(tmp_path, monkeypatch):
+    made = []
+    fit = LwFLearner.on_fit_start
+
+    def spy(self):
+        made.append((self.strength, self.temperature, [head.weight.detach().clone() for head in self.old_heads]))
+        fit(self)
+
+    monkeypatch.setattr(LwFLearner, "on_fit_start", spy)
+    baselines = BaselineOptions(lwf_strength=2.5, lwf_temperature=3.5)
+    call(tmp_path, data=Tiny(tasks=3), methods=["LwF"], baselines=baselines, training=LONGER)
+
+    assert [(strength, temperature) for strength, temperature, _ in made] == [(2.5, 3.5)] * 3
+    second = model(tmp_path, "LwF", 2)
+    assert [len(heads) for _, _, heads in made] == [0, 1, 2]
+    assert torch.equal(made[1][2][0], model(tmp_path, "LwF", 1)["head.weight"])
+    assert torch.equal(made[2][2][0], second["old_heads.0.weight"])
+    assert torch.equal(made[2][2][1], second["head.weight"])
+
+
+@pytest.mark.parametrize(("method", "option"), [("FT", {"ft_lr": 1e30}), ("EWC", {"ewc_strength": 1e30})])
+def test_a_training_that_diverges_is_no_result(tmp_path, method, option):
+    with pytest.raises(
+        MisconfigurationException, match=r"diverged .* smaller (baselines\.ft_lr|training\.lr, or strength)"
+    ):
+        call(tmp_path, methods=[method], baselines=BaselineOptions(**option))
