@@ -36,7 +36,6 @@ FAMILIES = {
     "swin_t": (64, {"model": (".attn.",), "layer": (".attn.",)}),
     "vgg11_bn": (32, {}),
     "vit_b_32": (64, {}),
-    "wide_resnet50_2": (64, {}),
 }
 
 
