@@ -41,7 +41,7 @@ help:
 	@echo "make demo        the method on handwritten digits"
 	@echo "make test        all tests (PYTEST_ARGS=... for some of them)"
 	@echo "make lint        ruff, and mypy --strict on the installed package"
-	@echo "make bench       what importances, a merge and a training step cost, as ratios (15 minutes)"
+	@echo "make bench       what importances, a merge and a training step cost, as ratios"
 	@echo "make wheel-test  the fast tests against the built wheel, in a fresh environment"
 	@echo "make clean       remove the environments, caches and builds"
 
