@@ -29,6 +29,7 @@ from pl_personalize.callbacks.importance_callback import ImportanceCallback
 
 GROUPS = (2, 3)
 NUM_ROWS, NUM_ALIKE, NUM_CLASSES = 10, 36, 3
+ALIKE_CASES = [f"sampled-alike-{seed}" for seed in range(16)]
 SUBSET = [8, 1, 5, 2, 9]
 Make = Callable[..., ImportanceCallback]
 
@@ -145,12 +146,15 @@ SAMPLED_CASES: dict[str, Case] = {
         loader_of(NUM_ROWS),
         {"draws": 400, "generator": torch.Generator().manual_seed(3)},
     ),
-    "sampled-alike": Case(
-        range(NUM_ALIKE),
-        FisherImportance,
-        lambda: DataLoader(Rows(NUM_ALIKE, alike=True), batch_size=5),
-        {"draws": 1, "generator": torch.Generator().manual_seed(4)},
-    ),
+    **{
+        name: Case(
+            range(NUM_ALIKE),
+            FisherImportance,
+            lambda: DataLoader(Rows(NUM_ALIKE, alike=True), batch_size=5),
+            {"draws": 1, "generator": torch.Generator().manual_seed(seed)},
+        )
+        for seed, name in enumerate(ALIKE_CASES)
+    },
 }
 # Of what is predicted: the loaders, and how many batches of each.
 PREDICT_RUNS: dict[str, tuple[Callable[[], Any], int | None]] = {
@@ -212,6 +216,7 @@ def run_rank(folder: Path, rank: int, num_ranks: int, port: int) -> None:
     """One of the processes; Lightning sees from the environment that it need not start any."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch.manual_seed(rank)
     _note_saves(folder, rank)
     results: dict[str, Any] = {}
     refusals: dict[str, Any] = {}
