@@ -6,7 +6,7 @@ python experiments/bench_merge.py        # or: make bench
 from __future__ import annotations
 
 import csv
-import resource
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,8 @@ def main(
 ) -> None:
     """Merge experts of random parameters and importances, and copy the same tensors, taking turns.
 
-    A merge reads each expert and its importances and writes one model; a copy reads and writes each of them.
+    A merge reads each expert and its importances and writes one model; a copy reads and writes each of them. The last
+    row is of importances of which a tenth is zero in all experts, as with units that are never active.
 
     Args:
         network: One of torchvision's classification models.
@@ -60,20 +61,29 @@ def main(
     size = sum(value.numel() * value.element_size() for value in out.values())
     read = 2 * num_experts * size
 
-    before = peak(device)
-    merge(experts, importances, out=out)
-    extra = peak(device) - before
+    extra = extra_memory(lambda: merge(experts, importances, out=out), device)
     largest = max(value.numel() * value.element_size() for value in out.values())
 
-    seconds: dict[str, list[float]] = {name: [] for name in ("copy", "merge", "clone", "new")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("copy", "merge", "clone", "new", "zeros")}
     for _ in range(rounds):
         seconds["copy"].append(timed(lambda: copy_all([*experts, *importances], out), device))
         seconds["merge"].append(timed(lambda: merge(experts, importances, out=out), device))
         seconds["clone"].append(timed(lambda: clone_all([*experts, *importances]), device))
         seconds["new"].append(timed(lambda: merge(experts, importances), device))
+    for name, shape in shapes.items():
+        inactive = torch.rand(shape, device=device) < 0.1
+        for importance in importances:
+            importance[name].masked_fill_(inactive, 0.0)
+    importances = [importance.to(device, copy=True) for importance in importances]
+    for _ in range(rounds + 1):
+        seconds["zeros"].append(timed(lambda: merge(experts, importances, out=out), device))
     header = ["memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]
     lines = []
-    for memory, copy, merging in (("there before", "copy", "merge"), ("new", "clone", "new")):
+    for memory, copy, merging in (
+        ("there before", "copy", "merge"),
+        ("new", "clone", "new"),
+        ("there before; zeros", "copy", "zeros"),
+    ):
         rates = [2 * read / median(seconds[copy]) / 1e9, (read + size) / median(seconds[merging]) / 1e9]
         lines.append(
             [memory, *(f"{r:.1f}" for r in rates), f"{rates[1] / rates[0]:.2f}", f"{median(seconds[merging]):.3f}"]
@@ -119,11 +129,27 @@ def clone_all(sources: list[StateDict | Importance]) -> None:
         {name: value.clone() for name, value in source.items()}
 
 
-def peak(device: str) -> int:
-    """Bytes: of the process, or of the device's allocator."""
+def extra_memory(run: Callable[[], object], device: str) -> float:
+    """Bytes that a call takes at its peak beside what is there before; NaN where the system does not tell."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        run()
+        return math.nan
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> int:
+    """Bytes of this process in memory: now (``VmRSS``), or at most (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
-from pl_personalize.functional.merging import check_importance
+from pl_personalize.functional.merging import Bounds, check_importance
 
 Kind = Literal["mas", "fisher", "empirical_fisher"]
 Reduction = Literal["sample", "batch"]
@@ -48,8 +48,7 @@ class Importance(Mapping[str, Tensor]):
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"Importances need at least one sample; got num_samples={num_samples}.")
-        for name, value in values.items():
-            check_importance(name, value)
+        self._bounds = {name: (value._version, check_importance(name, value)) for name, value in values.items()}
         self._values = dict(values)
         self.kind = kind
         self.num_samples = num_samples
@@ -70,6 +69,11 @@ class Importance(Mapping[str, Tensor]):
             f"Importance(kind={self.kind!r}, num_samples={self.num_samples}, reduction={self.reduction!r}, "
             f"parameters={len(self)})"
         )
+
+    def bounds(self, name: str) -> Bounds | None:
+        """The smallest and the largest entry of a tensor, or ``None`` if it was changed in place since."""
+        version, bounds = self._bounds[name]
+        return bounds if self._values[name]._version == version else None
 
     def to(self, *args: Any, **kwargs: Any) -> Importance:
         """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import shared_entries
-from pl_personalize.functional.merging import Zero, check_importance, prefix_merges
+from pl_personalize.functional.merging import Bounds, Zero, check_importance, prefix_merges
 
 Normalize = Literal["sum", "layer", "max"]
 StateDict = Mapping[str, Tensor]
@@ -155,11 +155,18 @@ class _Plan:
         for source, names in self.groups.items():
             start = 0 if keep_all else len(self.experts) - 1
             thetas = [expert[source] for expert in self.experts]
-            omegas = None if self.importances is None else self._importances_of(source)
+            omegas, bounds = (None, None) if self.importances is None else self._importances_of(source)
             target = None if out is None else [out[names[0]]]
             try:
                 values = prefix_merges(
-                    thetas, omegas, self.weights, self.zero, scales=self._scales_of(omegas), start=start, out=target
+                    thetas,
+                    omegas,
+                    self.weights,
+                    self.zero,
+                    scales=self._scales_of(omegas),
+                    start=start,
+                    bounds=bounds,
+                    out=target,
                 )
             except FloatingPointError as error:
                 raise ValueError(f"The parameter {source!r} of an expert has NaN or infinite entries.") from error
@@ -190,14 +197,19 @@ class _Plan:
         if scattered := [name for names in self.groups.values() for name in names if not out[name].is_contiguous()]:
             raise ValueError(f"The entries {scattered} of out are not contiguous in memory.")
 
-    def _importances_of(self, source: str) -> list[Tensor]:
-        """A parameter's importances, looked at where nobody has done it before."""
+    def _importances_of(self, source: str) -> tuple[list[Tensor], list[Bounds] | None]:
+        """A parameter's importances, looked at where nobody has done it before; and their bounds, if all are known."""
         assert self.importances is not None
         found = [importance[source] for importance in self.importances]
+        bounds: list[Bounds | None] = []
         for k, (importance, value) in enumerate(zip(self.importances, found, strict=True)):
             if kind_of(importance) is None:  # not an Importance, nor the file of one
-                self._check_importance(k, source, value)
-        return found
+                bounds.append(self._check_importance(k, source, value))
+            else:
+                known_bounds = getattr(importance, "bounds", None)
+                bounds.append(known_bounds(source) if known_bounds is not None else None)
+        known = [bound for bound in bounds if bound is not None]
+        return found, known if len(known) == len(bounds) else None
 
     def _scales_of(self, omegas: Sequence[Tensor] | None) -> list[float] | None:
         if omegas is None or self.normalize is None:
@@ -206,9 +218,9 @@ class _Plan:
             return [1 / scale for scale in self.scales]
         return [1 / (float(omega.max()) or 1.0) if omega.numel() else 1.0 for omega in omegas]
 
-    def _check_importance(self, k: int, source: str, value: Tensor) -> None:
+    def _check_importance(self, k: int, source: str, value: Tensor) -> Bounds:
         try:
-            check_importance(source, value)
+            return check_importance(source, value)
         except ValueError as error:
             raise ValueError(f"Expert {k + 1}: {error}") from error
 

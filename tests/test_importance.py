@@ -29,6 +29,17 @@ def _importance(values=(0.5, 2.0), num_samples=8, kind="mas", name="layer.weight
     )
 
 
+def test_bounds_are_those_of_the_values_until_these_change():
+    values = torch.tensor([[0.5, 2.0], [0.0, 1.0]])
+    importance = Importance({"w": values, "none": torch.empty(0)}, kind="mas", num_samples=1)
+
+    assert importance.bounds("w") == (0.0, 2.0)
+    assert importance.bounds("none") == (0.0, 0.0)
+
+    values.mul_(4)
+    assert importance.bounds("w") is None
+
+
 def test_importance_is_a_mapping():
     importance = Importance(
         {"b": torch.ones(2), "a": torch.zeros(1)}, kind="fisher", num_samples=3, paths={"a": "loop", "b": "layer"}

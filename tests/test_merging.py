@@ -70,6 +70,16 @@ def test_merging_equals_plain_python(weighted, weights, zero):
     _assert_merged(merged, experts, importances, weights, zero)
 
 
+def test_importances_that_changed_in_place_are_looked_at_anew():
+    importances = [Importance({"w": torch.tensor([1.0, 1.0])}, kind="mas", num_samples=1) for _ in range(2)]
+    for importance, scale in zip(importances, (1e-38, 3e-38), strict=True):
+        importance["w"].mul_(scale)
+
+    merged = merge([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 4.0])}], importances)
+
+    torch.testing.assert_close(merged["w"], torch.tensor([4.0, 3.5]))
+
+
 def test_by_hand():
     experts = [
         {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)},

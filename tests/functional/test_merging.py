@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import naive_merge
 
-from pl_personalize.functional.merging import prefix_merges
+from pl_personalize.functional.merging import check_importance, prefix_merges
 
 THETAS = [torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[0.0, 4.0], [0.5, -1.0]]), torch.full((2, 2), 2.5)]
 OMEGAS = [
@@ -87,6 +87,30 @@ def test_the_scale_of_the_importances_does_not_matter(scale, size):
     merged = prefix_merges(thetas, [omega * scale for omega in omegas], [1.0, 1.0])[1]
 
     torch.testing.assert_close(merged.double(), right, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-30, 1.0), (1.0, 1e30), (1e38, 1e38)])
+@pytest.mark.parametrize("empty", [0, 1, 3])
+def test_bounds_that_are_known_change_no_bit(scales, empty):
+    omegas = [torch.tensor([0.0] * empty + [2.0, 0.5, 1.0]) * scale for scale in scales]
+    thetas = [torch.arange(3.0 + empty) + k for k in range(2)]
+    bounds = [check_importance("w", omega) for omega in omegas]
+
+    looked = prefix_merges(thetas, omegas, [1.0, 1.0])
+    known = prefix_merges(thetas, omegas, [1.0, 1.0], bounds=bounds)
+
+    assert all(map(torch.equal, looked, known))
+    torch.testing.assert_close(known[1].double(), naive_merge(thetas, omegas), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("zero", ["mean", "reference"])
+@pytest.mark.parametrize("smallest", [1e-38, 1e-30, 1e-6])
+def test_entries_without_importance_beside_small_ones(smallest, zero):
+    omegas = [torch.tensor([0.0, smallest, 0.0, 1.0]), torch.tensor([0.0, 3 * smallest, 0.0, 1.0])]
+    thetas = [torch.tensor([1.0, 2.0, -3.0, 4.0]), torch.tensor([2.0, 6.0, 5.0, 8.0])]
+
+    for merged in prefix_merges([*thetas, thetas[0]], [*omegas, omegas[0] * 0], [1.0] * 3, zero)[1:2]:
+        torch.testing.assert_close(merged.double(), naive_merge(thetas, omegas, [1.0, 1.0], zero), rtol=1e-6, atol=0)
 
 
 # Away from the ends of float32's range, which the test above has.
