@@ -50,6 +50,7 @@ class LayerRule:
     scratch: Scratch | None = None
 
 
+_IN_CACHE = 2**18  # numbers: larger tensors take a processor longer to get than to fill
 _RULES: dict[Callable[..., object] | None, LayerRule] = {}
 
 
@@ -116,7 +117,9 @@ def _linear_power_sum(layer: nn.Linear, x: Tensor, grad: Tensor, power: int, sum
         dtype = next(iter(sums.values())).dtype
         grad = raise_to(grad.to(dtype), power)
         if weight is not None:
-            weight.addmm_(grad.T, raise_to(x.to(dtype), power))
+            rows = len(x) if x.is_cuda else max(32, _IN_CACHE // x.shape[1])
+            for some_x, some_grad in zip(x.split(rows), grad.split(rows), strict=True):
+                weight.addmm_(some_grad.T, raise_to(some_x.to(dtype), power))
         if bias is not None:
             bias.add_(grad.sum(0))
         return True
