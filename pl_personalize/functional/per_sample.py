@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from math import isfinite
 from types import TracebackType
@@ -13,21 +12,18 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.hooks import RemovableHandle
 
 from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
 from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import add_power_sums_
+from pl_personalize.functional.rounding import beyond_rounding
+from pl_personalize.functional.sample_independence import described, logits_of_independent_samples
 from pl_personalize.functional.sketches import Sketch
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
 
-_RANDOM = (
-    "The model is random in eval mode: it does not give the same output twice, and importances per sample are not "
-    "defined. Make it deterministic in eval mode."
-)
 _NO_GRADIENT = "The model's output has no gradient with respect to any of the parameters that count."
 
 
@@ -148,9 +144,9 @@ class PerSamplePowerSums:
         try:
             self._add(batch, num_samples, cotangents)
         except TapeError as error:
+            layer = described(self._tape.module_of(error.layer), self._layer_names)
             raise ValueError(
-                f"{self._describe(self._tape.module_of(error.layer))} was used differently in a later batch than in "
-                f"the first one: {error}. "
+                f"{layer} was used differently in a later batch than in the first one: {error}. "
                 "Pass exclude=(its name,) or a smaller, more regular batch."
             ) from error
 
@@ -255,16 +251,11 @@ class PerSamplePowerSums:
         before = {name: total.clone() for name, total in self.sums.items()} if self._samples_checked else {}
         pair = slice_batch(batch, num_samples, [0, other or 1][:count])
         samples = [slice_batch(pair, count, slice(i, i + 1)) for i in range(count)]
-        together = self._network(pair).detach()
-        check_logits(together, count)
-        if not _close(together, self._network(pair).detach()):
-            raise ValueError(_RANDOM)
-        apart = torch.cat([self._alone(sample).detach() for sample in samples])
-        self._refuse_mixed_samples(pair, samples, together, apart)
+        logits = logits_of_independent_samples(self._network, self._layer_names, pair, samples)
 
         # A fixed direction without symmetries: the sum of a softmax, for one, has no gradient.
         generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(together.shape, generator=generator, dtype=torch.float64).to(together)
+        direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
         # One sample alone, too, and first: what is the batch, and what are positions, may look alike in two.
         self._tape.is_learning = True
         while wrong := (
@@ -314,29 +305,9 @@ class PerSamplePowerSums:
                 "not defined. A square root at zero has one, or an input that is too large."
             )
         errors = {name: found[name].distance(right[name]) for name in sizes}
-        return self._out_of_tolerance(errors, sizes, direction.dtype)
-
-    def _out_of_tolerance(
-        self, errors: Mapping[str, float], sizes: Mapping[str, float], dtype: torch.dtype
-    ) -> list[str]:
-        """The parameters whose errors rounding does not explain."""
-        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
-        counts = {name: max(1, p.numel()) ** 0.5 for name, p in self._parameters.items()}
-        means = {name: size / counts[name] for name, size in sizes.items()}
-        largest: dict[str, float] = {}
-        for name, mean in means.items():
-            largest[_module_of(name)] = max(mean, largest.get(_module_of(name), 0.0))
-        unit, paths = min(1e-6, 8 * torch.finfo(dtype).eps), self.paths
-        far_unit = 1e-3 * unit if dtype == torch.float32 else unit
-        wrong = []
-        for name, error in errors.items():
-            # Where the true gradient is zero, rounding leaves something of the size of the others times the precision:
-            # of those of the module, or at worst of the network. A loop over samples has nothing slower behind it.
-            near = unit**self._power * largest[_module_of(name)]
-            far = (1e-6 if paths[name] == "loop" else far_unit) ** self._power * max(means.values())
-            if not error <= tolerance * sizes[name] + max(near, far) * counts[name]:
-                wrong.append(name)
-        return wrong
+        counts = {name: p.numel() for name, p in self._parameters.items()}
+        loops = [name for name, path in self.paths.items() if path == "loop"]
+        return beyond_rounding(errors, sizes, counts, direction.dtype, self._power, exhausted=loops)
 
     def _misfits(self, batch: Any, num_samples: int) -> list[str]:
         """The copied parameters that break the model."""
@@ -374,82 +345,6 @@ class PerSamplePowerSums:
         # All of a layer's parameters go together: where the layer is misread, a bias may be right by chance.
         for key in {key for ms in exhausted for m in ms for key, _ in self._tape.owned(m).values()}:
             del self._tape.names[key]
-
-    def _alone(self, sample: Any) -> Tensor:
-        """The logits of one sample, or a refusal that names the module which fails on it."""
-        try:
-            logits: Tensor = self._network(sample)
-            return logits
-        except Exception as error:
-            entered: list[nn.Module] = []
-            handles: list[RemovableHandle] = []
-            try:
-                for module in self._layer_names:
-                    handles.append(module.register_forward_pre_hook(lambda module, _: entered.append(module)))
-                with suppress(Exception):
-                    self._network(sample)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            culprit = self._describe(entered[-1]) if entered else "The model"
-            raise ValueError(
-                f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample "
-                "need a model that takes batches of one in eval mode. If it mixes the samples of a batch there, as "
-                "batch norm with track_running_stats=False does, they are not defined."
-            ) from error
-
-    def _refuse_mixed_samples(self, pair: Any, samples: Sequence[Any], together: Tensor, apart: Tensor) -> None:
-        if together.shape == apart.shape and _close(together, apart):
-            return
-        outputs: list[list[tuple[nn.Module, Any]]] = []
-        for inputs in (pair, *samples):
-            calls: list[tuple[nn.Module, Any]] = []
-            handles: list[RemovableHandle] = []
-
-            def note(module: nn.Module, _: Any, output: Any, calls: list[tuple[nn.Module, Any]] = calls) -> None:
-                calls.append((module, output))
-
-            try:
-                handles += [module.register_forward_hook(note) for module in self._layer_names]
-                self._network(inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            outputs.append(calls)
-        for (module, both), *ones in zip(*outputs, strict=False):
-            parts = [one for _, one in ones]
-            if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
-                rows = torch.cat(parts) if parts[0].dim() > 0 else both
-                if rows.shape == both.shape and not _close(both, rows):
-                    culprit = self._describe(module)
-                    break
-        else:
-            culprit = "The model"
-        raise ValueError(
-            f"{culprit} mixes the samples of a batch in eval mode: a sample's output alone differs from its output in "
-            "a batch, so importances per sample are not defined. Batch norm with track_running_stats=False does this."
-        )
-
-    def _describe(self, module: nn.Module) -> str:
-        return f"The module {self._layer_names.get(module, '?')!r} ({type(module).__name__})"
-
-
-def _module_of(parameter: str) -> str:
-    """Name of the module that a parameter is of, also where it is computed from others."""
-    return (
-        parameter.partition(".parametrizations.")[0]
-        if ".parametrizations." in parameter
-        else parameter.rpartition(".")[0]
-    )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
-    return (
-        bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
-        if a.is_floating_point()
-        else bool((a == b).all())
-    )
 
 
 def _other_sample(batch: Any, num_samples: int) -> int | None:

@@ -17,7 +17,7 @@ from pl_personalize.runner.options import (
     TrainingOptions,
     WandbOptions,
 )
-from pl_personalize.runner.paper import paper_results
+from pl_personalize.runner.paper import paper_by_label, paper_results
 from pl_personalize.runner.run import run_experiment
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "TrainerOptions",
     "TrainingOptions",
     "WandbOptions",
+    "paper_by_label",
     "paper_results",
     "run_experiment",
 ]

@@ -1,0 +1,162 @@
+"""What ``catprior.py`` and ``transprior.py`` run; see there."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize import ArtifactError
+from pl_personalize.datamodules.scenes import SceneDataModule
+from pl_personalize.models import TaskNetwork, check_backbone
+from pl_personalize.models import backbone as published_network
+from pl_personalize.runner import (
+    MERGES_AND_BOUNDS,
+    AdaptationName,
+    AdaptationOptions,
+    BaselineOptions,
+    ImportanceOptions,
+    LoggerName,
+    MethodName,
+    TrainerOptions,
+    TrainingOptions,
+    WandbOptions,
+    paper_by_label,
+    run_experiment,
+)
+
+PAPER_BACKBONES = {"alexnet": "AlexNet", "vgg11": "VGG11", "vgg11_bn": "VGG11-BN"}
+ELSEWHERE = {"task", "user", "seed"}  # set by the runner
+WITHOUT_EFFECT = {"data_dir", "cache_dir", "download", "archive_md5", "eval_batch_size"}  # on results, or named apart
+TRAINING = TrainingOptions(epochs=50)
+IMPORTANCE = ImportanceOptions()
+ADAPTATION = AdaptationOptions()
+BASELINES = BaselineOptions()
+TRAINER = TrainerOptions()
+WANDB = WandbOptions()
+
+
+def compare(
+    data: SceneDataModule,
+    benchmark: str,
+    data_options: Mapping[str, Any],
+    *,
+    backbone: str = "vgg11",
+    weights: str | None = "DEFAULT",
+    seeds: Sequence[int] = (1, 2, 3),
+    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
+    adaptations: Sequence[AdaptationName] | None = None,
+    adaptation: AdaptationOptions = ADAPTATION,
+    baselines: BaselineOptions = BASELINES,
+    training: TrainingOptions = TRAINING,
+    importance: ImportanceOptions = IMPORTANCE,
+    trainer: TrainerOptions = TRAINER,
+    loggers: Sequence[LoggerName] = ("wandb",),
+    wandb: WandbOptions = WANDB,
+    num_threads: PositiveInt | None = None,
+    output_dir: Path = Path("runs/scenes"),
+) -> None:
+    """Train, merge and test on a benchmark of scenes.
+
+    Args:
+        data: The benchmark.
+        benchmark: Its name.
+        data_options: Of the benchmark, on which results depend.
+        backbone: A classification model of torchvision (``alexnet``, ``vgg11``, ``vgg11_bn`` in the paper), or of timm,
+            if it is installed (``timm:tf_efficientnet_lite0``).
+        weights: The name of published weights (``DEFAULT``) or the path of a file with a state dict; null for random
+            ones.
+        seeds: Seeds of initial heads and of the order of the data.
+        methods: What is compared: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``, ``mean-IMM``; the
+            methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks; ``FT``, experts
+            trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
+        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
+            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
+        adaptation: How batch norm is adapted.
+        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
+        training: How models are trained.
+        importance: How importances are estimated.
+        trainer: For the Lightning Trainers.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
+        wandb: Tracking in Weights & Biases.
+        num_threads: Threads for PyTorch; by default its own choice.
+        output_dir: Folder of the run. Run again, it goes on where it was.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    published = PAPER_BACKBONES.get(backbone)
+    run_experiment(
+        benchmark,
+        published or backbone,
+        data,
+        network_maker(backbone, weights, data.image_size),
+        methods=methods,
+        seeds=seeds,
+        output_dir=output_dir,
+        training=training,
+        importance=importance,
+        trainer=trainer,
+        adaptations=adaptations,
+        adaptation=adaptation,
+        baselines=baselines,
+        loggers=loggers,
+        wandb=wandb,
+        options={**data_options, "data_dir": str(data.data_dir.resolve()), "weights": weights},
+        paper=None if published is None else paper_by_label(benchmark, published),
+        paper_note="In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
+    )
+
+
+def network_maker(backbone: str, weights: str | None, image_size: int) -> Callable[[int], TaskNetwork]:
+    """What makes the network for a number of classes.
+
+    Raises:
+        MisconfigurationException: If there is no such network or no such weights, or it cannot take the images.
+    """
+
+    def make(num_classes: int) -> TaskNetwork:
+        return published_network(backbone, num_classes, weights=weights)
+
+    try:
+        check_backbone(backbone)
+        network = make(2)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise MisconfigurationException(str(error)) from error
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # where images are too small, any layer may be the one to notice
+        raise MisconfigurationException(
+            f"{backbone} takes no images of {image_size}×{image_size} pixels ({error}). Try a larger --image_size."
+        ) from error
+    return make
+
+
+def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> None:
+    """Take the options of the command line: those of the datamodule, and those of :func:`compare`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="Path to a configuration file.")
+    parser.add_class_arguments(datamodule, skip=ELSEWHERE)
+    parser.add_function_arguments(compare, skip={"data", "benchmark", "data_options"})
+    folder = Path("runs") / benchmark.lower()
+    parser.set_defaults(output_dir=folder)
+    chosen = dict(parser.instantiate(parser.parse_args()))
+    data_options = {name: chosen[name] for name in inspect.signature(datamodule).parameters if name in chosen}
+    decisive = {
+        name: str(value) if isinstance(value, os.PathLike) else value
+        for name, value in data_options.items()
+        if name not in WITHOUT_EFFECT
+    }
+    options = {name: chosen[name] for name in inspect.signature(compare).parameters if name in chosen}
+    try:
+        compare(datamodule(**data_options), benchmark, decisive, **options)
+    except (ArtifactError, MisconfigurationException) as error:
+        sys.exit(f"error: {error}")

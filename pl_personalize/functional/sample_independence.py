@@ -1,0 +1,115 @@
+"""Whether a network computes the same for a sample, whatever else is in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pl_personalize.functional.batches import check_logits
+
+Network = Callable[[Any], Tensor]
+
+
+def logits_of_independent_samples(
+    network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
+) -> Tensor:
+    """The logits of a batch, of a network that gives each of its samples the same alone.
+
+    Args:
+        network: From a batch to logits, in eval mode.
+        modules: Those that may be to blame, and their names.
+        batch: A batch of n samples.
+        samples: These samples, as batches of one.
+
+    Returns:
+        The (n, *) logits, detached.
+
+    Raises:
+        ValueError: If the network is random, fails on one sample, or mixes samples; the message names the module.
+    """
+    together = network(batch).detach()
+    check_logits(together, len(samples))
+    if not _is_close(together, network(batch).detach()):
+        raise ValueError(
+            "The model is random in eval mode: it does not give the same output twice, and importances per sample are "
+            "not defined. Make it deterministic in eval mode."
+        )
+    apart = torch.cat([_alone(network, modules, sample).detach() for sample in samples])
+    if together.shape != apart.shape or not _is_close(together, apart):
+        culprit = _first_to_mix(network, modules, batch, samples)
+        raise ValueError(
+            f"{'The model' if culprit is None else described(culprit, modules)} mixes the samples of a batch in eval "
+            "mode: a sample's output alone differs from its output in a batch, so importances per sample are not "
+            "defined. Batch norm with track_running_stats=False does this."
+        )
+    return together
+
+
+def described(module: nn.Module, modules: Mapping[nn.Module, str]) -> str:
+    """A module in a message: its name and its class."""
+    return f"The module {modules.get(module, '?')!r} ({type(module).__name__})"
+
+
+def _alone(network: Network, modules: Mapping[nn.Module, str], sample: Any) -> Tensor:
+    """The logits of one sample, or a refusal that names the module which fails on it."""
+    try:
+        return network(sample)
+    except Exception as error:
+        entered: list[nn.Module] = []
+        handles: list[RemovableHandle] = []
+        try:
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(lambda module, _: entered.append(module)))
+            with suppress(Exception):
+                network(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        culprit = described(entered[-1], modules) if entered else "The model"
+        raise ValueError(
+            f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample "
+            "need a model that takes batches of one in eval mode. If it mixes the samples of a batch there, as "
+            "batch norm with track_running_stats=False does, they are not defined."
+        ) from error
+
+
+def _first_to_mix(
+    network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
+) -> nn.Module | None:
+    """The first module whose output for the batch is not that for its samples, if its outputs show it."""
+    outputs: list[list[tuple[nn.Module, Any]]] = []
+    for inputs in (batch, *samples):
+        calls: list[tuple[nn.Module, Any]] = []
+        handles: list[RemovableHandle] = []
+
+        def note(module: nn.Module, _: Any, output: Any, calls: list[tuple[nn.Module, Any]] = calls) -> None:
+            calls.append((module, output))
+
+        try:
+            handles += [module.register_forward_hook(note) for module in modules]
+            network(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs.append(calls)
+    for (module, both), *ones in zip(*outputs, strict=False):
+        parts = [one for _, one in ones]
+        if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
+            rows = torch.cat(parts) if parts[0].dim() > 0 else both
+            if rows.shape == both.shape and not _is_close(both, rows):
+                return module
+    return None
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return (
+        bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
+        if a.is_floating_point()
+        else bool((a == b).all())
+    )
