@@ -17,7 +17,7 @@ class PaperResult(NamedTuple):
 
 
 _OUR_NAMES = {"LWF": "LwF", "Task Experts": "FT"}
-# Its batch norm without adaptation copies γ and β of the task's model into a merge, and leaves other models as they are.
+# Batch norm without adaptation copies γ and β of the task's model into a merge, and leaves other models as they are.
 _OUR_ADAPTATIONS = {"none": "none", "BN": "reference", "AdaBN": "AdaBN", "AdaBN-S": "AdaBN-S"}
 
 
