@@ -210,8 +210,8 @@ class PerSamplePowerSums:
         cotangent: Tensor,
         parameters: Mapping[str, nn.Parameter],
         consume: Callable[[str, Tensor], None],
-    ) -> None:
-        """Hand over each parameter's gradient as soon as it is there, and keep none."""
+    ) -> bool:
+        """Hand over each parameter's gradient as soon as it is there, and keep none; whether there are any."""
 
         def take(name: str, gradient: Tensor | None) -> Tensor | None:
             if gradient is None:  # a function of the user's own that has none
@@ -230,8 +230,7 @@ class PerSamplePowerSums:
             logits = self._network(sample)
             if logits.requires_grad:
                 torch.autograd.grad(logits, list(parameters.values()), cotangent, allow_unused=True)
-            elif len(parameters) == len(self._parameters):
-                raise ValueError(_NO_GRADIENT)
+            return bool(logits.requires_grad)
         finally:
             for handle in handles:
                 handle.remove()
@@ -297,8 +296,18 @@ class PerSamplePowerSums:
         def take(name: str, gradient: Tensor) -> None:
             sizes[name] = max(sizes[name], right[name].add(gradient, self._power))
 
+        # With the batch's own activations where the path has these: alone, a sample's are rounded otherwise, which at a
+        # kink, such as a tie in a pooling window, makes another gradient.
+        slow = self._unrecorded()
+        fast = {name: p for name, p in self._parameters.items() if name not in slow}
+        has_gradient = False
         for i, sample in enumerate(samples):
-            self._one_sample(sample, direction[i : i + 1], self._parameters, take)
+            own_direction = torch.zeros_like(direction)
+            own_direction[i] = direction[i]
+            has_gradient |= bool(fast) and self._one_sample(batch, own_direction, fast, take)
+            has_gradient |= bool(slow) and self._one_sample(sample, direction[i : i + 1], slow, take)
+        if not has_gradient:
+            raise ValueError(_NO_GRADIENT)
         if infinite := [name for name, size in sizes.items() if not isfinite(size)]:
             raise ValueError(
                 f"The gradient of {infinite[0]} for a single sample has NaN or infinite entries; its importances are "

@@ -367,6 +367,30 @@ def test_a_layer_that_is_used_otherwise_in_a_later_batch_is_refused_by_name():
             engine.add(x[3:], 3, _directions)
 
 
+class Kinked(nn.Module):
+    """At its kink; which side a sample is on depends on rounding, and here, reliably, on the size of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        on_kink = hidden - hidden.detach()
+        return self.outer(hidden.tanh() + torch.relu(on_kink + 1e-7 * (len(x) - 1.5)))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_samples_that_are_rounded_otherwise_alone_take_no_slower_path(power):
+    torch.manual_seed(0)
+    model, x = Kinked(), torch.randn(5, 4)
+
+    with _engine(model, power) as engine:
+        engine.add(x, 5, _directions)
+
+    assert set(engine.paths.values()) == {"closed form"}
+
+
 def test_a_wrong_direction_does_not_leave_the_engine_broken():
     """An error in one batch must not leave recorded tensors behind for the next one."""
     model, x = make_network("residual", 4)
