@@ -1,15 +1,25 @@
 """LightningDataModules that encode task-incremental personalisation benchmarks."""
 
 from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule
+from pl_personalize.datamodules.catprior import CatPriorDataModule
 from pl_personalize.datamodules.digits import DigitsDataModule
+from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.datamodules.numbers import NumbersDataModule
+from pl_personalize.datamodules.scenes import SceneDataModule
+from pl_personalize.datamodules.show_users import show_users
+from pl_personalize.datamodules.transprior import TransPriorDataModule
 
 __all__ = [
+    "CatPriorDataModule",
     "DigitsDataModule",
+    "ImageRows",
     "LabelledImages",
     "NumbersDataModule",
+    "SceneDataModule",
     "TaskIncrementalDataModule",
     "TensorLoader",
+    "TransPriorDataModule",
+    "show_users",
     "tensor_loader",
 ]

@@ -6,7 +6,7 @@ import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,14 +14,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from pl_personalize.datamodules.image_rows import ImageRows, join
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 
 
 class LabelledImages(NamedTuple):
-    """Images (n, channels, height, width) and their class in the task (n,), from 0."""
+    """Images (n, channels, height, width), as they are stored, and their class in the task (n,), from 0."""
 
-    images: Tensor
+    images: Tensor | ImageRows
     labels: Tensor
 
 
@@ -36,7 +37,8 @@ class TaskIncrementalDataModule(LightningDataModule):
     * ``predict``: the adapt images of ``user``, without labels; a list with one loader for each task for ``task=None``.
     * ``test``: the eval images of ``user``: a list with one loader for each task.
 
-    A benchmark is a subclass with :meth:`load_server` and :meth:`load_user`.
+    A benchmark is a subclass with :meth:`load_server` and :meth:`load_user`; where images are not stored as a network
+    takes them, also with :meth:`transform`.
 
     Args:
         tasks: Names of the tasks, in order.
@@ -88,6 +90,15 @@ class TaskIncrementalDataModule(LightningDataModule):
     @abstractmethod
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
         """A user's adapt and eval split of a task; no image in both."""
+
+    def transform(self, images: Tensor, seed: int | None = None) -> Tensor:
+        """What every loader does with the stored images of a batch: here nothing.
+
+        Args:
+            images: Of a batch, as :meth:`load_server` and :meth:`load_user` give them.
+            seed: Of a random augmentation, in batches to train on; else ``None``: there must be none.
+        """
+        return images
 
     # Where we are
 
@@ -172,22 +183,21 @@ class TaskIncrementalDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> TensorLoader:
-        """The server's train split, shuffled."""
+        """The server's train split, shuffled and augmented."""
         split = self._present_server_split(0)
         seed = derive_seed(self.seed, -1 if self._task is None else self._task)
-        return tensor_loader(*split, batch_size=self.batch_size, shuffle=True, seed=seed, repeat=True)
+        return self._loader(*split, batch_size=self.batch_size, shuffle=True, seed=seed, repeat=True, augment=True)
 
     @override
     def val_dataloader(self) -> TensorLoader:
         """The server's val split, in order."""
-        return tensor_loader(*self._present_server_split(1), batch_size=self.eval_batch_size, repeat=True)
+        return self._loader(*self._present_server_split(1), repeat=True)
 
     @override
     def test_dataloader(self) -> list[TensorLoader]:
         """The user's eval split of each task."""
         user = self._need_user()
-        splits = [self.user_split(user, task)[1] for task in range(len(self.tasks))]
-        return [tensor_loader(*split, batch_size=self.eval_batch_size) for split in splits]
+        return [self._loader(*self.user_split(user, task)[1]) for task in range(len(self.tasks))]
 
     @override
     def predict_dataloader(self) -> TensorLoader | list[TensorLoader]:
@@ -196,20 +206,58 @@ class TaskIncrementalDataModule(LightningDataModule):
             return self.adapt_dataloader(self._task)
         return [self.adapt_dataloader(task) for task in range(len(self.tasks))]
 
-    def adapt_dataloader(self, task: int | str, *, labels: bool = False) -> TensorLoader:
-        """The present user's adapt split of a task, in order; with labels if asked for.
+    def adapt_dataloader(
+        self,
+        task: int | str,
+        *,
+        labels: bool = False,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> TensorLoader:
+        """The present user's adapt split of a task.
+
+        Args:
+            task: The task.
+            labels: Whether batches have them.
+            batch_size: By default ``eval_batch_size``.
+            shuffle: A new order for each epoch, else the split's.
+            seed: What the orders depend on.
 
         Raises:
             MisconfigurationException: If no user was chosen.
         """
         images, classes = self.user_split(self._need_user(), task)[0]
-        return tensor_loader(images, *([classes] if labels else []), batch_size=self.eval_batch_size)
+        tensors = [images, classes] if labels else [images]
+        return self._loader(*tensors, batch_size=batch_size, shuffle=shuffle, seed=seed)
 
-    def server_dataloader(self, task: int | str, split: Literal["all", "train", "val"] = "all") -> TensorLoader:
-        """The server's data of a task, train and val or one of them, in order."""
+    def server_dataloader(
+        self,
+        task: int | str,
+        split: Literal["all", "train", "val"] = "all",
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> TensorLoader:
+        """The server's data of a task, with labels and never augmented.
+
+        Args:
+            task: The task.
+            split: Train and val, or one of them.
+            batch_size: By default ``eval_batch_size``.
+            shuffle: A new order for each epoch, else the split's.
+            seed: What the orders depend on.
+        """
         train, val = self.server_split(task)
-        chosen = {"all": concatenate([train, val]), "train": train, "val": val}[split]
-        return tensor_loader(*chosen, batch_size=self.eval_batch_size)
+        chosen = {"all": [train, val], "train": [train], "val": [val]}[split]
+        data = concatenate(chosen) if len(chosen) > 1 else chosen[0]
+        return self._loader(*data, batch_size=batch_size, shuffle=shuffle, seed=seed)
+
+    def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:
+        """With the transform."""
+        size = self.eval_batch_size if batch_size is None else batch_size
+        return tensor_loader(*tensors, batch_size=size, transform=self.transform, **options)
 
     def _present_server_split(self, which: int) -> LabelledImages:
         if self._task is not None:
@@ -230,8 +278,13 @@ class TaskIncrementalDataModule(LightningDataModule):
 
 
 def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
-    """Several sets as one, in order."""
-    return LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+    """Several sets as one, in order; tensors are copied, :class:`ImageRows` go on sharing their pools."""
+    labels, images = torch.cat([part.labels for part in parts]), [part.images for part in parts]
+    rows = [found for found in images if isinstance(found, ImageRows)]
+    tensors = [found for found in images if isinstance(found, Tensor)]
+    if rows and tensors:
+        raise TypeError("Images of all sets must be tensors, or of all ImageRows.")
+    return LabelledImages(join(rows) if rows else torch.cat(tensors), labels)
 
 
 def _index(value: int | str, names: Sequence[str], what: str) -> int:
@@ -255,5 +308,9 @@ def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[
     """
     count = len(data.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*seed)))
-    first, rest = order[: int(share * count)], order[int(share * count) :]
-    return LabelledImages(data.images[first], data.labels[first]), LabelledImages(data.images[rest], data.labels[rest])
+    return _select(data, order[: int(share * count)]), _select(data, order[int(share * count) :])
+
+
+def _select(data: LabelledImages, index: Tensor) -> LabelledImages:
+    images = data.images.select(index) if isinstance(data.images, ImageRows) else data.images[index]
+    return LabelledImages(images, data.labels[index])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.functional.seeding import derive_seed
 
 T = TypeVar("T")
+Transform = Callable[[Tensor, int | None], Tensor]
+"""What makes a batch of stored images (n, …) into what a network takes; with the seed of what is random in it, or
+``None`` where nothing is."""
 
 
 class TensorBatches(Dataset[Any]):
@@ -19,28 +23,40 @@ class TensorBatches(Dataset[Any]):
 
     Args:
         tensors: Images, and labels if there are any; (n, …) each.
+        transform: What is done with the images of a batch, if anything.
+        augment_seed: For :meth:`batch`, the seed of what is random in the transform; by default nothing is.
 
     Raises:
         ValueError: If there are none, or they differ in length.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(
+        self, *tensors: Tensor | ImageRows, transform: Transform | None = None, augment_seed: int | None = None
+    ) -> None:
         if not tensors or len({len(tensor) for tensor in tensors}) != 1:
             raise ValueError(f"Tensors must be of one length; got {[tuple(tensor.shape) for tensor in tensors]}.")
-        self.tensors = tensors
+        self.tensors, self.transform, self.augment_seed = tensors, transform, augment_seed
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def __getitem__(self, index: int) -> Any:
-        return self._cut(index)
+        rows = self._cut(torch.tensor([index]), None)
+        return tuple(row[0] for row in rows) if isinstance(rows, tuple) else rows[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        return self._cut(torch.as_tensor(indices))
+        return self._cut(torch.as_tensor(indices), None)
 
-    def _cut(self, index: int | Tensor) -> Any:
-        rows = tuple(tensor[index] for tensor in self.tensors)
-        return rows if len(rows) > 1 else rows[0]
+    def batch(self, indices: Sequence[int], *place: int) -> Any:
+        """The batch at a place of a training; what is random in the transform depends on that."""
+        seed = None if self.augment_seed is None else derive_seed(self.augment_seed, *place)
+        return self._cut(torch.as_tensor(indices), seed)
+
+    def _cut(self, indices: Tensor, seed: int | None) -> Any:
+        images, *others = (tensor[indices] for tensor in self.tensors)
+        if self.transform is not None:
+            images = self.transform(images, seed)
+        return (images, *others) if others else images
 
 
 class TaskSampler(DistributedSampler[Any]):
@@ -93,11 +109,12 @@ class TensorLoader(DataLoader[Any]):
             start = resume["position"]
         self._resume = None
         dataset: Any = self.dataset
+        rank = int(getattr(self.sampler, "rank", 0))
         for position, indices in enumerate(self.batch_sampler or ()):
             if position < start:
                 continue
             self._place = {"epoch": self._epoch, "position": position + 1}
-            yield dataset.__getitems__(indices)
+            yield dataset.batch(indices, self._epoch, position, rank)
 
     @property
     def _epoch(self) -> int:
@@ -118,7 +135,13 @@ def as_is(batch: T) -> T:
 
 
 def tensor_loader(
-    *tensors: Tensor, batch_size: int, shuffle: bool = False, seed: int = 0, repeat: bool = False
+    *tensors: Tensor | ImageRows,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    repeat: bool = False,
+    transform: Transform | None = None,
+    augment: bool = False,
 ) -> TensorLoader:
     """A :class:`TensorLoader` over ``tensors``; the last batch may be smaller.
 
@@ -128,7 +151,10 @@ def tensor_loader(
         shuffle: See :class:`TaskSampler`.
         seed: See there.
         repeat: See there.
+        transform: See :class:`TensorBatches`.
+        augment: Whether the transform may do what is random in it: as a function of the seed, the epoch, the batch's
+            position in the epoch and the process, so that a resumed run has the same images.
     """
-    dataset = TensorBatches(*tensors)
+    dataset = TensorBatches(*tensors, transform=transform, augment_seed=seed if augment else None)
     sampler = TaskSampler(dataset, shuffle=shuffle, seed=seed, repeat=repeat)
     return TensorLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=as_is)

@@ -120,6 +120,18 @@ def test_setup_cfg_lists_every_package_of_the_tree(setup_cfg):
     assert sorted(listed) == sorted(in_tree)
 
 
+def test_setup_cfg_lists_all_files_that_are_no_code(setup_cfg):
+    data = setup_cfg["options.package_data"]
+    packages = {package: CHECKOUT / folder for folder, package in FOLDERS.items()}
+    packages["pl_personalize.runner"] = packages["pl_personalize"] / "runner"
+    listed = {
+        path for name, patterns in data.items() for glob in patterns.split() for path in packages[name].glob(glob)
+    }
+    in_tree = {path for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*") if path.is_file()}
+
+    assert listed == {path for path in in_tree if path.suffix != ".py" and "__pycache__" not in path.parts}
+
+
 def test_setup_cfg_maps_the_folders(setup_cfg):
     lines = setup_cfg["options"]["package_dir"].strip().splitlines()
     mapped = {name.strip(): folder.strip() for name, _, folder in (line.partition("=") for line in lines)}

@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from pl_personalize.artifacts import save_tensors
 from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
-from pl_personalize.datamodules import tensor_loader
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.seeding import derive_seed
@@ -130,8 +129,8 @@ class ExpertRun(SequenceRun):
         seed = derive_seed(self.seed, "FT", user, task)
         fixed = {"lr": options.ft_lr, "momentum": 0.9, "weight_decay": 0.0, "seed": seed}
         learner = TaskLearner(self._load_expert(task), l2_transfer=0.0, **self.learner_options(task) | fixed)
-        images, labels = self.data.user_split(user, task)[0]
-        loader = tensor_loader(images, labels, batch_size=self.data.batch_size, shuffle=True, seed=seed)
+        data = self.data.view(user=user)
+        loader = data.adapt_dataloader(task, labels=True, batch_size=data.batch_size, shuffle=True, seed=seed)
         trainer = self._lightning(stage, max_epochs=options.ft_epochs, enable_checkpointing=False)
         trainer.fit(learner, loader)
         refuse_divergence(stage, learner.network, "baselines.ft_lr")

@@ -125,8 +125,9 @@ class Following:
             },
         )
         for user in self._wandb.images_of:
-            splits = [run.data.user_split(user, task)[0].images[:8] for task in range(run.num_tasks)]
-            tracker.log_images(user, torch.cat(splits))
+            data = run.data.view(user=user)
+            loaders = [data.adapt_dataloader(task, batch_size=8) for task in range(run.num_tasks)]
+            tracker.log_images(user, torch.cat([next(iter(loader)) for loader in loaders]))
         return tracker
 
     def _conclude(self, tracker: Tracker, run: ServerRun) -> None:

@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from pl_personalize.artifacts import save_tensors
 from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
-from pl_personalize.datamodules import tensor_loader
 from pl_personalize.importance import Kind
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import LwFLearner, SequenceEvaluator, TaskLearner
@@ -155,7 +154,7 @@ class PenaltyRun(SequenceRun):
             "reduction": self.setting.importance.reduction,
         }
         callback = MASImportance(**options) if self.kind == "mas" else FisherImportance(labels="true", **options)
-        loader = tensor_loader(*self.data.server_split(task)[0], batch_size=self.data.batch_size)
+        loader = self.data.server_dataloader(task, "train", batch_size=self.data.batch_size)
         self._lightning(stage, [callback]).predict(TaskLearner(network), loader, return_predictions=False)
         return self.folder.finish(stage, artifacts=[path])
 

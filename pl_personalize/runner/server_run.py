@@ -18,7 +18,7 @@ from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.batchnorm import ARTIFACT_KIND as BATCHNORM_KIND
 from pl_personalize.callbacks import AdaBNS
-from pl_personalize.datamodules import TaskIncrementalDataModule, tensor_loader
+from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
@@ -336,8 +336,7 @@ class ServerRun(ABC):
             adapt_batchnorm(network, data.adapt_dataloader(i), module="body", **evaluator.bn_options)
             seed = derive_seed(self.seed, "AdaBN-S", t, i)
             learner = TaskLearner(network, seed=seed, task=i, lr=options.lr, l2_transfer=0.0)
-            images, labels = data.user_split(user, i)[0]
-            loader = tensor_loader(images, labels, batch_size=data.batch_size, shuffle=True, seed=seed)
+            loader = data.adapt_dataloader(i, labels=True, batch_size=data.batch_size, shuffle=True, seed=seed)
             name, epochs = f"{stage}/model{t + 1}-task{i + 1}", options.epochs
             trainer = self._lightning(name, [AdaBNS("keep")], max_epochs=epochs, enable_checkpointing=False)
             trainer.fit(learner, loader)

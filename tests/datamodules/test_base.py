@@ -300,3 +300,46 @@ def test_a_random_split_divides_as_the_protocol_says():
     assert first.labels.tolist() == random_split(whole, 0.8, 27, "x")[0].labels.tolist()
     assert first.labels.tolist() != random_split(whole, 0.8, 28, "x")[0].labels.tolist()
     assert first.labels.tolist() != random_split(whole, 0.8, 27, "y")[0].labels.tolist()
+
+
+# Transforms
+
+
+class Doubled(Numbered):
+    def transform(self, images, seed=None):
+        return 2 * images if seed is None else -images
+
+
+def test_every_loader_transforms_and_train_alone_augments():
+    data = Doubled(task=1, user=1)
+    twice = {
+        "val": data.val_dataloader(),
+        "adapt": data.predict_dataloader(),
+        "eval": data.test_dataloader()[1],
+        "train": data.server_dataloader(1, "train"),
+    }
+    for name, loader in twice.items():
+        user = 0 if name in ("val", "train") else 1
+        assert images(loader) == [2 * n for n in expected(name, user, 1)]
+    assert images(data.adapt_dataloader(1, labels=True)) == [2 * n for n in expected("adapt", 1, 1)]
+    assert sorted(images(data.train_dataloader())) == sorted(-n for n in expected("train", task=1))
+
+
+def test_loaders_may_be_shuffled_with_batches_of_another_size():
+    data = Numbered(user=1)
+    for loader, split in (
+        (data.adapt_dataloader(1, shuffle=True, seed=4, batch_size=3), ("adapt", 1, 1)),
+        (data.server_dataloader(1, "val", shuffle=True, seed=4, batch_size=3), ("val", 0, 1)),
+    ):
+        first = images(loader)
+        assert sorted(first) == expected(*split)
+        assert first != expected(*split)
+        loader.sampler.set_epoch(1)
+        assert images(loader) != first
+        assert len(next(iter(loader))) in (2, 3)
+    assert [len(x) for x in data.adapt_dataloader(1, batch_size=3)] == [3, 3, 1]
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(KeyError, match="test"):
+        Numbered().server_dataloader(0, "test")

@@ -90,6 +90,47 @@ def test_iteration_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# Transforms
+
+
+def doubled(x, seed):
+    return 2 * x if seed is None else seed * torch.ones_like(x)
+
+
+def test_a_transform_acts_on_the_images_alone():
+    loader = tensor_loader(torch.arange(ROWS), torch.arange(ROWS), batch_size=BATCH, transform=doubled)
+    assert all(torch.equal(x, 2 * y) for x, y in loader)
+    assert [value.tolist() for value in loader.dataset[3]] == [6, 3]
+    assert [value.tolist() for value in loader.dataset.__getitems__([3, 1])] == [[6, 2], [3, 1]]
+
+
+def test_what_is_random_depends_on_seed_epoch_position_and_process():
+    def seeds(epoch, rank=0, **options):
+        loader = numbers(transform=doubled, augment=True, **options)
+        loader.sampler.rank = rank
+        loader.sampler.set_epoch(epoch)
+        return [int(batch[0]) for batch in loader]
+
+    found = [seeds(0), seeds(1), seeds(0, seed=1), seeds(0, rank=1)]
+    assert len({seed for batches in found for seed in batches}) == 20
+    assert seeds(1) == found[1]
+    assert seeds(0, shuffle=True) == found[0]
+
+
+def test_rows_by_index_are_never_augmented():
+    """As where somebody else makes a loader of the dataset: for importances, for instance."""
+    dataset = numbers(transform=doubled, augment=True).dataset
+    assert dataset[4] == 8
+    assert dataset.__getitems__([4, 2]).tolist() == [8, 4]
+
+
+def test_a_resumed_epoch_has_the_same_random_numbers():
+    whole = epoch_order(numbers(transform=doubled, augment=True), 2)
+    resumed = numbers(transform=doubled, augment=True)
+    resumed.load_state_dict({"epoch": 2, "position": 3})
+    assert epoch_order(resumed, 2) == whole[3 * BATCH :]
+
+
 # Place in an epoch
 
 
@@ -183,6 +224,12 @@ def test_repetition_fills_all_processes_to_the_same_number(rows, count):
 
 
 # In a Trainer
+
+
+def test_predict_transforms_too(tmp_path):
+    """Lightning makes the loader anew for ``predict``."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    assert torch.equal(torch.cat(trainer.predict(Identity(), numbers(transform=doubled))), 2 * torch.arange(ROWS))
 
 
 class Identity(LightningModule):

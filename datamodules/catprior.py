@@ -1,0 +1,135 @@
+"""CatPrior: users who prefer other classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
+from pl_personalize.datamodules.scene_folder import Names, Pools
+from pl_personalize.datamodules.scene_preferences import Preferences, draw_preferences, read_preferences
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule
+
+
+class CatPriorDataModule(SceneDataModule):
+    """The CatPrior benchmark of De Lange et al., CVPR 2020: scenes of users who see some classes more than others.
+
+    Of each class a user has a share of the test images, and of the classes that he prefers ``extra_images`` more; no
+    image belongs to two users. Each part is halved into adapt and eval. The published code can never draw a class's
+    last extra image, and loses one with every user; here all are drawn alike.
+
+    Args:
+        data_dir: See :class:`SceneDataModule`.
+        num_users: How many persons there are.
+        preferred_classes: How many classes of each task a person prefers.
+        extra_images: Extra images of each of these.
+        preferences: JSON file ``{user: {task: [class, …]}}``, or a seed by which classes that have enough images are
+            drawn; by default the paper's. Preferences stay the same in all iterations.
+        tasks: See :class:`SceneDataModule`.
+        supercategories: See there.
+        iterations: See there.
+        image_size: See there.
+        augment: See there.
+        cache_dir: See there.
+        download: See there.
+        archive_md5: See there.
+        task: See :class:`TaskIncrementalDataModule`.
+        user: See there.
+        batch_size: See there.
+        eval_batch_size: See there.
+        seed: See :class:`SceneDataModule`.
+        split_seed: See there.
+
+    Raises:
+        MisconfigurationException: If an option is out of range, or a table or the preferences are unfit.
+
+    Example:
+        >>> data = CatPriorDataModule("data/mit-indoor", task="home")
+        >>> data.tasks, data.users, data.num_classes("home")
+        (('home', 'leisure', 'public', 'store'), ('user1', 'user2', 'user3', 'user4', 'user5'), 14)
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] = "data/mit-indoor",
+        *,
+        num_users: int = 5,
+        preferred_classes: int = 3,
+        extra_images: int = 70,
+        preferences: int | str | os.PathLike[str] | None = None,
+        tasks: Sequence[str] = TASKS,
+        supercategories: str | os.PathLike[str] | None = None,
+        iterations: Sequence[int] = (1,),
+        image_size: int = 224,
+        augment: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        download: bool = False,
+        archive_md5: str | None = None,
+        task: int | str | None = None,
+        user: int | str | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+        split_seed: int = 27,
+    ) -> None:
+        super().__init__(
+            data_dir,
+            num_users,
+            tasks=tasks,
+            supercategories=supercategories,
+            iterations=iterations,
+            image_size=image_size,
+            augment=augment,
+            cache_dir=cache_dir,
+            download=download,
+            archive_md5=archive_md5,
+            task=task,
+            user=user,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            split_seed=split_seed,
+        )
+        if preferred_classes < 1 or extra_images < 0:
+            raise MisconfigurationException(
+                "preferred_classes must be at least 1, and extra_images not negative; got "
+                f"{preferred_classes} and {extra_images}."
+            )
+        self.preferred_classes, self.extra_images = preferred_classes, extra_images
+        self._preferences_seed = preferences if isinstance(preferences, int) else None
+        if not isinstance(preferences, int):
+            stored = read_preferences(preferences, self._scenes(), num_users, preferred_classes)
+            self._shared["preferences"] = stored
+
+    def preferences(self) -> Preferences:
+        """For each person and task, the preferred classes."""
+        if "preferences" not in self._shared:
+            self.pools()  # which draws them, when it knows how many images there are
+        found: Preferences = self._shared["preferences"]
+        return found
+
+    @override
+    def check(self, pools: Pools) -> None:
+        if self._preferences_seed is not None:
+            self._shared["preferences"] = draw_preferences(
+                pools.extra,
+                self._scenes(),
+                self.num_users,
+                self.preferred_classes,
+                self.extra_images,
+                self._preferences_seed,
+            )
+        check_catprior(pools, self._scenes(), self._shared["preferences"], self.extra_images)
+
+    @override
+    def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
+        name = self.tasks[task]
+        preferred = [chosen[name] for chosen in self.preferences()]
+        seed = self.split_seed, "CatPrior", iteration, name
+        return catprior_files(pools, self.classes[task], preferred, self.extra_images, *seed)
+
+    def _scenes(self) -> dict[str, Names]:
+        return dict(zip(self.tasks, self.classes, strict=True))

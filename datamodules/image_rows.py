@@ -1,0 +1,73 @@
+"""Images that several splits share, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ImageRows:
+    """A choice of the images of one or several pools; they are copied when they are asked for by index, and only then.
+
+    Splits, users and tasks that have images in common share the pools, which may be larger than the memory if they are
+    mapped files.
+
+    Args:
+        pools: (n, channels, height, width) each, of one size and type.
+        rows: For each image its row in its pool, (n,).
+        which: For each image the number of its pool, (n,); by default the first.
+
+    Raises:
+        ValueError: If there is no pool, or the pools differ in the size or type of images.
+
+    Example:
+        >>> pool = torch.arange(5).view(5, 1, 1, 1)
+        >>> images = ImageRows([pool], torch.tensor([4, 0, 2]))
+        >>> images[torch.tensor([0, 2])].flatten()
+        tensor([4, 2])
+    """
+
+    def __init__(self, pools: Sequence[Tensor], rows: Tensor, which: Tensor | None = None) -> None:
+        if len({(pool.shape[1:], pool.dtype) for pool in pools}) != 1:
+            raise ValueError(f"Pools must have images of one size and type; got {[tuple(p.shape) for p in pools]}.")
+        self.pools, self.rows = tuple(pools), rows
+        self.which = torch.zeros_like(rows) if which is None else which
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, channels, height, width)."""
+        return torch.Size([len(self.rows), *self.pools[0].shape[1:]])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pools."""
+        return self.pools[0].dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        which, rows = self.which[index], self.rows[index]
+        if not rows.ndim:
+            return self.pools[int(which)][int(rows)]
+        if len(self.pools) == 1:
+            return self.pools[0][rows]
+        found = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        for number, pool in enumerate(self.pools):
+            here = which == number
+            found[here] = pool[rows[here]]
+        return found
+
+    def select(self, index: Tensor) -> ImageRows:
+        """Some of the images, of the same pools."""
+        return ImageRows(self.pools, self.rows[index], self.which[index])
+
+
+def join(parts: Sequence[ImageRows]) -> ImageRows:
+    """Several choices as one, in order; a pool that they have in common stays one."""
+    pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
+    numbers = {id(pool): number for number, pool in enumerate(pools)}
+    which = [torch.tensor([numbers[id(pool)] for pool in part.pools])[part.which] for part in parts]
+    return ImageRows(pools, torch.cat([part.rows for part in parts]), torch.cat(which))

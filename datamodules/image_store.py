@@ -1,0 +1,136 @@
+"""Decoded images, in memory or in mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+_VERSION = 1
+_PATIENCE = 3.0  # seconds before a progress bar appears
+
+Read = Callable[[Path], NDArray[np.uint8]]
+"""Decodes an image file to (size, size, 3)."""
+
+
+class ImageStore:
+    """Pools of images of one size; each image is decoded once.
+
+    A file of ``cache_dir`` is named after a digest of what it depends on, and appears when it is complete: what an
+    interrupted process leaves behind is written anew. Any number of processes may share the folder. Nothing is ever
+    deleted from it; all of it can be made again.
+
+    Args:
+        folder: Where the image files are.
+        size: Side of the images.
+        cache_dir: Where mapped files are kept; by default pools are in memory.
+    """
+
+    def __init__(self, folder: Path, size: int, cache_dir: Path | None = None) -> None:
+        self.folder, self.size, self.cache_dir = folder, size, cache_dir
+        self._pools: dict[str, Tensor] = {}
+
+    def pool(self, name: str, files: Sequence[str], read: Read, *depends: str | int) -> Tensor:
+        """The images of a pool, uint8 (n, 3, size, size), decoded at the first call.
+
+        Args:
+            name: Of the pool; other files need another one.
+            files: Paths below the folder.
+            read: Decodes one of them.
+            depends: What else the images depend on, besides the files and the size.
+
+        Raises:
+            MisconfigurationException: If a file cannot be decoded, or the cache not be written.
+        """
+        if name not in self._pools:
+            if self.cache_dir is None or not files:
+                pool = torch.empty((len(files), 3, self.size, self.size), dtype=torch.uint8)
+                with closing(self._decoded(name, files, read)) as images:
+                    for row, image in enumerate(images):
+                        pool[row] = torch.from_numpy(image)
+            else:
+                pool = self._mapped(self.cache_dir, name, files, read, depends)
+            self._pools[name] = pool
+        return self._pools[name]
+
+    def _decoded(self, name: str, files: Sequence[str], read: Read) -> Generator[NDArray[np.uint8]]:
+        """The images, (3, size, size), in order."""
+
+        def channels_first(file: str) -> NDArray[np.uint8]:
+            return np.ascontiguousarray(read(self.folder / file).transpose(2, 0, 1))
+
+        with (
+            tqdm(total=len(files), desc=f"Decoding {name}", unit="image", delay=_PATIENCE, leave=False) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers,
+        ):
+            try:
+                for image in workers.map(channels_first, files):
+                    yield image
+                    bar.update()
+            finally:
+                workers.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is not waited for
+
+    def _mapped(
+        self, cache_dir: Path, name: str, files: Sequence[str], read: Read, depends: Sequence[str | int]
+    ) -> Tensor:
+        try:
+            stats = [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(self.folder / file)]]
+        except OSError as error:
+            raise MisconfigurationException(f"{error.filename} cannot be read as an image: {error}") from error
+        content = json.dumps([_VERSION, self.size, list(depends), stats]).encode()
+        readable = re.sub(r"\W+", "-", name)
+        path = cache_dir / f"{readable}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
+        shape = (len(files), 3, self.size, self.size)
+        try:
+            if (found := _open_mapped(path, shape)) is not None:
+                return found
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if (found := _open_mapped(path, shape)) is not None:  # another process was faster
+                    return found
+                partial = path.with_suffix(".partial")
+                with open(partial, "wb") as file, closing(self._decoded(name, files, read)) as images:
+                    _write(file, shape, images)
+                os.replace(partial, path)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"The images cannot be kept in cache_dir={str(cache_dir)!r}: {error}. They take "
+                f"{np.prod(shape) / 2**20:.0f} MiB; choose another folder, or None to have them in memory."
+            ) from error
+        found = _open_mapped(path, shape)
+        assert found is not None
+        return found
+
+
+def _write(file: BinaryIO, shape: tuple[int, ...], images: Iterator[NDArray[np.uint8]]) -> None:
+    """An array of NumPy's format, image by image: it never is in memory, and a full disk is an error like any other."""
+    np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    for image in images:
+        file.write(image.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open_mapped(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The file as a tensor that is read from disk as it is used; ``None`` if there is none, or none that fits."""
+    if not path.is_file():
+        return None
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: PyTorch wants writable memory
+    except (ValueError, EOFError):
+        return None
+    return torch.from_numpy(array) if array.shape == shape and array.dtype == np.uint8 else None

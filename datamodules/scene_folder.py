@@ -1,0 +1,145 @@
+"""What is in a folder of scenes in the layout of MIT Indoor Scenes, and to which task it belongs."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize.datamodules.image_files import SUFFIXES
+
+LISTS = ("TrainImages.txt", "TestImages.txt")
+Names = tuple[str, ...]
+
+
+class Pools(NamedTuple):
+    """Names of images, ``class/file``, sorted, for each class: those of the two lists, and all others."""
+
+    train: Mapping[str, Names]
+    test: Mapping[str, Names]
+    extra: Mapping[str, Names]
+
+
+def missing_parts(data_dir: Path) -> list[str]:
+    """What of the layout is not there."""
+    there = {"Images": (data_dir / "Images").is_dir()} | {name: (data_dir / name).is_file() for name in LISTS}
+    return [part for part, found in there.items() if not found]
+
+
+def read_pools(data_dir: Path) -> Pools:
+    """List the images of ``data_dir``.
+
+    Raises:
+        MisconfigurationException: If something is missing, or a list names an image that is not there, or one twice.
+    """
+    if missing := missing_parts(data_dir):
+        raise MisconfigurationException(
+            f"The scenes were looked for in {data_dir.resolve()}, where there is no {' and no '.join(missing)}. Fetch "
+            "MIT Indoor Scenes with download=True (2.4 GB), or put there yourself the folder Images/<class>/ and the "
+            f"lists {' and '.join(LISTS)}, with a line <class>/<file> for each image; or set data_dir= to a folder "
+            "that has them."
+        )
+    images = data_dir / "Images"
+    folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith("."))
+    there = {
+        name: sorted(f"{name}/{entry.name}" for entry in os.scandir(images / name) if entry.is_file())
+        for name in folders
+    }
+    known = {name for names in there.values() for name in names}
+    train, test = (_read_list(data_dir / name, known) for name in LISTS)
+    if both := sorted(train & test):
+        raise MisconfigurationException(
+            f"{both[0]!r} is in both {LISTS[0]} and {LISTS[1]} ({len(both)} such images); remove it from one of them."
+        )
+    extra = {name for name in known - train - test if _is_image(name)}
+    return Pools(
+        *({folder: tuple(n for n in names if n in pool) for folder, names in there.items()} for pool in
+          (train, test, extra))
+    )  # fmt: skip
+
+
+def _is_image(name: str) -> bool:
+    path = Path(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _read_list(path: Path, known: set[str]) -> set[str]:
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if missing := [line for line in lines if line not in known]:
+        raise MisconfigurationException(
+            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'} ({len(missing)} such lines of "
+            f"{len(lines)}). Complete the images, or remove the lines."
+        )
+    if len(set(lines)) != len(lines):
+        twice = next(line for k, line in enumerate(lines) if line in lines[:k])
+        raise MisconfigurationException(f"{path} names {twice!r} twice; remove one of the lines.")
+    return set(lines)
+
+
+def read_supercategories(path: Path | None) -> dict[str, str]:
+    """The supercategory of each class, from a CSV file; by default that of MIT Indoor Scenes.
+
+    Raises:
+        MisconfigurationException: If the file is missing, or is not such a table.
+    """
+    packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_supercategories.csv"
+    try:
+        text = (packaged if path is None else path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"The supercategories cannot be read from {path}: {error}") from error
+    rows = list(csv.DictReader(text.removeprefix("\ufeff").splitlines()))
+    table: dict[str, str] = {}
+    for row in rows:
+        scene, supercategory = row.get("scene_class"), row.get("supercategory")
+        if not scene or not supercategory or scene in table:
+            raise MisconfigurationException(
+                f"{path} must have the columns scene_class and supercategory, with each class once; got {row}."
+            )
+        table[scene] = supercategory
+    if not table:
+        raise MisconfigurationException(f"{path} has no classes; it needs lines scene_class,supercategory.")
+    return table
+
+
+def classes_of_tasks(table: Mapping[str, str], tasks: Sequence[str]) -> list[Names]:
+    """The classes of each task, in alphabetical order.
+
+    Raises:
+        MisconfigurationException: If a task is no supercategory, is there twice, or there is none.
+    """
+    known = sorted(set(table.values()))
+    if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(known):
+        raise MisconfigurationException(
+            f"tasks must be supercategories, each at most once: {', '.join(known)}; got {list(tasks)}."
+        )
+    return [tuple(sorted(scene for scene, of in table.items() if of == task)) for task in tasks]
+
+
+def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Names], images: Path) -> None:
+    """See that folders and table agree, and each class of a task has images for the server.
+
+    Raises:
+        MisconfigurationException: If they do not.
+    """
+    if without := sorted(set(pools.train) - set(table)):
+        raise MisconfigurationException(
+            f"In {images}, {_some(without)} have no supercategory; name them in the table (supercategories=), or "
+            "remove their folders."
+        )
+    if unknown := sorted(set(table) - set(pools.train)):
+        raise MisconfigurationException(
+            f"The table of supercategories names {_some(unknown)}, for which there is no folder in {images}; it must "
+            "be the table of these images (supercategories=)."
+        )
+    if empty := [scene for scenes in classes for scene in scenes if not pools.train[scene]]:
+        raise MisconfigurationException(f"{_some(empty)} have no image in {LISTS[0]}; each class needs one.")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"the class(es) {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,111 @@
+"""Which classes each user prefers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize.datamodules.scene_folder import Names
+from pl_personalize.functional.seeding import derive_seed
+
+Preferences = list[dict[str, Names]]
+"""For each user and task the preferred classes."""
+
+_TRIES = 100
+
+
+def read_preferences(
+    path: str | os.PathLike[str] | None, classes: Mapping[str, Names], num_users: int, count: int
+) -> Preferences:
+    """The preferences of the first users of a JSON file ``{user: {task: [class, …]}}``; by default the paper's.
+
+    Args:
+        path: The file.
+        classes: The classes of each task.
+        num_users: How many users there are.
+        count: How many classes of a task each prefers.
+
+    Raises:
+        MisconfigurationException: If the file is missing, or does not say that of these users, tasks and classes.
+    """
+    packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_preferences.json"
+    name = "The paper's preferences" if path is None else str(path)
+    try:
+        found: Any = json.loads((packaged if path is None else Path(path)).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(f"The preferences cannot be read from {name}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(tasks, dict) for tasks in found.values()):
+        raise MisconfigurationException(f"{name} must be a JSON object: user -> task -> list of classes.")
+    way_out = "Give a file that does, or a number (preferences=1): then they are drawn by that seed."
+    if len(found) < num_users:
+        raise MisconfigurationException(f"{name} are of {len(found)} users, and num_users={num_users}. {way_out}")
+    home = {scene: task for task, scenes in classes.items() for scene in scenes}
+    for user, tasks in list(found.items())[:num_users]:
+        for task in classes:
+            chosen = tasks.get(task, [])
+            problem = None
+            if not isinstance(chosen, list) or len(chosen) != count or len(set(map(str, chosen))) != count:
+                problem = f"{chosen!r}, not {count} different classes (preferred_classes={count})"
+            elif wrong := [scene for scene in chosen if home.get(scene) != task]:
+                other = f"belongs to {home[wrong[0]]!r}" if wrong[0] in home else "is in no task"
+                problem = f"{wrong[0]!r}, which {other}"
+            if problem is not None:
+                raise MisconfigurationException(f"{name}: user {user!r} prefers in {task!r} {problem}. {way_out}")
+    return [{task: tuple(tasks[task]) for task in classes} for tasks in list(found.values())[:num_users]]
+
+
+def draw_preferences(
+    extra: Mapping[str, Names], classes: Mapping[str, Names], num_users: int, count: int, images: int, seed: int
+) -> Preferences:
+    """Preferences at random, among the classes that have enough extra images left.
+
+    Args:
+        extra: The extra images of each class.
+        classes: The classes of each task.
+        num_users: How many users there are.
+        count: How many classes of a task each prefers.
+        images: Extra images that a user gets of each.
+        seed: What the draw depends on.
+
+    Raises:
+        MisconfigurationException: If there are not enough images for any preferences.
+    """
+    drawn: Preferences = [{} for _ in range(num_users)]
+    for task, scenes in classes.items():
+        room = {scene: len(extra[scene]) // images if images else num_users for scene in scenes}
+        if not _possible(room, num_users, count):
+            there = sum(min(times, num_users) for times in room.values())
+            raise MisconfigurationException(
+                f"No preferences can be drawn for {task!r}: {num_users} users × {count} preferred classes are "
+                f"{num_users * count} shares of {images} extra images, each user's of different classes, and the "
+                f"{len(scenes)} classes have room for {there}. Ask for fewer with extra_images=, preferred_classes= or "
+                "num_users=."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(seed, "preferences", task))
+        for user in range(num_users):
+            for chosen in _choices(room, count, generator):
+                left = {scene: times - (scene in chosen) for scene, times in room.items()}
+                if _possible(left, num_users - user - 1, count):
+                    drawn[user][task], room = chosen, left
+                    break
+    return drawn
+
+
+def _possible(room: Mapping[str, int], users: int, count: int) -> bool:
+    """Whether each user can have ``count`` different classes: the theorem of Gale and Ryser for equal demands."""
+    return len(room) >= count and sum(min(times, users) for times in room.values()) >= users * count
+
+
+def _choices(room: Mapping[str, int], count: int, generator: torch.Generator) -> Iterator[Names]:
+    """Random choices of classes that have room; at last the roomiest, which leave enough to the others if any do."""
+    scenes = [scene for scene, times in room.items() if times]
+    for _ in range(_TRIES):
+        yield tuple(scenes[k] for k in torch.randperm(len(scenes), generator=generator)[:count].tolist())
+    yield tuple(sorted(scenes, key=lambda scene: -room[scene])[:count])

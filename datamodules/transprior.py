@@ -1,0 +1,157 @@
+"""TransPrior: users whose cameras distort what they see."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
+from PIL import Image
+from typing_extensions import override
+
+from pl_personalize.datamodules import distortions
+from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
+from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
+from pl_personalize.datamodules.scene_folder import Pools
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool
+from pl_personalize.functional.seeding import derive_seed
+
+DistortAt = Literal["resized", "reference"]
+
+
+class TransPriorDataModule(SceneDataModule):
+    """The TransPrior benchmark of De Lange et al., CVPR 2020: users see the same scenes, each in his own distortion.
+
+    A person has half of the test images of each class in adapt, half in eval, and of ``extra_images`` images of each
+    task half in each. The server's data are those of :class:`CatPriorDataModule`.
+
+    An image looks the same whenever a person sees it: what is random in a distortion follows from ``split_seed``, the
+    person and the name of the file. Each person's images are kept for themselves; ten persons with the default numbers
+    have 7 GiB of them, for which ``cache_dir`` is the place.
+
+    Args:
+        data_dir: See :class:`SceneDataModule`.
+        num_users: How many persons there are; the first so many of the distortions are theirs.
+        extra_images: Extra images of each task.
+        severity: Of the distortions, 1 to 5.
+        distort_at: ``resized``: images are brought to ``image_size``, distorted and cropped, so that persons see the
+            same part of a scene as the server. ``reference``: as in the published code, images are distorted as they
+            are in the file and cropped, without resizing, with black around small ones.
+        tasks: See :class:`SceneDataModule`.
+        supercategories: See there.
+        iterations: See there; the test images' part is the same in all.
+        image_size: See there.
+        augment: See there.
+        cache_dir: See there.
+        download: See there.
+        archive_md5: See there.
+        task: See :class:`TaskIncrementalDataModule`.
+        user: See there.
+        batch_size: See there.
+        eval_batch_size: See there.
+        seed: See :class:`SceneDataModule`.
+        split_seed: See there.
+
+    Raises:
+        MisconfigurationException: If an option is out of range, or the table of supercategories unfit.
+
+    Example:
+        >>> data = TransPriorDataModule("data/mit-indoor", user="user10")
+        >>> len(data.users), data.distortion_of("user3")
+        (10, 'saturation')
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] = "data/mit-indoor",
+        *,
+        num_users: int = 10,
+        extra_images: int = 1000,
+        severity: int = 3,
+        distort_at: DistortAt = "resized",
+        tasks: Sequence[str] = TASKS,
+        supercategories: str | os.PathLike[str] | None = None,
+        iterations: Sequence[int] = (1,),
+        image_size: int = 224,
+        augment: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        download: bool = False,
+        archive_md5: str | None = None,
+        task: int | str | None = None,
+        user: int | str | None = None,
+        batch_size: int = 20,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+        split_seed: int = 27,
+    ) -> None:
+        if num_users > len(distortions.DISTORTIONS):
+            raise MisconfigurationException(
+                f"There are {len(distortions.DISTORTIONS)} distortions, one for each user; got num_users={num_users}."
+            )
+        if not 1 <= severity <= 5 or extra_images < 0:
+            raise MisconfigurationException(
+                f"severity must be 1 to 5, and extra_images not negative; got {severity} and {extra_images}."
+            )
+        if distort_at not in get_args(DistortAt):
+            raise MisconfigurationException(f"distort_at must be 'resized' or 'reference'; got {distort_at!r}.")
+        super().__init__(
+            data_dir,
+            num_users,
+            tasks=tasks,
+            supercategories=supercategories,
+            iterations=iterations,
+            image_size=image_size,
+            augment=augment,
+            cache_dir=cache_dir,
+            download=download,
+            archive_md5=archive_md5,
+            task=task,
+            user=user,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            split_seed=split_seed,
+        )
+        self.extra_images, self.severity, self.distort_at = extra_images, severity, distort_at
+
+    def distortion_of(self, user: int | str) -> str:
+        """The name of a user's distortion."""
+        return distortions.DISTORTIONS[self.person_of(user)]
+
+    @override
+    def prepare_data(self) -> None:
+        """See :meth:`SceneDataModule.prepare_data`; besides, that what the distortions need is installed."""
+        super().prepare_data()
+        for name in distortions.DISTORTIONS[: self.num_users]:
+            try:
+                distortions.distort(np.zeros((8, 8, 3), np.uint8), name, severity=self.severity, seed=0)
+            except ModuleNotFoundError as error:
+                raise MisconfigurationException(f"The distortion {name!r} cannot be made: {error}") from error
+
+    @override
+    def check(self, pools: Pools) -> None:
+        check_transprior(pools, dict(zip(self.tasks, self.classes, strict=True)), self.extra_images)
+
+    @override
+    def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
+        seed = self.split_seed, "TransPrior", iteration, self.tasks[task]
+        return [transprior_files(pools, self.classes[task], self.extra_images, *seed)] * self.num_users
+
+    @override
+    def pool_of(self, person: int) -> UserPool:
+        depends = distortions.DISTORTIONS[person], self.severity, self.distort_at, self.split_seed, person
+        return UserPool(f"user{person + 1}", partial(self.read_distorted, person=person), depends)
+
+    def read_distorted(self, path: Path, person: int) -> NDArray[np.uint8]:
+        """An image file as a person (from 0) sees it."""
+        image = read_rgb(path)
+        if self.distort_at == "resized":
+            image = resize_shorter(image, self.image_size)
+        name, seed = distortions.DISTORTIONS[person], derive_seed(self.split_seed, person, path.parent.name, path.name)
+        distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
+        return crop_centre(Image.fromarray(distorted), self.image_size)

@@ -1,0 +1,210 @@
+"""Fetching a small archive from a server on localhost."""
+
+import hashlib
+import io
+import shutil
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scene_files import COUNTS, SIZE, TABLE, catprior, write_scenes, write_table
+
+from pl_personalize.datamodules import scenes as scenes_module
+from pl_personalize.datamodules.scene_download import MIT_INDOOR, SceneArchive, fetch
+
+LINES = {"TrainImages.txt": COUNTS["train"] * len(TABLE), "TestImages.txt": COUNTS["test"] * len(TABLE)}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    requests: list[str] = []  # noqa: RUF012 - of all instances
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder on a server, with the archive and the lists."""
+    folder = tmp_path_factory.mktemp("served")
+    whole = write_scenes(folder / "whole")
+    with tarfile.open(folder / "scenes.tar", "w") as tar:
+        tar.add(whole / "Images", "Images")
+    for name in LINES:
+        shutil.copy(whole / name, folder / name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def archive(served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    Quiet.requests.clear()
+    _, url = served
+    lists = {name: (f"{url}/{name}", lines) for name, lines in LINES.items()}
+    return SceneArchive(f"{url}/scenes.tar", len(TABLE), sum(COUNTS.values()) * len(TABLE), lists)
+
+
+def pack(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_the_addresses_and_counts_of_mit_indoor():
+    assert MIT_INDOOR.url.endswith("/indoorCVPR_09.tar")
+    assert (MIT_INDOOR.classes, MIT_INDOOR.images) == (67, 15_620)
+    assert {name: lines for name, (_, lines) in MIT_INDOOR.lists.items()} == {
+        "TrainImages.txt": 5360, "TestImages.txt": 1340,
+    }  # fmt: skip
+
+
+def test_a_datamodule_fetches_what_it_needs(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes_module, "MIT_INDOOR", archive)
+    write_table(tmp_path / "supercategories.csv", TABLE)
+    data = catprior(tmp_path, download=True)
+    data.prepare_data()
+    assert data.user_split(0, 0)[0].images.shape[1:] == (3, SIZE, SIZE)
+    assert not (tmp_path / ".download").exists()
+    assert set(Quiet.requests) == {"/TestImages.txt", "/TrainImages.txt", "/scenes.tar"}
+    Quiet.requests.clear()
+    data.prepare_data()
+    catprior(tmp_path, download=True).prepare_data()
+    assert Quiet.requests == []  # what is there is not fetched again
+
+
+def test_the_folder_is_made(archive, served, tmp_path):
+    fetch(archive, tmp_path / "new" / "place")
+    found = sorted(p.relative_to(tmp_path / "new/place") for p in (tmp_path / "new/place/Images").rglob("*.png"))
+    there = sorted(p.relative_to(served[0] / "whole") for p in (served[0] / "whole/Images").rglob("*.png"))
+    assert found == there
+
+
+def test_only_what_is_missing_is_fetched(archive, served, tmp_path):
+    shutil.copytree(served[0] / "whole" / "Images", tmp_path / "Images")
+    fetch(archive, tmp_path)
+    assert set(Quiet.requests) == {"/TestImages.txt", "/TrainImages.txt"}
+
+
+def test_an_archive_that_is_there_is_unpacked(archive, served, tmp_path):
+    shutil.copy(served[0] / "scenes.tar", tmp_path)
+    fetch(archive, tmp_path)
+    assert "/scenes.tar" not in Quiet.requests
+    assert (tmp_path / "Images" / "gym").is_dir()
+
+
+def test_a_checksum_is_checked_if_it_is_given(archive, served, tmp_path):
+    md5 = hashlib.md5((served[0] / "scenes.tar").read_bytes()).hexdigest()
+    with pytest.raises(MisconfigurationException, match=r"scenes\.tar cannot be fetched: .*corrupted"):
+        fetch(archive, tmp_path / "a", "0" * 32)
+    assert not (tmp_path / "a" / "scenes.tar").exists()
+    fetch(archive, tmp_path / "b", md5)
+    shutil.rmtree(tmp_path / "b" / "Images")
+    with pytest.raises(MisconfigurationException, match=r"scenes\.tar has not the MD5 0+; delete it"):
+        fetch(archive, tmp_path / "b", "0" * 32)
+
+
+def test_an_address_without_an_answer_is_named(archive, tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match=r"/none\.tar cannot be fetched: .*404.* put none\.tar into .*/a\."
+    ):
+        fetch(archive._replace(url=archive.url.replace("scenes.tar", "none.tar")), tmp_path / "a")
+    assert not (tmp_path / "a" / "Images").exists()
+    assert not (tmp_path / "a" / ".download").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_archive_is_deleted_and_fetched_again(archive, served, tmp_path, share):
+    whole = (served[0] / "scenes.tar").read_bytes()
+    (served[0] / "short.tar").write_bytes(whole[: int(share * len(whole))])
+    short = archive._replace(url=archive.url.replace("scenes.tar", "short.tar"))
+    with pytest.raises(
+        MisconfigurationException, match=r"short\.tar .* It was deleted; the next call fetches it again"
+    ):
+        fetch(short, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".download.lock"] == []
+    (served[0] / "short.tar").write_bytes(whole)
+    fetch(short, tmp_path)
+    assert (tmp_path / "Images").is_dir()
+
+
+def test_a_truncated_archive_of_the_users_own_is_kept(archive, served, tmp_path):
+    (tmp_path / "scenes.tar").write_bytes((served[0] / "scenes.tar").read_bytes()[:5000])
+    with pytest.raises(MisconfigurationException, match=r"scenes\.tar .* Delete it; the next call fetches it again"):
+        fetch(archive, tmp_path)
+    assert (tmp_path / "scenes.tar").exists()
+
+
+def test_an_archive_that_ends_early_between_two_files_is_refused(archive, served, tmp_path):
+    pack(served[0] / "few.tar", {"Images/gym/a.png": b"1", "Images/bar/b.png": b"2"})
+    with pytest.raises(
+        MisconfigurationException, match=r"should have 364 images in 14 folders Images/<class>, and has 2 in 2\."
+    ):
+        fetch(archive._replace(url=archive.url.replace("scenes.tar", "few.tar")), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/tmp/outside.png", "Images/../../outside.png"])
+def test_members_outside_the_folder_are_refused(archive, served, tmp_path, name):
+    pack(served[0] / "evil.tar", {"Images/gym/a.png": b"1", name: b"2"})
+    place = tmp_path / "deep" / "place"
+    with pytest.raises(MisconfigurationException, match=r"evil\.tar (cannot be unpacked|should have 364)"):
+        fetch(archive._replace(url=archive.url.replace("scenes.tar", "evil.tar")), place)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_links_to_the_outside_are_refused(archive, served, tmp_path):
+    with tarfile.open(served[0] / "link.tar", "w") as tar:
+        member = tarfile.TarInfo("Images/gym")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+        tar.addfile(member)
+    with pytest.raises(MisconfigurationException, match=r"link\.tar cannot be unpacked"):
+        fetch(archive._replace(url=archive.url.replace("scenes.tar", "link.tar")), tmp_path)
+
+
+def test_a_list_of_another_length_is_refused(archive, tmp_path):
+    lists = archive.lists | {"TestImages.txt": (archive.lists["TestImages.txt"][0], 1340)}
+    with pytest.raises(
+        MisconfigurationException, match=r"TestImages\.txt should have 1340 lines, and has 98\. Fetch it"
+    ):
+        fetch(archive._replace(lists=lists), tmp_path)
+    assert not (tmp_path / "TestImages.txt").exists()
+
+
+def test_an_interruption_leaves_nothing_half_done(archive, tmp_path, monkeypatch):
+    extract, done = tarfile.TarFile.extract, []
+
+    def interrupted(self, member, *args, **options):
+        done.append(member.name)
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        extract(self, member, *args, **options)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(archive, tmp_path)
+    assert not (tmp_path / "Images").exists()
+    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
+    Quiet.requests.clear()
+    fetch(archive, tmp_path)
+    assert len(list((tmp_path / "Images").rglob("*.png"))) == archive.images
+    assert "/scenes.tar" not in Quiet.requests  # the archive was complete
+
+
+def test_what_a_killed_download_left_is_not_taken_for_complete(archive, tmp_path):
+    (tmp_path / ".download" / "Images").mkdir(parents=True)
+    (tmp_path / ".download" / "scenes.tar").write_bytes(b"half")
+    fetch(archive, tmp_path)
+    assert len(list((tmp_path / "Images").rglob("*.png"))) == archive.images

@@ -1,0 +1,90 @@
+"""Stored and drawn preferences."""
+
+import json
+from collections import Counter
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize.datamodules.scene_preferences import draw_preferences, read_preferences
+
+CLASSES = {"home": ("attic", "bath", "cellar"), "store": ("deli", "mall")}
+
+
+def extra(**counts):
+    return {scene: tuple(range(counts.get(scene, 100))) for scenes in CLASSES.values() for scene in scenes}
+
+
+def stored(tmp_path, content):
+    path = tmp_path / "preferences.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+ANN = {"home": ["bath", "attic"], "store": ["mall", "deli"]}
+
+
+def test_the_first_users_of_a_file_count(tmp_path):
+    path = stored(tmp_path, {"ann": ANN, "bob": {"home": ["cellar", "attic"], "store": ["deli", "mall"]}, "eve": {}})
+    found = read_preferences(path, CLASSES, 2, 2)
+    assert found[0] == {"home": ("bath", "attic"), "store": ("mall", "deli")}
+    assert found[1]["home"] == ("cellar", "attic")
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"are of 0 users, and num_users=1\. Give .*preferences=1"),
+        ({"ann": ANN | {"home": ["bath"]}}, r"user 'ann' prefers in 'home' \['bath'\], not 2 different classes"),
+        ({"ann": ANN | {"home": ["bath", "bath"]}}, r"not 2 different classes \(preferred_classes=2\)"),
+        ({"ann": {"home": ["bath", "attic"]}}, r"prefers in 'store' \[\], not 2 different"),
+        ({"ann": ANN | {"home": "ab"}}, r"prefers in 'home' 'ab', not 2 different"),
+        ({"ann": ANN | {"home": ["bath", "garage"]}}, r"prefers in 'home' 'garage', which is in no task"),
+        ({"ann": ANN | {"home": ["bath", "deli"]}}, r"prefers in 'home' 'deli', which belongs to 'store'"),
+        ([1], "must be a JSON object: user -> task -> list of classes"),
+        ("{", "cannot be read from .*preferences.json"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, content, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        read_preferences(stored(tmp_path, content), CLASSES, 1, 2)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"cannot be read from .*/none\.json"):
+        read_preferences(tmp_path / "none.json", CLASSES, 1, 2)
+
+
+def test_drawn_preferences_follow_from_the_seed():
+    drawn = [draw_preferences(extra(), CLASSES, 6, 2, 10, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for chosen in drawn[0]:
+        for task, scenes in chosen.items():
+            assert len(set(scenes)) == 2
+            assert set(scenes) <= set(CLASSES[task])
+    assert len({chosen["home"] for chosen in drawn[0]}) > 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawing_succeeds_whenever_it_is_possible(seed):
+    """The attic has room for all, the other two together for one each: a careless draw would run into a dead end."""
+    drawn = draw_preferences(extra(attic=40, bath=20, cellar=20), CLASSES, 4, 2, 10, seed)
+    assert Counter(scene for chosen in drawn for scene in chosen["home"]) == {"attic": 4, "bath": 2, "cellar": 2}
+
+
+def test_drawing_is_refused_with_the_arithmetic():
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"for 'home': 4 users × 2 preferred classes are 8 shares of 10 extra .* 3 classes have room for 7\.",
+    ):
+        draw_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
+
+
+def test_a_class_cannot_be_preferred_twice_by_a_user():
+    with pytest.raises(MisconfigurationException, match="1 users × 3 preferred classes"):
+        draw_preferences(extra(), CLASSES, 1, 3, 1, 1)
+
+
+def test_without_extra_images_any_class_may_be_preferred():
+    assert len(draw_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5

@@ -1,0 +1,369 @@
+"""What both benchmarks on scenes do: allocation on disk, loaders, memory and files, refusals."""
+
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from scene_files import COUNTS, SIZE, TABLE, catprior, names_of, transprior, write_table
+from torch import Tensor
+
+from pl_personalize.datamodules.scene_transforms import standardise
+
+TASKS = ("home", "leisure", "public", "store")
+
+
+@pytest.fixture
+def copy(scenes, tmp_path):
+    """Scenes that may be changed."""
+    return shutil.copytree(scenes, tmp_path / "copy")
+
+
+def images_of(loader) -> Tensor:
+    return torch.cat([batch if isinstance(batch, Tensor) else batch[0] for batch in loader])
+
+
+def labels_of(loader) -> list[int]:
+    return [int(y) for batch in loader for y in batch[1]]
+
+
+# Tasks, classes and users
+
+
+def test_tasks_are_supercategories_and_classes_their_alphabetical_ranks(scenes):
+    data = catprior(scenes)
+    assert data.tasks == TASKS
+    assert data.classes == (
+        ("attic", "bath", "cellar"), ("bar", "gym", "rink"), ("church", "subway", "tram"), ("bakery", "deli", "mall"),
+    )  # fmt: skip
+    assert catprior(scenes, tasks=["work", "home"]).classes[0] == ("lab", "office")
+
+
+@pytest.mark.parametrize(
+    ("iterations", "users"),
+    [
+        ([1], ("user1", "user2")),
+        ([5], ("user1", "user2")),
+        ([1, 4], ("user1-draw1", "user1-draw4", "user2-draw1", "user2-draw4")),
+    ],
+)
+def test_users_are_persons_in_iterations(scenes, iterations, users):
+    assert catprior(scenes, num_users=2, iterations=iterations).users == users
+
+
+def test_the_server_has_the_listed_training_images(scenes, scene_names):
+    data = catprior(scenes)
+    train, val = data.server_split("leisure")
+    assert (len(train.labels), len(val.labels)) == (24, 6)
+    files = data.server_files("leisure")
+    for split, names in zip((train, val), files, strict=True):
+        assert names_of(split.images[:], scene_names) == list(names)
+        assert [data.classes[1][y] for y in split.labels] == [name.partition("/")[0] for name in names]
+    listed = {
+        line for line in (scenes / "TrainImages.txt").read_text().split() if TABLE[line.split("/")[0]] == "leisure"
+    }
+    assert {*files.train, *files.val} == listed
+    assert transprior(scenes).server_files("leisure") == files
+
+
+# Loaders
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_every_loader_gives_standardised_images(scenes, make, plain_distortions):
+    data = make(scenes, task="public", user="user2")
+    data.prepare_data()
+    for stage in ("fit", "validate", "test", "predict"):
+        data.setup(stage)
+    server, user = data.server_split("public"), data.user_split("user2", "public")
+    expected = {
+        "train": (data.train_dataloader(), server[0]),
+        "val": (data.val_dataloader(), server[1]),
+        "predict": (data.predict_dataloader(), user[0]),
+        "adapt": (data.adapt_dataloader("public"), user[0]),
+        "adapt with labels": (data.adapt_dataloader(2, labels=True, shuffle=True, seed=3, batch_size=2), user[0]),
+        "server train": (data.server_dataloader("public", "train"), server[0]),
+        "server val": (data.server_dataloader("public", "val", batch_size=2), server[1]),
+        "test": (data.test_dataloader()[2], user[1]),
+    }
+    for what, (loader, split) in expected.items():
+        found, wanted = images_of(loader), standardise(split.images[:])
+        assert found.shape == (len(split.labels), 3, SIZE, SIZE), what
+        assert sorted(found.flatten(1).tolist()) == sorted(wanted.flatten(1).tolist()), what
+        assert found.dtype == torch.float32, what
+    both = images_of(data.server_dataloader("public"))
+    assert torch.equal(both, torch.cat([standardise(split.images[:]) for split in server]))
+    assert len(next(iter(data.adapt_dataloader("public", batch_size=9)))) == 9
+
+
+def test_labels_stay_with_their_images_in_every_loader(scenes, scene_names):
+    data = catprior(scenes, user=0)
+    every = [
+        *((task, data.view(task=task).train_dataloader()) for task in range(4)),
+        *enumerate(data.test_dataloader()),
+        *((task, data.adapt_dataloader(task, labels=True, shuffle=True)) for task in range(4)),
+    ]
+    for task, loader in every:
+        names = [name.partition("/")[0] for name in names_of(images_of(loader), scene_names)]
+        assert [data.classes[task][y] for y in labels_of(loader)] == names
+
+
+def test_joint_data_share_the_images(scenes, scene_names):
+    data = catprior(scenes)
+    loader = data.train_dataloader()
+    scene = [name for names in data.classes for name in names]
+    names = names_of(images_of(loader), scene_names)
+    assert [scene[y] for y in labels_of(loader)] == [name.partition("/")[0] for name in names]
+    assert len(names) == 4 * 24
+    pools = loader.dataset.tensors[0].pools
+    assert [pool.data_ptr() for pool in pools] == [data.server_split(t)[0].images.pools[0].data_ptr() for t in range(4)]
+
+
+def test_a_row_by_index_is_standardised_too(scenes):
+    data = catprior(scenes, task=0)
+    dataset = data.train_dataloader().dataset
+    image, label = dataset[3]
+    split = data.server_split(0)[0]
+    assert torch.equal(image, standardise(split.images[3:4])[0])
+    assert label == split.labels[3]
+
+
+# Augmentation
+
+
+def batches(loader, epoch) -> list[Tensor]:
+    loader.sampler.set_epoch(epoch)
+    return [x for x, _ in loader]
+
+
+def test_augmentation_is_for_training_alone_and_new_in_every_epoch(textured_scenes):
+    plain, data = (catprior(textured_scenes, task=1, user=0, augment=augment) for augment in (False, True))
+    first, second = (batches(data.train_dataloader(), epoch) for epoch in (0, 1))
+    labels = labels_of(data.train_dataloader())
+    assert labels == labels_of(plain.train_dataloader())
+    reference = batches(plain.train_dataloader(), 0)
+    assert not any(torch.equal(a, b) for a, b in zip(first, reference, strict=True))
+    stored = standardise(data.server_split(1)[0].images[:]).flatten(1).tolist()
+    for epoch in (first, second):
+        assert not [row for batch in epoch for row in batch.flatten(1).tolist() if row in stored]
+    for ask in (
+        lambda d: d.val_dataloader(),
+        lambda d: d.predict_dataloader(),
+        lambda d: d.server_dataloader(1, "train", shuffle=True),
+        lambda d: d.adapt_dataloader(1, labels=True, shuffle=True),
+        lambda d: d.test_dataloader()[3],
+    ):
+        assert torch.equal(images_of(ask(data)), images_of(ask(plain)))
+
+
+def test_augmentation_follows_from_seed_epoch_and_position(textured_scenes):
+    def found(epoch, **options):
+        loader = catprior(textured_scenes, task=1, augment=True, **options).train_dataloader()
+        return torch.cat(batches(loader, epoch))
+
+    assert torch.equal(found(1), found(1))
+    assert not torch.equal(found(1).sort(0)[0], found(2).sort(0)[0])
+    assert not torch.equal(found(1), found(1, seed=1))
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    found(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_same_image_is_cut_differently_at_each_place(textured_scenes):
+    data = catprior(textured_scenes, task=1, augment=True)
+    dataset = data.train_dataloader().dataset
+    cuts = [dataset.batch([2, 2], *place)[0] for place in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))]
+    rows = [row for cut in cuts for row in cut.flatten(1).tolist()]
+    assert len({tuple(row) for row in rows}) == 8
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4])
+def test_a_resumed_epoch_has_the_same_augmented_images(textured_scenes, taken):
+    def loader():
+        return catprior(textured_scenes, task=1, augment=True).train_dataloader()
+
+    whole, first, resumed = batches(loader(), 2), loader(), loader()
+    first.sampler.set_epoch(2)
+    iterator = iter(first)
+    for _ in range(taken):
+        next(iterator)
+    resumed.load_state_dict(first.state_dict())
+    rest = batches(resumed, 2)
+    assert len(rest) == len(whole) - taken
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[taken:], strict=True))
+
+
+# In memory and on disk
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_mapped_files_have_the_same_images(scenes, tmp_path, make, plain_distortions):
+    memory, disk = make(scenes), make(scenes, cache_dir=tmp_path / "cache")
+    for data in (memory, disk):
+        data.prepare_data()
+    for task in range(4):
+        splits = [(*data.server_split(task), *data.user_split("user3", task)) for data in (memory, disk)]
+        for a, b in zip(*splits, strict=True):
+            assert torch.equal(a.images[:], b.images[:])
+            assert torch.equal(a.labels, b.labels)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 8
+
+
+def test_users_and_iterations_of_catprior_share_the_images(scenes):
+    data = catprior(scenes, iterations=[1, 2])
+    pools = {id(data.user_split(user, 0)[k].images.pools[0]) for user in range(6) for k in (0, 1)}
+    assert len(pools) == 1
+    assert data.view(user=3).user_split(3, 0)[0].images is data.user_split(3, 0)[0].images
+
+
+def test_setup_decodes_what_the_stage_needs(scenes):
+    data = catprior(scenes, task="store", user=0)
+    data.setup("fit")
+    assert set(data._store._pools) == {"server-store"}
+    data.setup("predict")
+    assert set(data._store._pools) == {"server-store", "users-store"}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_users": 0}, "num_users must be at least 1; got 0"),
+        ({"image_size": 0}, "image_size must be at least 1; got 0"),
+        ({"iterations": []}, r"iterations must be at least one, each once; got \[\]"),
+        ({"iterations": [2, 2]}, r"each once; got \[2, 2\]"),
+        (
+            {"tasks": ["home", "garden"]},
+            r"each at most once: home, leisure, public, store, work; got \['home', 'garden'\]",
+        ),
+        ({"tasks": ["home", "home"]}, "tasks must be supercategories"),
+        ({"tasks": []}, r"got \[\]"),
+        ({"extra_images": -1}, "extra_images not negative"),
+        ({"supercategories": "none.csv"}, r"cannot be read from none\.csv"),
+    ],
+)
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_options_out_of_range_are_refused(scenes, make, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make(scenes, **options)
+
+
+def refused(folder, message, make=catprior, **options):
+    with pytest.raises(MisconfigurationException, match=message):
+        make(folder, **options).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scene,super\nattic,home\n", "must have the columns scene_class and supercategory"),
+        ("scene_class,supercategory\nattic,home\nattic,store\n", "with each class once; got .*store"),
+        ("scene_class,supercategory\nattic,\n", "must have the columns"),
+        ("", "has no classes; it needs lines scene_class,supercategory"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(scenes, tmp_path, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    refused(scenes, message, supercategories=tmp_path / "table.csv")
+
+
+def test_missing_data_are_named_with_the_ways_to_get_them(tmp_path):
+    refused(
+        catprior_folder_of(tmp_path),
+        r"looked for in .*/nothing, where there is no Images and no TrainImages\.txt and no TestImages\.txt\. "
+        r"Fetch MIT Indoor Scenes with download=True .* or put there yourself .* or set data_dir=",
+    )
+
+
+def catprior_folder_of(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    write_table(tmp_path / "nothing" / "supercategories.csv", TABLE)
+    return tmp_path / "nothing"
+
+
+def test_a_missing_list_alone_is_named(copy):
+    (copy / "TestImages.txt").unlink()
+    refused(copy, r"where there is no TestImages\.txt\. Fetch")
+
+
+def test_a_list_that_names_a_missing_image_is_refused(copy):
+    (copy / "Images" / "gym" / "00_train.png").unlink()
+    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png', which is not in .*Images \(1 such lines of 140\)")
+
+
+def test_an_image_in_both_lists_is_refused(copy):
+    with open(copy / "TestImages.txt", "a") as file:
+        file.write("\ngym/00_train.png\n")
+    refused(copy, r"'gym/00_train\.png' is in both TrainImages\.txt and TestImages\.txt \(1 such images\)")
+
+
+def test_an_image_twice_in_a_list_is_refused(copy):
+    with open(copy / "TrainImages.txt", "a") as file:
+        file.write("gym/00_train.png\n")
+    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png' twice")
+
+
+def test_a_class_without_a_supercategory_is_refused(copy):
+    shutil.copytree(copy / "Images" / "gym", copy / "Images" / "zoo")
+    refused(copy, r"the class\(es\) 'zoo' have no supercategory; name them in the table")
+
+
+def test_a_table_with_an_unknown_class_is_refused(copy):
+    write_table(copy / "supercategories.csv", TABLE | {"zoo": "public"})
+    refused(
+        copy, r"names the class\(es\) 'zoo', for which there is no folder in .*Images; it must be the table of these"
+    )
+
+
+def test_a_table_of_other_data_names_the_first_classes_alone(scenes):
+    refused(
+        scenes, r"'attic', 'bakery', 'bar', 'bath', 'cellar' and \d+ more have no supercategory",
+        supercategories=write_table(scenes.parent / "other.csv", {"x": "home", "y": "store"}), tasks=["home"],
+        preferred_classes=1,
+    )  # fmt: skip
+
+
+def test_a_class_without_training_images_is_refused(copy):
+    lines = [line for line in (copy / "TrainImages.txt").read_text().split() if not line.startswith("gym/")]
+    (copy / "TrainImages.txt").write_text("\n".join(lines))
+    refused(copy, r"the class\(es\) 'gym' have no image in TrainImages\.txt")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("truncated", "cannot be read as an image"), ("16 bits", "has more than 8 bits a channel; convert it to 8")],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_that_cannot_be_decoded_is_named(copy, tmp_path, what, message, cached):
+    data = catprior(copy, cache_dir=tmp_path / "cache" if cached else None)
+    data.prepare_data()
+    name = data.server_files("home").val[0]
+    path = copy / "Images" / name
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        Image.new("I;16", (4, 4)).save(path)
+    with pytest.raises(MisconfigurationException, match=f"{name} {message}"):
+        data.server_split("home")
+    data.server_split("store")
+
+
+def test_files_that_are_no_images_are_no_extra_images(copy):
+    for scene in ("attic", "bar"):
+        for name in ("Thumbs.db", ".hidden.png", "notes.txt"):
+            (copy / "Images" / scene / name).write_text("no image")
+    (copy / "Images" / ".cache").mkdir()
+    (copy / "Images" / "notes.txt").write_text("no class")
+    data = catprior(copy)
+    data.prepare_data()
+    assert {len(names) for names in data.pools().extra.values()} == {COUNTS["extra"]}
+
+
+def test_every_class_folder_may_have_capitals_in_suffixes(copy):
+    path = copy / "Images" / "attic" / "00_extra.png"
+    path.rename(path.with_suffix(".PNG"))
+    assert len(catprior(copy).pools().extra["attic"]) == COUNTS["extra"]
