@@ -11,6 +11,7 @@ from typing_extensions import override
 from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
 from pl_personalize.datamodules.scene_folder import Names, Pools
 from pl_personalize.datamodules.scene_preferences import Preferences, draw_preferences, read_preferences
+from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
 from pl_personalize.datamodules.scenes import TASKS, SceneDataModule
 
 
@@ -33,6 +34,8 @@ class CatPriorDataModule(SceneDataModule):
         iterations: See there.
         image_size: See there.
         augment: See there.
+        mean: See there.
+        deviation: See there.
         cache_dir: See there.
         download: See there.
         archive_md5: See there.
@@ -65,6 +68,8 @@ class CatPriorDataModule(SceneDataModule):
         iterations: Sequence[int] = (1,),
         image_size: int = 224,
         augment: bool = False,
+        mean: Sequence[float] = MEAN,
+        deviation: Sequence[float] = DEVIATION,
         cache_dir: str | os.PathLike[str] | None = None,
         download: bool = False,
         archive_md5: str | None = None,
@@ -83,6 +88,8 @@ class CatPriorDataModule(SceneDataModule):
             iterations=iterations,
             image_size=image_size,
             augment=augment,
+            mean=mean,
+            deviation=deviation,
             cache_dir=cache_dir,
             download=download,
             archive_md5=archive_md5,

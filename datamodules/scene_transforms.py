@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
 
 
-def standardise(images: Tensor) -> Tensor:
-    """uint8 (n, 3, height, width) as floats with ImageNet's mean and deviation."""
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return images.float().div_(255).sub_(mean).div_(deviation)
+def standardise(images: Tensor, mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION) -> Tensor:
+    """uint8 (n, 3, height, width) as floats with the given mean and deviation; by default ImageNet's."""
+    centre, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, deviation))
+    return images.float().div_(255).sub_(centre).div_(scale)
 
 
 def random_crops(images: Tensor, seed: int) -> Tensor:

@@ -55,7 +55,7 @@ class SceneDataModule(TaskIncrementalDataModule):
     ``TestImages.txt`` and of all others, a subclass says (:meth:`check`, :meth:`allocate`, :meth:`pool_of`).
 
     Images are decoded once, brought to ``image_size`` (shorter side, bilinear with antialiasing), cropped to the middle
-    square and kept as uint8; splits share them. Loaders standardise batches with ImageNet's mean and deviation.
+    square and kept as uint8; splits share them. Loaders standardise batches.
 
     Args:
         data_dir: Folder with ``Images/<class>/<file>``, ``TrainImages.txt`` and ``TestImages.txt``.
@@ -66,6 +66,8 @@ class SceneDataModule(TaskIncrementalDataModule):
             ``user1``, or where there are several, ``user1-draw1``, ``user1-draw2``, …
         image_size: Side of the images.
         augment: Whether training sees random parts of the stored images, every second one mirrored.
+        mean: Of each channel, in [0, 1], which is subtracted; by default ImageNet's.
+        deviation: Of each channel, which the rest is divided by; by default ImageNet's.
         cache_dir: Folder for decoded images, which are then read from there as they are used; by default they are in
             memory.
         download: Fetch MIT Indoor Scenes if it is missing.
@@ -91,6 +93,8 @@ class SceneDataModule(TaskIncrementalDataModule):
         iterations: Sequence[int],
         image_size: int,
         augment: bool,
+        mean: Sequence[float],
+        deviation: Sequence[float],
         cache_dir: str | os.PathLike[str] | None,
         download: bool,
         archive_md5: str | None,
@@ -104,6 +108,11 @@ class SceneDataModule(TaskIncrementalDataModule):
         for name, value in (("num_users", num_users), ("image_size", image_size)):
             if value < 1:
                 raise MisconfigurationException(f"{name} must be at least 1; got {value}.")
+        if len(mean) != 3 or len(deviation) != 3 or not all(value > 0 for value in deviation):
+            raise MisconfigurationException(
+                "mean and deviation must have one number for each of the three channels, and deviations must be "
+                f"positive; got {list(mean)} and {list(deviation)}."
+            )
         if not iterations or len(set(iterations)) != len(iterations):
             raise MisconfigurationException(f"iterations must be at least one, each once; got {list(iterations)}.")
         self.supercategories = read_supercategories(None if supercategories is None else Path(supercategories))
@@ -120,6 +129,7 @@ class SceneDataModule(TaskIncrementalDataModule):
             seed=seed,
         )
         self.data_dir, self.num_users, self.iterations = Path(data_dir).expanduser(), num_users, tuple(iterations)
+        self.mean, self.deviation = tuple(mean), tuple(deviation)
         self.image_size, self.augment, self.split_seed = image_size, augment, split_seed
         self.download, self.archive_md5 = download, archive_md5
         cache = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -226,4 +236,4 @@ class SceneDataModule(TaskIncrementalDataModule):
         """Standardise a batch; before it, take random parts, if it is to train on and ``augment`` was asked for."""
         if self.augment and seed is not None:
             images = random_crops(images, seed)
-        return standardise(images)
+        return standardise(images, self.mean, self.deviation)

@@ -18,6 +18,7 @@ from pl_personalize.datamodules import distortions
 from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
 from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
 from pl_personalize.datamodules.scene_folder import Pools
+from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
 from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool
 from pl_personalize.functional.seeding import derive_seed
 
@@ -47,6 +48,8 @@ class TransPriorDataModule(SceneDataModule):
         iterations: See there; the test images' part is the same in all.
         image_size: See there.
         augment: See there.
+        mean: See there.
+        deviation: See there.
         cache_dir: See there.
         download: See there.
         archive_md5: See there.
@@ -79,6 +82,8 @@ class TransPriorDataModule(SceneDataModule):
         iterations: Sequence[int] = (1,),
         image_size: int = 224,
         augment: bool = False,
+        mean: Sequence[float] = MEAN,
+        deviation: Sequence[float] = DEVIATION,
         cache_dir: str | os.PathLike[str] | None = None,
         download: bool = False,
         archive_md5: str | None = None,
@@ -107,6 +112,8 @@ class TransPriorDataModule(SceneDataModule):
             iterations=iterations,
             image_size=image_size,
             augment=augment,
+            mean=mean,
+            deviation=deviation,
             cache_dir=cache_dir,
             download=download,
             archive_md5=archive_md5,

@@ -120,6 +120,21 @@ def test_joint_data_share_the_images(scenes, scene_names):
     assert [pool.data_ptr() for pool in pools] == [data.server_split(t)[0].images.pools[0].data_ptr() for t in range(4)]
 
 
+def test_another_mean_and_deviation(scenes):
+    data = catprior(scenes, mean=(0.1, 0.2, 0.3), deviation=(1.0, 2.0, 4.0), user=0)
+    stored, batch = data.user_split(0, 0)[0].images[:], next(iter(data.adapt_dataloader(0)))
+    scale = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    expected = (stored[: len(batch)] / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / scale
+
+    torch.testing.assert_close(batch, expected)
+
+
+@pytest.mark.parametrize("options", [{"mean": [0.5]}, {"deviation": [1.0, 1.0]}, {"deviation": [1.0, 0.0, 1.0]}])
+def test_a_mean_or_deviation_that_does_not_fit_is_refused(scenes, options):
+    with pytest.raises(MisconfigurationException, match="three channels"):
+        catprior(scenes, **options)
+
+
 def test_a_row_by_index_is_standardised_too(scenes):
     data = catprior(scenes, task=0)
     dataset = data.train_dataloader().dataset
