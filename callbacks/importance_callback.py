@@ -66,6 +66,7 @@ class ImportanceCallback(EstimationCallback):
         }
         self.importance: Importance | None = None
         self._own_generator: torch.Generator | None = None
+        self._predicts = False  # whether this predict run has batches
 
     @property
     @override
@@ -76,6 +77,7 @@ class ImportanceCallback(EstimationCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any training."""
         super().setup(trainer, pl_module, stage)
+        self._predicts = False
         if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
             self._check_options(pl_module)
 
@@ -87,6 +89,7 @@ class ImportanceCallback(EstimationCallback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work with a module that ``configure_model`` has made, or with these data."""
+        self._predicts = True
         self._check_options(pl_module)
         if self.should_estimate(trainer, pl_module):
             self.pass_over(trainer, self._predicted(trainer))
@@ -131,6 +134,15 @@ class ImportanceCallback(EstimationCallback):
             return
         limits = None if self._is_given else trainer.num_predict_batches
         self._estimate(trainer, pl_module, self._predicted(trainer), limits)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a ``predict`` run without a batch, of which no other hook hears."""
+        if stage == "predict" and not self._predicts and self.should_estimate(trainer, pl_module):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the predict run has no batches (empty dataloaders, or "
+                "limit_predict_batches=0); importances need at least one sample."
+            )
 
     @property
     def _is_given(self) -> bool:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from math import inf
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from pl_personalize.callbacks.penalty_sources import (
+    SHARED_PARAMETERS,
+    Anchor,
+    TaskImportance,
+    anchor_of,
+    copied,
+    read_anchor,
+    sum_of_importances,
+)
 from pl_personalize.callbacks.sharding import refuse_sharded_parameters
 from pl_personalize.estimation import below, named_parameters
-from pl_personalize.functional.merging import check_importance
+from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.penalties import add_penalty_gradient_, quadratic_penalty
-from pl_personalize.importance import Importance
-
-TaskImportance: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-
-_WAY_OUT = (
-    "Importances are of the parameters that tasks share: estimate them with the same module=, or leave out what "
-    "differs, such as a head, with exclude=."
-)
 
 
 class ParameterPenalty(Callback):
@@ -83,7 +81,7 @@ class ParameterPenalty(Callback):
         self,
         strength: float,
         importances: Sequence[TaskImportance] | TaskImportance | None = None,
-        anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+        anchor: Anchor | None = None,
         *,
         module: str | None = None,
         exclude: Sequence[str] = (),
@@ -93,7 +91,7 @@ class ParameterPenalty(Callback):
         if not 0 <= strength < inf:
             raise MisconfigurationException(f"strength must be finite and not negative; got {strength}.")
         # A module's own state dict would move with its parameters, and when a checkpoint is loaded.
-        self.anchor = _copied(anchor) if isinstance(anchor, Mapping) else anchor
+        self.anchor = copied(anchor) if isinstance(anchor, Mapping) else anchor
         self.strength, self.importances, self.log_name = strength, importances, log_name
         self.module = None if module is None else module.removesuffix(".")
         self.exclude = exclude if isinstance(exclude, str) else tuple(exclude)
@@ -121,8 +119,8 @@ class ParameterPenalty(Callback):
             return
         self._start = None  # another run's
         try:
-            self._total = self._sum_of_importances()
-            self._given = _read_anchor(self.anchor)
+            self._total = sum_of_importances(self.importances, self._is_excluded)
+            self._given = read_anchor(self.anchor)
         except (ValueError, OSError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         if not is_overridden("configure_model", pl_module):  # else there may be no parameters yet
@@ -202,40 +200,6 @@ class ParameterPenalty(Callback):
         if self._start is not None:
             self._start = {name: value.cpu() for name, value in self._start.items()}
 
-    def _sum_of_importances(self) -> dict[str, Tensor] | None:
-        """Ω summed over tasks, on the CPU.
-
-        Raises:
-            ValueError: If a file cannot be read, or importances are no importances or cannot be added.
-        """
-        given = self.importances
-        if given is None:
-            return None
-        tasks = [given] if isinstance(given, str | os.PathLike | Mapping) else list(given)
-        total: dict[str, Tensor] = {}
-        kinds: set[tuple[str, str]] = set()
-        for source in tasks:
-            task = source if isinstance(source, Mapping) else Importance.load(source)
-            if isinstance(task, Importance):
-                kinds.add((task.kind, task.reduction))
-            for name, value in task.items():
-                if self._is_excluded(name):
-                    continue
-                check_importance(name, value)
-                value = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
-                if name in total and value.shape != total[name].shape:
-                    raise ValueError(
-                        f"the importances of {name!r} are {tuple(total[name].shape)} for one task and "
-                        f"{tuple(value.shape)} for another, and cannot be added. {_WAY_OUT}"
-                    )
-                total[name] = total[name] + value if name in total else value
-        if len(kinds) > 1:
-            raise ValueError(
-                f"importances of different kinds, {sorted(kinds)}, are not on one scale. Estimate all in the same way, "
-                "or give each kind a callback of its own."
-            )
-        return total
-
     def _choose_parameters(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
         """The parameters that are pulled, by name.
 
@@ -248,13 +212,16 @@ class ParameterPenalty(Callback):
             names = [name for name in every if name not in free and (self._total is None or name in self._total)]
             if free == every.keys():
                 raise ValueError("there is no parameter to pull" + (f" below {self.module!r}." if self.module else "."))
+            if unknown := [name for name in self._total or {} if name not in every]:
+                raise ValueError(
+                    f"no parameter is called {unknown[0]!r}; they are {some(every)}.{prefix_hint(unknown, every)} "
+                    f"{SHARED_PARAMETERS}"
+                )
             for name, value in (self._total or {}).items():
-                if name not in every:
-                    raise ValueError(f"no parameter is called {name!r}; they are {list(every)}. {_WAY_OUT}")
                 if name not in free and value.shape != every[name].shape:
                     raise ValueError(
                         f"the importance of {name!r} is {tuple(value.shape)}, and the parameter "
-                        f"{tuple(every[name].shape)}. {_WAY_OUT}"
+                        f"{tuple(every[name].shape)}. {SHARED_PARAMETERS}"
                     )
             chosen = {name: every[name] for name in names}
             self._anchor_of(chosen)
@@ -263,60 +230,14 @@ class ParameterPenalty(Callback):
         return chosen
 
     def _anchor_of(self, chosen: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The anchor's entry for each parameter; nothing if the run begins where it is.
-
-        Raises:
-            ValueError: If one is missing, not finite or of another shape.
-        """
+        """The anchor's entry for each parameter; nothing if the run begins where it is."""
         anchor = self._given if self.anchor is not None else self._start
-        if anchor is None:
-            return {}
-        whole = {name: f"{self.module}.{name}" for name in chosen}
-        relative = self.module is None or not all(name in anchor for name in whole.values())
-        entries: dict[str, Tensor] = {}
-        for name, parameter in chosen.items():
-            value = anchor.get(name if relative else whole[name])
-            if value is None or value.shape != parameter.shape:
-                found = "nothing" if value is None else tuple(value.shape)
-                raise ValueError(
-                    f"the anchor has {found} for the parameter {name!r}, which is {tuple(parameter.shape)}. Pass the "
-                    "state dict of a module like this one, or leave parameters out with exclude=."
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"the anchor of {name!r} is not finite.")
-            entries[name] = value
-        return entries
+        return {} if anchor is None else anchor_of(chosen, anchor, self.module)
 
     def _is_excluded(self, name: str) -> bool:
         """By name: an old head's importance may have no parameter any more."""
         full = name if self.module is None else f"{self.module}.{name}"
         return not isinstance(self.exclude, str) and any(below(full, excluded) for excluded in self.exclude)
-
-
-def _copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
-
-
-def _read_anchor(anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The entries of a state dict, or of a file that has one.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
-    if anchor is None:
-        return {}
-    if isinstance(anchor, Mapping):
-        return dict(anchor)
-    try:
-        if Path(anchor).suffix == ".safetensors":
-            return dict(load_file(anchor))
-        loaded: Any = torch.load(anchor, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises whatever a broken file makes it do
-        raise ValueError(f"the anchor {anchor} cannot be read: {error}") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the anchor {anchor} holds no state dict but {type(loaded).__name__}.")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -5,7 +5,6 @@ python experiments/bench_importance.py        # or: make bench
 
 from __future__ import annotations
 
-import csv
 import gc
 import time
 import warnings
@@ -17,7 +16,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-import torchvision
+from bench_networks import TITLES, check_networks, image_shape, machine, make_network, write_table
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
@@ -26,22 +25,13 @@ from torch.func import functional_call, grad, vmap
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
 from pl_personalize.functional.per_sample import PerSamplePowerSums
-from pl_personalize.models import mlp
-from pl_personalize.runner.results import markdown_table
 
-Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
-CASES: dict[str, Case] = {
-    "MLP 100-100": (lambda: mlp((3, 28, 28), 10), (256, 3, 28, 28)),
-    "AlexNet": (torchvision.models.alexnet, (16, 3, 224, 224)),
-    "VGG-11-BN": (torchvision.models.vgg11_bn, (8, 3, 224, 224)),
-    "ResNet-18": (torchvision.models.resnet18, (16, 3, 224, 224)),
-    "ViT-B/16": (torchvision.models.vit_b_16, (4, 3, 224, 224)),
-}
-TOO_LONG = {("ViT-B/16", "vmap(grad)"), ("ViT-B/16", "BackPACK")}
+BATCH_SIZES = {"mlp": 256, "alexnet": 16, "vgg11": 8, "vgg11_bn": 8, "resnet18": 16, "vit_b_16": 4}
+TOO_LONG = {("vit_b_16", "vmap(grad)"), ("vit_b_16", "BackPACK")}
 
 
 def main(
-    cases: Sequence[str] = tuple(CASES),
+    networks: Sequence[str] = ("mlp", "alexnet", "vgg11_bn", "resnet18", "vit_b_16"),
     alternatives: Sequence[str] = ("BackPACK", "vmap(grad)", "batch size 1"),
     rounds: PositiveInt = 5,
     slow_rounds: PositiveInt = 1,
@@ -52,7 +42,8 @@ def main(
     """Time exact importances and their alternatives, taking turns.
 
     Args:
-        cases: Networks: ``MLP 100-100``, ``AlexNet``, ``VGG-11-BN``, ``ResNet-18``, ``ViT-B/16``.
+        networks: Of ``mlp`` (on images of 28 pixels), ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16``
+            (of 224).
         alternatives: What ours is compared with: ``BackPACK``, ``vmap(grad)``, ``batch size 1``; on a CPU neither
             of the first two for the transformer, which they take many minutes for.
         rounds: Of the reference and of ours, more where they take less than a second; the median counts.
@@ -61,20 +52,17 @@ def main(
         num_threads: Threads for PyTorch.
         output_dir: Folder of the table, as CSV and Markdown.
     """
-    if unknown := [name for name in cases if name not in CASES]:
-        raise SystemExit(f"cases must be of {', '.join(CASES)}; got {unknown[0]!r}.")
+    check_networks(networks)
     torch.set_num_threads(num_threads)
-    header = ["network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives]
-    lines: list[list[str]] = []
-    for name in cases:
-        make, shape = CASES[name]
-        torch.manual_seed(0)
-        model, x = make().eval().to(device), torch.randn(shape).to(device)
+    lines = [["network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives]]
+    for name in networks:
+        model = make_network(name).eval().to(device)
+        x = torch.randn(BATCH_SIZES[name], *image_shape(name)).to(device)
         seconds = time_ours(model, x, rounds)
         plain = median(seconds["plain"])
         line = [
-            name,
-            str(shape[0]),
+            TITLES[name],
+            str(len(x)),
             f"{plain:.4f}",
             *(f"{median(seconds[kind]) / plain:.2f}" for kind in ("mas", "fisher")),
         ]
@@ -85,13 +73,8 @@ def main(
             gc.collect()
         lines.append(line)
         print("  ".join(line), flush=True)
-    table = markdown_table([header, *lines])
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {num_threads} thread(s)"
+    table, where = write_table(output_dir, "importance", lines), machine(device, num_threads)
     print(f"\n{table}\n\nRatios to the batched forward+backward of the same batch, medians, {where}.")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "importance.md").write_text(table + "\n")
-    with (output_dir / "importance.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *lines])
 
 
 def timed(run: Callable[[], object]) -> float:

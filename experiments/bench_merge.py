@@ -5,28 +5,26 @@ python experiments/bench_merge.py        # or: make bench
 
 from __future__ import annotations
 
-import csv
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
-import torchvision
+from bench_networks import TITLES, check_networks, machine, make_network, write_table
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from pl_personalize import Importance, merge
-from pl_personalize.runner.results import markdown_table
 
 MIB = 2**20
 StateDict = dict[str, Tensor]
 
 
 def main(
-    network: str = "vgg11",
+    networks: Sequence[str] = ("vgg11",),
     num_experts: PositiveInt = 4,
     rounds: PositiveInt = 5,
     device: str = "cpu",
@@ -39,17 +37,29 @@ def main(
     row is of importances of which a tenth is zero in all experts, as with units that are never active.
 
     Args:
-        network: One of torchvision's classification models.
+        networks: Of ``mlp``, ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16``.
         num_experts: How many.
         rounds: Of each; the median counts.
         device: Such as ``cpu`` or ``cuda``.
         num_threads: Threads for PyTorch.
         output_dir: Folder of the table, as CSV and Markdown.
     """
+    check_networks(networks)
     torch.set_num_threads(num_threads)
+    lines = [["network", "memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]]
+    notes = []
+    for network in networks:
+        found, note = measure(network, num_experts, rounds, device)
+        lines += found
+        notes.append(note)
+    table = write_table(output_dir, "merge", lines)
+    print(f"{table}\n\n{machine(device, num_threads)}; medians of {rounds}.", *notes, sep="\n")
+
+
+def measure(network: str, num_experts: int, rounds: int, device: str) -> tuple[list[list[str]], str]:
+    """The lines of the table for a network, and what is said of it besides."""
     torch.manual_seed(0)
-    model = torchvision.models.get_model(network).to(device)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in make_network(network).named_parameters()}
     experts = [{n: torch.randn(s, device=device) for n, s in shapes.items()} for _ in range(num_experts)]
     importances = [
         Importance(
@@ -77,7 +87,6 @@ def main(
     importances = [importance.to(device, copy=True) for importance in importances]
     for _ in range(rounds + 1):
         seconds["zeros"].append(timed(lambda: merge(experts, importances, out=out), device))
-    header = ["memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]
     lines = []
     for memory, copy, merging in (
         ("there before", "copy", "merge"),
@@ -85,20 +94,13 @@ def main(
         ("there before; zeros", "copy", "zeros"),
     ):
         rates = [2 * read / median(seconds[copy]) / 1e9, (read + size) / median(seconds[merging]) / 1e9]
-        lines.append(
-            [memory, *(f"{r:.1f}" for r in rates), f"{rates[1] / rates[0]:.2f}", f"{median(seconds[merging]):.3f}"]
-        )
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {num_threads} thread(s)"
-    table = markdown_table([header, *lines])
-    print(
-        f"{table}\n\n{num_experts} {network} experts of {size / MIB:.0f} MiB with importances, {name}; medians of "
-        f"{rounds}.\nPeak memory of a merge beside its input and output: {extra / MIB:.0f} MiB; the largest parameter "
-        f"has {largest / MIB:.0f}."
+        figures = [*(f"{r:.1f}" for r in rates), f"{rates[1] / rates[0]:.2f}", f"{median(seconds[merging]):.3f}"]
+        lines.append([TITLES[network], memory, *figures])
+    note = (
+        f"{num_experts} {TITLES[network]} experts of {size / MIB:.0f} MiB with importances: beside input and output, a "
+        f"merge took {extra / MIB:.0f} MiB at its peak; the largest parameter has {largest / MIB:.0f}."
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "merge.md").write_text(table + "\n")
-    with (output_dir / "merge.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+    return lines, note
 
 
 def timed(run: Callable[[], object], device: str) -> float:

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,14 +75,15 @@ def loop(batches: Callable[[], DataLoader[list[Tensor]]]) -> None:
         optimizer.step()
 
 
-def main(rounds: int = 7, steps: int = 400) -> None:
-    """Time loops that take turns, one thread.
+def main(rounds: PositiveInt = 7, steps: PositiveInt = 400, num_threads: PositiveInt = 1) -> None:
+    """Time loops that take turns.
 
     Args:
         rounds: How often each has its turn; the median counts.
         steps: Of training, in each turn.
+        num_threads: Threads for PyTorch.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     images, labels = torch.randn(steps * BATCH, *IMAGE_SHAPE), torch.randint(0, 2, (steps * BATCH,))
@@ -109,7 +111,7 @@ def main(rounds: int = 7, steps: int = 400) -> None:
     lines = [["loop", "ms a step", "ratio"]]
     lines += [[name, f"{median(found):.2f}", f"{median(found) / base:.2f}"] for name, found in times.items()]
     print(markdown_table(lines))
-    print(f"\nMedian of {rounds} turns of {steps} steps; MLP 100-100, batches of {BATCH}, one thread.")
+    print(f"\nMedian of {rounds} turns of {steps} steps; MLP 100-100, batches of {BATCH}, {num_threads} thread(s).")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from pl_personalize.runner import ImportanceOptions
 from pl_personalize.runner.server_run import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
+SEEDS = (1, 2, 3, 4, 5)
 
 
 @dataclass
@@ -66,7 +67,7 @@ def main(
     download: bool = False,
     max_per_source: PositiveInt | None = 10_000,
     split_seed: int = 27,
-    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    seeds: Sequence[int] | None = None,
     hidden: Sequence[PositiveInt] = (100, 100),
     epochs: PositiveInt | None = None,
     kinds: Sequence[ImportanceName] = ("mas", "fisher"),
@@ -90,7 +91,7 @@ def main(
         download: Of Numbers: fetch collections that are missing.
         max_per_source: Of Numbers: cap on the server's images of a task and source; null for all.
         split_seed: Seed of the choice and the division of the images.
-        seeds: Of the experts that are trained.
+        seeds: Of the experts: by default 1 to 5 where they are trained, and all that ``run_dir`` has.
         hidden: Widths of the hidden layers of the experts that are trained.
         epochs: For each task, of the experts that are trained; by default the benchmark's.
         kinds: ``mas``, ``fisher``.
@@ -120,12 +121,12 @@ def main(
         where, sets = str(experts), iter([ExpertSet(experts.stem, split_seed, networks)])
     else:
         if run_dir is None:
-            run_dir = output_dir / "experts"
+            run_dir, seeds = output_dir / "experts", SEEDS if seeds is None else seeds
             numbers = {"data_dir": data_dir, "sources": sources, "download": download, "max_per_source": max_per_source}
             train(benchmark, run_dir, numbers, seeds, hidden, epochs, split_seed, num_threads)
         options = read_json(run_dir / "manifest.json")["options"]
         data = data_of(options, run_dir)
-        where, sets = str(run_dir), expert_sets(run_dir, options, data)
+        where, sets = str(run_dir), expert_sets(run_dir, options, data, seeds)
     data.prepare_data()
     data.eval_batch_size = batch_size if reduction == "batch" else 256
     if len(data.tasks) < 2:
@@ -215,16 +216,21 @@ def data_of(options: dict[str, Any], run_dir: Path) -> TaskIncrementalDataModule
     raise MisconfigurationException(f"{run_dir} is a run of {options.get('benchmark')}, not of Digits or Numbers.")
 
 
-def expert_sets(run_dir: Path, options: dict[str, Any], data: TaskIncrementalDataModule) -> Iterator[ExpertSet]:
-    """The experts of each seed of a run.
+def expert_sets(
+    run_dir: Path, options: dict[str, Any], data: TaskIncrementalDataModule, seeds: Sequence[int] | None = None
+) -> Iterator[ExpertSet]:
+    """The experts of some seeds of a run, by default of all.
 
     Raises:
         MisconfigurationException: If there are none, or some are missing.
     """
-    folders = sorted(run_dir.glob("checkpoints/IMM/seed*"), key=lambda path: int(path.name.removeprefix("seed")))
-    if not folders:
+    there = sorted(int(path.name.removeprefix("seed")) for path in run_dir.glob("checkpoints/IMM/seed*"))
+    if not there:
         raise MisconfigurationException(f"{run_dir} has no experts.")
-    for folder in folders:
+    if missing := [seed for seed in seeds or () if seed not in there]:
+        raise MisconfigurationException(f"{run_dir} has no experts of seed {missing[0]}; it has those of {there}.")
+    for seed in there if seeds is None else seeds:
+        folder = run_dir / "checkpoints" / "IMM" / f"seed{seed}"
         networks = []
         for task in range(len(data.tasks)):
             path = folder / f"task{task + 1}.safetensors"
@@ -233,7 +239,7 @@ def expert_sets(run_dir: Path, options: dict[str, Any], data: TaskIncrementalDat
             network = network_of(options, data, task)
             network.load_state_dict(open_expert(path).load())
             networks.append(network)
-        yield ExpertSet(folder.name, int(folder.name.removeprefix("seed")), networks)
+        yield ExpertSet(folder.name, seed, networks)
 
 
 def network_of(options: dict[str, Any], data: TaskIncrementalDataModule, task: int) -> TaskNetwork:

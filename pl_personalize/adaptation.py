@@ -15,6 +15,7 @@ from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import batch_size, batch_tensors, call_model, copy_batch
 from pl_personalize.functional.batchnorm_pass import AllReduce, BatchwisePass, ExactPass, Forward
 from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept, uncompiled
+from pl_personalize.functional.names import some
 
 
 def adapt_batchnorm(
@@ -130,7 +131,9 @@ def estimate_batchnorm(
         run.estimate(data, int(max_scratch_mb * 2**20))
         found = run.statistics()
         if missing := [name for name in layers if name not in run.moments]:
-            rank_zero_warn(f"The forward does not reach the batch-norm layers {missing}: they keep their statistics.")
+            rank_zero_warn(
+                f"The forward does not reach the batch-norm layers {some(missing)}: they keep their statistics."
+            )
     return BatchNormStatistics(found, num_samples=run.num_samples)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_personalize.artifacts import load_tensors, save_tensors
 from pl_personalize.functional.moments import MEAN, VARIANCE, pooled_statistics
+from pl_personalize.functional.names import prefix_hint, some
 
 ARTIFACT_KIND = "batchnorm"
 
@@ -40,7 +41,7 @@ class BatchNormStatistics(Mapping[str, Tensor]):
             for what in (MEAN, VARIANCE):
                 value = self._tensors.get(f"{layer}.{what}".removeprefix("."))
                 if value is None:
-                    raise ValueError(f"There is no {what} of the layer {layer!r}; there are {list(self._tensors)}.")
+                    raise ValueError(f"There is no {what} of the layer {layer!r}; there are {some(self._tensors)}.")
                 if not torch.isfinite(value).all() or (what == VARIANCE and (value < 0).any()):
                     raise ValueError(f"The {what} of the layer {layer!r} has entries that no data can have.")
 
@@ -99,7 +100,10 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         for name, value in self.items():
             if name not in buffers or buffers[name].shape != value.shape:
                 found = f"it is {tuple(buffers[name].shape)}" if name in buffers else "there is none"
-                raise ValueError(f"The statistics have {name!r} of shape {tuple(value.shape)}; in the model {found}.")
+                hint = prefix_hint(self, buffers) if name not in buffers else ""
+                raise ValueError(
+                    f"The statistics have {name!r} of shape {tuple(value.shape)}; in the model {found}.{hint}"
+                )
         with torch.no_grad():
             for name, value in self.items():
                 buffers[name].copy_(value)
@@ -150,7 +154,7 @@ def batchnorm_layers(model: nn.Module, module: str | None = None) -> dict[str, _
             model = model.get_submodule(module)
         except AttributeError as error:
             raise ValueError(
-                f"The model has no module {module!r}; it has {[name for name, _ in model.named_children()]}."
+                f"The model has no module {module!r}; it has {some(name for name, _ in model.named_children())}."
             ) from error
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     for name, layer in layers.items():

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
 from pl_personalize.functional.interrupts import InterruptsHeld, LetThrough
 from pl_personalize.functional.module_state import evaluating, model_kept, random_state_kept, uncompiled
+from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
@@ -172,18 +173,24 @@ def named_parameters(model: nn.Module, module: str | None, exclude: Sequence[str
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = [name for name, _ in model.named_modules()]
     part = model
     if module is not None:
         module = module.removesuffix(".")
         try:
             part = model.get_submodule(module)
         except AttributeError as error:
-            raise ValueError(f"The model has no module {module!r}; its parameters are {names}.") from error
+            raise ValueError(
+                f"The model has no module {module!r}; its parameters are {some(names)}.{prefix_hint([module], modules)}"
+            ) from error
     excluded: set[int] = set()
     for name in exclude:
         found = [p for known, p in model.named_parameters(remove_duplicate=False) if below(known, name)]
         if not found:
-            raise ValueError(f"exclude={name!r} is no parameter or module of the model; its parameters are {names}.")
+            raise ValueError(
+                f"exclude={name!r} is no parameter or module of the model; its parameters are {some(names)}."
+                + prefix_hint([name.removesuffix(".")], [*modules, *names])
+            )
         excluded.update(map(id, found))
     return {name: p for name, p in part.named_parameters() if id(p) not in excluded}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
 from pl_personalize.functional.merging import Bounds, check_importance
+from pl_personalize.functional.names import prefix_hint, some
 
 Kind = Literal["mas", "fisher", "empirical_fisher"]
 Reduction = Literal["sample", "batch"]
@@ -134,7 +135,10 @@ class Importance(Mapping[str, Tensor]):
             shapes = [{name: tuple(value.shape) for name, value in part.items()} for part in (first, other)]
             if shapes[0] != shapes[1]:
                 wrong = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
-                raise ValueError(f"Importances of different parameters cannot be combined; they differ in {wrong}.")
+                raise ValueError(
+                    f"Importances of different parameters cannot be combined; they differ in {some(wrong)}."
+                    + prefix_hint([name for name in other if name not in first], first)
+                )
         total = sum(part.num_samples for part in parts)
         values = {
             name: sum((part[name] * (part.num_samples / total) for part in parts), torch.zeros_like(first[name]))

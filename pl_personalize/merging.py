@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pl_personalize.artifacts import shared_entries
 from pl_personalize.functional.merging import Bounds, Zero, check_importance, prefix_merges
+from pl_personalize.functional.names import prefix_hint, some
 
 Normalize = Literal["sum", "layer", "max"]
 StateDict = Mapping[str, Tensor]
@@ -181,7 +182,7 @@ class _Plan:
         """Refuse to write where the merge does not fit."""
         last = self.experts[-1]
         if missing := [name for name in last if name not in out]:
-            raise ValueError(f"out has no entries {missing}; it has {list(out)}.")
+            raise ValueError(f"out has no entries {some(missing)}; it has {some(out)}.{prefix_hint(missing, out)}")
         for name, value in last.items():
             if out[name].shape != value.shape or out[name].dtype != value.dtype:
                 raise ValueError(
@@ -195,7 +196,7 @@ class _Plan:
                     f"The entries {tied[name]!r} and {name!r} of out are one tensor, and two in the experts."
                 )
         if scattered := [name for names in self.groups.values() for name in names if not out[name].is_contiguous()]:
-            raise ValueError(f"The entries {scattered} of out are not contiguous in memory.")
+            raise ValueError(f"Entries of out are not contiguous in memory: {some(scattered)}.")
 
     def _importances_of(self, source: str) -> tuple[list[Tensor], list[Bounds] | None]:
         """A parameter's importances, looked at where nobody has done it before; and their bounds, if all are known."""
@@ -274,7 +275,9 @@ class _Plan:
             ]
         missing = [name for name in chosen if name not in last]
         if missing:
-            raise ValueError(f"The experts have no entries {missing}; they have {list(last)}.")
+            raise ValueError(
+                f"The experts have no entries {some(missing)}; they have {some(last)}.{prefix_hint(missing, last)}"
+            )
         if not chosen:
             raise ValueError("There is nothing to merge: no parameter was chosen.")
         shared = shared_entries(last)
@@ -292,7 +295,10 @@ class _Plan:
         last = self.experts[-1]
         for k, expert in enumerate(self.experts):
             if different := sorted(set(expert) ^ set(last)):
-                raise ValueError(f"Expert {k + 1} and expert {len(self.experts)} have different entries: {different}.")
+                raise ValueError(
+                    f"Expert {k + 1} and expert {len(self.experts)} have different entries: {some(different)}."
+                    + prefix_hint([name for name in expert if name not in last], last)
+                )
         for source in self.groups:
             shape = tuple(last[source].shape)
             if not last[source].is_floating_point():
@@ -305,7 +311,10 @@ class _Plan:
                     )
             for k, importance in enumerate(self.importances or ()):
                 if source not in importance:
-                    raise ValueError(f"Expert {k + 1} has no importance for {source!r}; it has {list(importance)}.")
+                    raise ValueError(
+                        f"Expert {k + 1} has no importance for {source!r}; it has those for {some(importance)}."
+                        + prefix_hint([source], importance)
+                    )
                 if tuple(importance[source].shape) != shape:
                     raise ValueError(
                         f"The importance of {source!r} for expert {k + 1} has shape {tuple(importance[source].shape)}; "

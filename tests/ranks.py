@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
@@ -222,19 +223,8 @@ def run_rank(folder: Path, rank: int, num_ranks: int, port: int) -> None:
     refusals: dict[str, Any] = {}
 
     def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-        return Trainer(
-            accelerator="cpu",
-            devices=num_ranks,
-            strategy=DDPStrategy(process_group_backend="gloo"),
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=list(callbacks),
-            **options,
-        )
+        strategy = DDPStrategy(process_group_backend="gloo")
+        return quiet_trainer(folder, *callbacks, devices=num_ranks, strategy=strategy, **options)
 
     def note(callbacks: dict[str, ImportanceCallback]) -> None:
         for name, callback in callbacks.items():

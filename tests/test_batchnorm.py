@@ -290,7 +290,7 @@ def test_layers_below_a_module_have_names_relative_to_it():
 
 @pytest.mark.parametrize("name", ["feature", "rest.7"])
 def test_a_module_that_does_not_exist_is_named(name):
-    with pytest.raises(ValueError, match=rf"no module '{name}'; it has \['a', .*'rest'\]"):
+    with pytest.raises(ValueError, match=rf"no module '{name}'; it has a, rest\."):
         batchnorm_layers(Shared(), name)
 
 

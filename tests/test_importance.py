@@ -178,8 +178,8 @@ def test_combining_by_hand_leaves_the_parts_alone():
     [
         ([_importance(kind="fisher")], "different kind .*'mas' and 'fisher'"),
         ([_importance(), _importance(reduction="batch")], "different reduction .*'sample' and 'batch'"),
-        ([_importance(name="layer.bias")], r"differ in \['layer.bias', 'layer.weight'\]"),
-        ([_importance(values=(1.0,))], r"differ in \['layer.weight'\]"),
+        ([_importance(name="layer.bias")], "differ in layer.bias, layer.weight"),
+        ([_importance(values=(1.0,))], "differ in layer.weight"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(others, message):

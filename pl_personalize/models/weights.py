@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pl_personalize.artifacts import ArtifactError
+from pl_personalize.functional.names import prefix_hint, some
 
 # Names in files of torchvision's DenseNets from before a module's name could have no dots: norm.1 is norm1 today.
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
@@ -34,7 +35,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ArtifactError(f"{path} cannot be read as a state dict: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        what = f"a dict with the entries {_some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+        what = f"a dict with the entries {some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
         raise ArtifactError(f"{path} is no state dict, which has names and tensors alone; it is {what}.")
     return state
 
@@ -79,16 +80,12 @@ def load_weights(
         wrong["missing"] = [name for name in missing if name not in of_head and not name.endswith(_COUNTER)]
         wrong["unexpected"] = unexpected
     if any(wrong.values()):
-        said = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
-        raise ArtifactError(f"{source} does not fit the network {type(module).__name__}. Entries {said}.")
+        said = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
+        raise ArtifactError(
+            f"{source} does not fit the network {type(module).__name__}. Entries {said}."
+            + prefix_hint(wrong.get("unexpected", ()), own)
+        )
     return with_head
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 _EFFICIENTNET_LITE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -97,7 +97,11 @@ def data_for(policy: BNPolicy, module: LightningModule, task: int) -> Iterable[A
 
 
 def re_estimate(
-    network: nn.Module, state: Mapping[str, Tensor], data: Iterable[Any], options: Mapping[str, Any]
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    data: Iterable[Any],
+    options: Mapping[str, Any],
+    convert: Callable[[Any], Any],
 ) -> BatchNormStatistics:
     """Statistics of a network's body with the parameters of a state dict, which stays as it is.
 
@@ -106,6 +110,7 @@ def re_estimate(
         state: Its entries.
         data: Batches of images.
         options: Of :func:`~pl_personalize.adapt_batchnorm`.
+        convert: Brings images to the Trainer's precision.
     """
     # The estimate writes into the statistics while it runs.
     names = [f"body.{name}" for name in statistics_names(network.get_submodule("body"))]
@@ -113,6 +118,6 @@ def re_estimate(
         entries = {**state, **{name: state[name].clone() for name in names}}
 
     def forward(module: nn.Module, batch: Any) -> Any:
-        return functional_call(module, entries, (as_input(batch),), tie_weights=False)
+        return functional_call(module, entries, (convert(as_input(batch)),), tie_weights=False)
 
     return estimate_batchnorm(network, data, module="body", forward=forward, **options)

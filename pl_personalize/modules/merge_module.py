@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from typing_extensions import override
 from pl_personalize.artifacts import TensorFile, shared_entries
 from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.functional.merging import Zero
+from pl_personalize.functional.names import some
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
 from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.batchnorm_policy import BNPolicy, affine_names, resolve_policy, statistics_names
-from pl_personalize.modules.sequence_evaluator import SequenceEvaluator
+from pl_personalize.modules.sequence_evaluator import Models, SequenceEvaluator
 
 EXPERT_KIND = "expert"
 Expert = StateDict | str | os.PathLike[str]
@@ -43,7 +44,7 @@ class MergeModule(SequenceEvaluator):
         zero: See :func:`~pl_personalize.merge`.
         normalize: See :func:`~pl_personalize.merge`.
         weights: See :func:`~pl_personalize.merge`.
-        models: ``"all"``, or ``"last"``: only the merge of all experts.
+        models: ``"all"``; ``"last"``: only the merge of all experts; or ``"own"``: each merge on its newest task alone.
         bn_policy: With which statistics the merge of experts 1..t is tested on task i:
 
             * ``"adapt"``: re-estimated for the merge, on the user's unlabelled images of task i (AdaBN);
@@ -79,7 +80,7 @@ class MergeModule(SequenceEvaluator):
         zero: Zero = "mean",
         normalize: Normalize | None = None,
         weights: Sequence[float] | None = None,
-        models: Literal["all", "last"] = "all",
+        models: Models = "all",
         bn_policy: BNPolicy | None = None,
         bn_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -192,7 +193,7 @@ class _Part(Mapping[str, Tensor]):
         self._names = [name for name in state if name.startswith(self._prefix)]
         if not self._names:
             raise MisconfigurationException(
-                f"An expert must be a state dict of a TaskNetwork; it has nothing below {module!r}: {list(state)}."
+                f"An expert must be a state dict of a TaskNetwork; it has nothing below {module!r}: {some(state)}."
             )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 from typing_extensions import override
 
+from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.batchnorm_policy import (
@@ -26,6 +27,7 @@ from pl_personalize.modules.batchnorm_policy import (
 )
 
 StateDict = Mapping[str, Tensor]
+Models = Literal["all", "last", "own"]
 
 
 class SequenceEvaluator(LightningModule):
@@ -40,7 +42,8 @@ class SequenceEvaluator(LightningModule):
         network: The architecture; its own parameters are not used.
         bodies: The body of each model 1..T, with names relative to the body.
         heads: The head of each task 1..T, with names relative to the head.
-        models: ``"all"``, or ``"last"``: only the model after the last task, which has no forgetting.
+        models: ``"all"``; ``"last"``: only the model after the last task; or ``"own"``: each model on its own task
+            alone, whose mean is ``test/avg_acc`` then. Neither of the two has a forgetting.
         bn_policy: Where batch-norm statistics come from: ``"last"``, each model's own; or re-estimated for each model
             and task, on images of the Trainer's datamodule: ``"recalibrate"``, on the server's validation images
             (``server_dataloader(task, split="val")``), or ``"adapt"``, on the user's unlabelled images
@@ -68,7 +71,7 @@ class SequenceEvaluator(LightningModule):
         bodies: Sequence[StateDict],
         heads: Sequence[StateDict],
         *,
-        models: Literal["all", "last"] = "all",
+        models: Models = "all",
         bn_policy: BNPolicy | None = "last",
         bn_options: Mapping[str, Any] | None = None,
         entries: Mapping[tuple[int, int], StateDict] | None = None,
@@ -77,20 +80,21 @@ class SequenceEvaluator(LightningModule):
         super().__init__()
         check_policy(bn_policy, self.policies)
         check_options(bn_options or {})
-        if models not in ("all", "last"):
-            raise MisconfigurationException(f"models must be 'all' or 'last'; got {models!r}.")
+        if models not in get_args(Models):
+            raise MisconfigurationException(f"models must be one of {', '.join(get_args(Models))}; got {models!r}.")
         if len(bodies) != len(heads) or not heads:
             raise MisconfigurationException(
                 f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task."
             )
         self.network = network
         self.bodies, self.heads, self.models = list(bodies), list(heads), models
-        for t in range(len(heads)):
-            for part, state in (("body", self.bodies[t]), ("head", self.heads[t])):
-                own = set(network.get_submodule(part).state_dict())
+        for part, states in (("body", self.bodies), ("head", self.heads)):
+            own = network.get_submodule(part).state_dict().keys()
+            for t, state in enumerate(states):
                 if different := sorted(own ^ set(state)):
                     raise MisconfigurationException(
-                        f"The {part} of model {t + 1} does not fit the network: they differ in the entries {different}."
+                        f"The {part} of model {t + 1} does not fit the network: they differ in the entries "
+                        f"{some(different)}.{prefix_hint([name for name in state if name not in own], own)}"
                     )
         self.bn_policy, self.bn_options, self.entries = bn_policy, dict(bn_options or {}), dict(entries or {})
         self.own_heads = dict(own_heads or {})
@@ -106,6 +110,14 @@ class SequenceEvaluator(LightningModule):
     def num_tasks(self) -> int:
         """T."""
         return len(self.heads)
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """What is tested: pairs of model and task, both from 0."""
+        count = self.num_tasks
+        if self.models == "own":
+            return [(t, t) for t in range(count)]
+        return [(t, i) for t in range(0 if self.models == "all" else count - 1, count) for i in range(t + 1)]
 
     def head_of(self, model: int, task: int) -> StateDict:
         """The head that a model is tested with on a task, both from 0."""
@@ -125,41 +137,39 @@ class SequenceEvaluator(LightningModule):
                 f"There are {count} test loaders for {self.num_tasks} tasks; give one for each task, in order."
             )
         bodies = self.load_bodies()
-        first = 0 if self.models == "all" else self.num_tasks - 1
-        moved = {t: self._on_device(bodies[t]) for t in range(first, self.num_tasks)}
-        own = self.network.body.state_dict()
-        for t, state in moved.items():
+        cells = [cell for cell in self.cells if not self.entries or cell in self.entries]
+        placed = {t: self._placed("body", self._once(bodies[t])) for t in dict.fromkeys(t for t, _ in cells)}
+        own = self.network.state_dict()
+        for t, state in placed.items():
             for name, value in state.items():
-                expected = own[name.removeprefix("body.")]
-                if value.shape != expected.shape:
+                if value.shape != own[name].shape:
                     raise MisconfigurationException(
                         f"{name.removeprefix('body.')!r} in the body of model {t + 1} is {tuple(value.shape)}; in the "
-                        f"network it is {tuple(expected.shape)}."
+                        f"network it is {tuple(own[name].shape)}."
                     )
-        states = {
-            (t, i): moved[t] | {f"head.{name}": value.to(self.device) for name, value in self.head_of(t, i).items()}
-            for t in moved
-            for i in range(t + 1)
-        }
-        if self.entries:
-            states = {cell: state for cell, state in states.items() if cell in self.entries}
-        elif statistics_names(self.network.body):
+        states = {(t, i): placed[t] | self._placed("head", self.head_of(t, i)) for t, i in cells}
+        if not self.entries and statistics_names(self.network.body):
             policy = resolve_policy(self.bn_policy, self)
             self.statistics = {cell: self.batchnorm_entries(policy, cell, states) for cell in states}
         for cell, state in states.items():
             own_entries = self.entries.get(cell) or self.statistics.get(cell, {})
-            state.update({f"body.{name}": value.to(self.device) for name, value in own_entries.items()})
+            state.update(self._placed("body", own_entries))
         self._states = states
         self.accuracy.reset()
 
-    def _on_device(self, body: StateDict) -> dict[str, Tensor]:
+    def _placed(self, part: str, state: StateDict) -> dict[str, Tensor]:
+        """The entries of body or head by their names in the network, on its device and in its precision."""
+        own = self.network.get_submodule(part).state_dict()
+        return {f"{part}.{name}": value.to(own[name]) for name, value in state.items()}
+
+    def _once(self, body: StateDict) -> StateDict:
         """The entries of a body; those of a module with several names once, which functional_call cannot restore."""
         names = [
             f"{prefix}.{name}".removeprefix(".")
             for prefix, module in self.network.body.named_modules()
             for name in (*module._parameters, *module._buffers)
         ]
-        return {f"body.{name}": body[name].to(self.device) for name in names if name in body}
+        return {name: body[name] for name in names if name in body}
 
     def batchnorm_entries(
         self, policy: BNPolicy, cell: tuple[int, int], states: Mapping[tuple[int, int], StateDict]
@@ -177,7 +187,8 @@ class SequenceEvaluator(LightningModule):
         if policy == "last":
             return {}
         try:
-            return re_estimate(self.network, states[cell], data_for(policy, self, cell[1]), self.bn_options)
+            convert = self.trainer.precision_plugin.convert_input
+            return re_estimate(self.network, states[cell], data_for(policy, self, cell[1]), self.bn_options, convert)
         except ValueError as error:
             raise MisconfigurationException(f"bn_policy={policy!r} on task {cell[1] + 1}: {error}") from error
 
@@ -201,7 +212,7 @@ class SequenceEvaluator(LightningModule):
             for i in range(t + 1)
             if not torch.isnan(matrix[t, i])
         }
-        results["test/avg_acc"] = average_accuracy(matrix)
+        results["test/avg_acc"] = matrix.diagonal().mean() if self.models == "own" else average_accuracy(matrix)
         if self.models == "all":
             results["test/forgetting"] = forgetting(matrix)
             results["test/forgetting_cl"] = forgetting(matrix, "earlier")

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
 from pl_personalize.functional.batches import as_input
+from pl_personalize.functional.names import prefix_hint
 from pl_personalize.functional.penalties import add_l2_gradient_
 from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
@@ -85,6 +86,7 @@ class TaskLearner(LightningModule):
                 found = tuple(anchor[name].shape) if name in anchor else "nothing"
                 raise MisconfigurationException(
                     f"The anchor has {found} for the body's parameter {name!r}, which is {tuple(parameter.shape)}."
+                    + ("" if name in anchor else prefix_hint([name], anchor))
                 )
             # Not in the checkpoint: the caller has it, and it would double the checkpoint's size.
             self.register_buffer(

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -52,8 +53,10 @@ def check_options(
         if len(values) < least or len(set(values)) != len(values):
             what = "at least one, and each once" if least else "each once"
             raise MisconfigurationException(f"{name} must be {what}; got {list(values)}.")
-    if reserved := [user for user in datamodule.users if user in (ALL_USERS, SERVER, "", ".", "..")]:
-        raise MisconfigurationException(f"A user cannot be called {reserved[0]!r}: that has a meaning in results.")
+    if reserved := [user for user in datamodule.users if _is_reserved(user)]:
+        raise MisconfigurationException(
+            f"A user cannot be called {reserved[0]!r}: that has a meaning in results or in names of files."
+        )
     if "wandb" not in loggers and wandb.mode != "disabled" and (wandb.artifacts or wandb.images_of):
         raise MisconfigurationException("wandb.artifacts and wandb.images_of need 'wandb' among the loggers.")
     known: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -64,7 +67,9 @@ def check_options(
     ]
     for name, chosen, there in known:
         if unknown := [one for one in chosen if one not in there]:
-            raise MisconfigurationException(f"{name}: there is no {unknown[0]!r}; there are {', '.join(there)}.")
+            raise MisconfigurationException(
+                f"{name}: there is no {unknown[0]!r}{_meant(unknown[0], there)} There are {', '.join(there)}."
+            )
     pull = training.l2_transfer
     for name, value, fits, range_ in (
         ("training.epochs", training.epochs, training.epochs >= 1, "at least 1"),
@@ -77,6 +82,8 @@ def check_options(
             pull == "reference" or _is_finite(pull),
             "0 or more, or 'reference'",
         ),
+        ("training.drop_after", training.drop_after, training.drop_after >= 1, "at least 1"),
+        ("training.stop_after", training.stop_after, training.stop_after >= 1, "at least 1"),
         ("adaptation.epochs", adaptation.epochs, adaptation.epochs >= 1, "at least 1"),
         ("adaptation.lr", adaptation.lr, 0 < adaptation.lr < math.inf, "positive"),
         ("adaptation.prior_samples", adaptation.prior_samples, 0 <= adaptation.prior_samples < math.inf, "0 or more"),
@@ -103,8 +110,34 @@ def check_options(
             )
 
 
+def _is_reserved(user: str) -> bool:
+    return user in (ALL_USERS, SERVER, "", "..") or Path(user).name != user
+
+
 def _is_finite(value: float | str) -> bool:
     return not isinstance(value, str) and 0 <= value < math.inf
+
+
+def _meant(unknown: str, there: Sequence[str]) -> str:
+    """The name that comes nearest, in whatever case it is written."""
+    names = {name.lower(): name for name in there}
+    close = get_close_matches(unknown.lower(), names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else "."
+
+
+def check_body(network: TaskNetwork, methods: Sequence[MethodName]) -> None:
+    """Refuse methods that weigh the body's parameters, where none of these is trained.
+
+    Raises:
+        MisconfigurationException: If no parameter of the body needs a gradient, and a method needs importances.
+    """
+    if any(parameter.requires_grad for parameter in network.body.parameters()):
+        return
+    if weighing := [method for method in methods if METHODS[method].needs_importances]:
+        raise MisconfigurationException(
+            "The network's body has no parameter that needs a gradient (all are frozen, or there are none), so there "
+            f"are no importances for {', '.join(weighing)}. Let some be trained, or leave these methods out."
+        )
 
 
 def choose_adaptations(

@@ -109,7 +109,7 @@ class ExpertRun(SequenceRun):
         paths = self.tuned_path if METHODS[method].tunes else lambda _, task: self.expert_path(task)
         loaded = [open_expert(paths(user, task)).load() for task in range(self.num_tasks)]
         bodies, heads = ([part(expert, what) for expert in loaded] for what in ("body", "head"))
-        return SequenceEvaluator(network, bodies, heads, **options)
+        return SequenceEvaluator(network, bodies, heads, models="own", **options)  # each is for its task
 
     def _importance_paths(self, name: MethodName, user: str) -> list[Path]:
         method = METHODS[name]
@@ -141,6 +141,9 @@ class ExpertRun(SequenceRun):
     def _estimate(self, owner: str, kind: Kind, task: int, stage: str) -> Stage:
         path = self.importance_path(owner, kind, task)
         options = self.setting.importance
+        if owner == SERVER and (kind, options.reduction) == ("fisher", "batch"):
+            self._estimate_published(task, stage).save(path)
+            return self.folder.finish(stage, artifacts=[path])
         target: dict[str, Any] = {
             "module": "network.body",
             "dirpath": path.parent,
@@ -152,13 +155,8 @@ class ExpertRun(SequenceRun):
             callback = MASImportance(**target)
         else:
             draws = options.fisher_draws if options.reduction == "sample" else 1
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, owner, kind, task))
-            target["generator"] = generator
-            callback = FisherImportance(draws=draws, **target)
+            callback = FisherImportance(draws=draws, generator=self._label_generator(owner, task), **target)
         learner = TaskLearner(self._load_expert(task))
-        if owner == SERVER and (kind, options.reduction) == ("fisher", "batch"):
-            self._estimate_published(learner, task, target["generator"]).save(path)
-            return self.folder.finish(stage, artifacts=[path])
         trainer = self._lightning(stage, [callback])
         if owner == SERVER:
             trainer.predict(learner, self.data.server_dataloader(task), return_predictions=False)
@@ -166,11 +164,17 @@ class ExpertRun(SequenceRun):
             trainer.predict(learner, datamodule=self.data.view(task=task, user=owner), return_predictions=False)
         return self.folder.finish(stage, artifacts=[path])
 
-    def _estimate_published(self, learner: TaskLearner, task: int, generator: torch.Generator) -> Importance:
+    def _label_generator(self, owner: str, task: int) -> torch.Generator:
+        """Draws the labels for a Fisher information."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, owner, "fisher", task))
+
+    def _estimate_published(self, task: int, stage: str) -> Importance:
         """As the published code for FIM-IMM: the mean over batches of train and that of val, added."""
+        network = self._load_expert(task).to(self._lightning(stage).strategy.root_device)
+        generator = self._label_generator(SERVER, task)
         train, val = (
             estimate_importance(
-                learner.network,
+                network,
                 self.data.server_dataloader(task, split),
                 "fisher",
                 module="body",

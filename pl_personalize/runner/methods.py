@@ -50,6 +50,11 @@ class Method:
     one_each: bool = False
     bound: str | None = None
 
+    @property
+    def needs_importances(self) -> bool:
+        """Whether importances of the body's parameters are estimated for it."""
+        return self.kind is not None or self.server in ("MAS", "EWC")
+
 
 METHODS: dict[MethodName, Method] = {
     "MAS-RACL": Method(merges=True, kind="mas", source="user"),

@@ -70,7 +70,9 @@ def report(
     if comparisons:
         print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")
     print(f"Figures:     {path / 'figures'}")
-    print(f"Models:      {path / 'checkpoints'}" + (f", {path / 'merged'} (for each user)" if competitors else ""))
+    models = {"checkpoints": "", "merged": " (for each user)", "finetuned": " (for each user)"}
+    there = [f"{path / room}{note}" for room, note in models.items() if (path / room).is_dir()]
+    print(f"Models:      {', '.join(there)}")
     if (path / "importances").is_dir():
         print(f"Importances: {path / 'importances'}")
     print(f"Metrics:     {path / 'metrics.jsonl'}")
@@ -101,7 +103,7 @@ def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
     ]
     if not lines:
         return text
-    header = ["method", "other", "difference", "p", "p (Holm)", "within noise"]
+    header = ["method", "other", "difference", "p", "p (Holm)", "not significant"]
     return f"{text}\n\n## Differences over seeds and users\n\n{markdown_table([header, *lines])}"
 
 

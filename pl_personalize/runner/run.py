@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.checks import check_options, choose_adaptations, folder_in_a_sweep, load_all
+from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep, load_all
 from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.following import Following, rows_of
 from pl_personalize.runner.joint_run import JointRun
@@ -114,7 +114,9 @@ def run_experiment(
     with _quiet_lightning():
         check_options(datamodule, methods, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb)
     with torch.random.fork_rng(devices=[]):
-        adaptations = choose_adaptations(adaptations, make_network(2), methods)
+        network = make_network(2)
+    check_body(network, methods)
+    adaptations = choose_adaptations(adaptations, network, methods)
     servers = by_server(methods)
     if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
         output_dir = folder_in_a_sweep(output_dir, len(servers) * len(seeds))

@@ -14,6 +14,9 @@ from filelock import FileLock, Timeout
 
 from pl_personalize.artifacts import ArtifactError, file_checksum, read_json, write_json
 
+# Of what stages do: it goes up when the same options come to another result, so that no old stage passes for a new one.
+_VERSION = 2
+
 
 @dataclass
 class Stage:
@@ -36,7 +39,7 @@ class RunFolder:
         options: What the results depend on. A folder that was begun with other options is refused.
 
     Raises:
-        ArtifactError: If the folder's manifest is damaged or was made with other options.
+        ArtifactError: If the folder's manifest is damaged, or was made with other options or by another version.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
@@ -113,6 +116,11 @@ class RunFolder:
             self._stages = {name: Stage(stage["artifacts"], stage["result"]) for name, stage in stages.items()}
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{self._manifest} is no manifest of a run: {error!r} is missing.") from error
+        if (version := content.get("version", 1)) != _VERSION:
+            raise ArtifactError(
+                f"{self.path} holds a run of version {version}; stages of this release, version {_VERSION}, come to "
+                "other results. Choose another folder, or remove this one."
+            )
         keys = sorted(options.keys() | self.options.keys())
         if different := [key for key in keys if options.get(key) != self.options.get(key)]:
             changes = ", ".join(
@@ -124,4 +132,4 @@ class RunFolder:
 
     def _write(self) -> None:
         stages = {name: {"artifacts": stage.artifacts, "result": stage.result} for name, stage in self._stages.items()}
-        write_json(self._manifest, {"options": self.options, "stages": stages})
+        write_json(self._manifest, {"version": _VERSION, "options": self.options, "stages": stages})

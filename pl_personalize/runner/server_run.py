@@ -180,16 +180,13 @@ class ServerRun(ABC):
         return other
 
     def matrix(self, variant: Variant, user: str) -> Tensor:
-        """The accuracies, model by task, in [0, 1]; NaN where there is none, or it says nothing of the method.
+        """The accuracies, model by task, in [0, 1]; NaN where there is none.
 
         Raises:
             KeyError: If that stage is not finished.
         """
         rows: Matrix = self.result(f"test/{variant.label}/{user}")["matrix"]
-        found = torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
-        if METHODS[variant.method].one_each:  # each model is for its own task
-            found[~torch.eye(len(found), dtype=torch.bool)] = float("nan")
-        return found
+        return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
 
     def result(self, stage: str) -> Any:
         """What a finished stage found.
@@ -302,7 +299,8 @@ class ServerRun(ABC):
             for task in range(self.num_tasks):
                 entries = evaluator.entries.get((last, task)) or evaluator.statistics[last, task]
                 path = self.path("merged", f"{user}-{variant.label}-task{task + 1}")
-                written.append(save_tensors(path, entries, kind=BATCHNORM_KIND, metadata={"stage": stage}))
+                metadata = {"stage": stage, "num_samples": getattr(entries, "num_samples", 0), "fingerprint": None}
+                written.append(save_tensors(path, entries, kind=BATCHNORM_KIND, metadata=metadata))
         return self.folder.finish(stage, artifacts=written, result={"matrix": rows})
 
     def _merge(self, method: MethodName, user: str, stage: str) -> Stage:
@@ -323,13 +321,10 @@ class ServerRun(ABC):
         Of each model on its task, and of the last on all: what average accuracy and forgetting need.
         """
         options, data = self.setting.adaptation, self.data.view(user=user)
-        last = self.num_tasks - 1
-        cells = {(last, task) for task in range(self.num_tasks)}
-        if evaluator.models == "all":
-            cells |= {(task, task) for task in range(self.num_tasks)}
+        cells = [(t, i) for t, i in evaluator.cells if t in (i, self.num_tasks - 1)]
         bodies = evaluator.load_bodies()
         tuned: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for t, i in sorted(cells):
+        for t, i in cells:
             network = self._network(data.num_classes(i))
             network.body.load_state_dict(bodies[t])
             network.head.load_state_dict(evaluator.head_of(t, i))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from pl_personalize.runner.results import ResultRow
 from pl_personalize.runner.server_run import RunFile
 from pl_personalize.runner.tracking import RunResults
 
+_LONGEST_NAME = 128  # that W&B takes
 ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model"}
 
 
@@ -187,7 +189,7 @@ class WandbTracker:
         for what, path, sources in files:
             made_of = {source.name: file_checksum(source) for source in sources}
             artifact = self._wandb.Artifact(
-                re.sub(r"[^\w.-]+", "-", f"{self._name}-{path.stem}", flags=re.ASCII)[-128:],  # what W&B takes
+                artifact_name(f"{self._name}-{what}-{path.stem}"),
                 type=ARTIFACT_TYPES[what],
                 metadata={"sha256": file_checksum(path), "made_of": made_of},
             )
@@ -201,3 +203,18 @@ class WandbTracker:
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
+
+
+def artifact_name(name: str) -> str:
+    """A name that W&B takes: as it is, or made to fit, with a hash that keeps it apart from others.
+
+    Example:
+        >>> artifact_name("Numbers-IMM-seed1-experts-task1")
+        'Numbers-IMM-seed1-experts-task1'
+        >>> artifact_name("a b"), artifact_name("a-b")
+        ('a-b-c8687a08', 'a-b')
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    if plain == name and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{plain[9 - _LONGEST_NAME :]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_runs import ROWS, Data, NoTraining, Rows, in_order, run_script, shuffled
+from small_runs import quiet_trainer as trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+from torch.utils.data import IterableDataset, SubsetRandomSampler
 
 from pl_personalize import ArtifactError, BatchNormStatistics, estimate_importance
 from pl_personalize.adaptation import estimate_batchnorm
 from pl_personalize.artifacts import tensor_checksum
 from pl_personalize.callbacks import AdaBN, MASImportance
-
-ROWS = 23
 
 
 class Net(LightningModule):
@@ -62,63 +59,6 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
-
-
-class Rows(Dataset):
-    """Notes which rows were read, one by one."""
-
-    def __init__(self, rows=ROWS, seed=1, labels=True):
-        generator = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(rows, 6, generator=generator) + seed, torch.arange(rows) % 3
-        self.labels, self.read = labels, []
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, k):
-        self.read.append(k)
-        return (self.x[k], self.y[k]) if self.labels else self.x[k]
-
-
-class Data(LightningDataModule):
-    """Splits that differ, and a note of each ``setup``."""
-
-    def __init__(self):
-        super().__init__()
-        self.stages = []
-
-    def setup(self, stage):
-        self.stages.append(stage)
-
-    def train_dataloader(self):
-        return DataLoader(Rows(), batch_size=4, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(Rows(9, seed=2), batch_size=4)
-
-    def test_dataloader(self):
-        assert "test" in self.stages
-        return [DataLoader(Rows(5, seed=3), batch_size=4), DataLoader(Rows(6, seed=4), batch_size=4)]
-
-    def predict_dataloader(self):
-        assert "predict" in self.stages
-        return DataLoader(Rows(7, seed=5, labels=False), batch_size=4)
-
-
-def trainer(tmp_path, *callbacks, **options):
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
-
-
-def shuffled(dataset, **options):
-    return DataLoader(dataset, batch_size=4, **({"shuffle": True, "drop_last": True} | options))
-
-
-def in_order(dataset, **options):
-    return DataLoader(dataset, batch_size=4, **options)
 
 
 def fitted(tmp_path, callback, *, net=None, loader=None, **options):
@@ -757,11 +697,6 @@ def test_two_with_files_of_their_own(tmp_path):
 # Misuse: before any training
 
 
-class NoTraining(Callback):
-    def on_train_start(self, trainer, pl_module):
-        raise AssertionError("training began")
-
-
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
 def test_strategies_that_shard_are_refused(strategy):
     fake = object.__new__(strategy)
@@ -1026,16 +961,7 @@ def one_train_batch(net, x):
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Of 23 rows or 1 row; by default one process's batches are those of both."""
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, DDP_SCRIPT)
 
     x = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(k)) + 1 for k in range(ROWS)])
     ranks = [torch.load(tmp_path / f"fit-{rank}.pt", weights_only=True) for rank in (0, 1)]

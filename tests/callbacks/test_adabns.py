@@ -1,19 +1,17 @@
 """AdaBNS: γ and β of batch norm are trained, for statistics that are what they should be, and nothing else is."""
 
 import copy
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_runs import quiet_trainer, run_script
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -81,11 +79,7 @@ class Watch(Callback):
 
 
 def trainer(tmp_path, *callbacks, **options):
-    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
+    return quiet_trainer(tmp_path, *callbacks, **({"max_epochs": 2} | options))
 
 
 def loader(dataset=None, **options):
@@ -639,16 +633,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     net, data = Net(), Rows()
     torch.save(net.state_dict(), tmp_path / "start.pt")
     torch.save((data.x, data.y), tmp_path / "rows.pt")
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, DDP_SCRIPT)
     ends = [torch.load(tmp_path / f"end-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert changed(*ends) == set()
     start = copy.deepcopy(net)

@@ -4,29 +4,27 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reference import relative_error
+from small_runs import ROWS, Data, NoTraining, Rows, run_script, shuffled
+from small_runs import quiet_trainer as trainer
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
 
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.callbacks import FisherImportance, MASImportance
 from pl_personalize.callbacks.importance_callback import ImportanceCallback, _histogram
-
-ROWS = 23
 
 
 class Net(LightningModule):
@@ -56,59 +54,6 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
-
-
-class Rows(Dataset):
-    """Notes which rows were read, one by one."""
-
-    def __init__(self, rows=ROWS, seed=1, labels=True):
-        generator = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(rows, 6, generator=generator), torch.arange(rows) % 3
-        self.labels, self.read = labels, []
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, k):
-        self.read.append(k)
-        return (self.x[k], self.y[k]) if self.labels else self.x[k]
-
-
-class Data(LightningDataModule):
-    """Splits that differ, and a note of each ``setup``."""
-
-    def __init__(self):
-        super().__init__()
-        self.stages = []
-
-    def setup(self, stage):
-        self.stages.append(stage)
-
-    def train_dataloader(self):
-        return DataLoader(Rows(), batch_size=4, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(Rows(9, seed=2), batch_size=4)
-
-    def test_dataloader(self):
-        assert "test" in self.stages
-        return [DataLoader(Rows(5, seed=3), batch_size=4), DataLoader(Rows(6, seed=4), batch_size=4)]
-
-    def predict_dataloader(self):
-        assert "predict" in self.stages
-        return DataLoader(Rows(7, seed=5, labels=False), batch_size=4)
-
-
-def trainer(tmp_path, *callbacks, **options):
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
-
-
-def shuffled(dataset, **options):
-    return DataLoader(dataset, batch_size=4, **({"shuffle": True, "drop_last": True} | options))
 
 
 def fitted(tmp_path, callback, *, net=None, loader=None, **options) -> LightningModule:
@@ -256,7 +201,11 @@ def test_kinds(tmp_path, kind):
 
 
 def test_part_of_the_module(tmp_path):
-    data, net, callback = Rows(), Net(), MASImportance(module="features", exclude=["features.1", "features.0.bias"])
+    data, net, callback = (
+        Rows(),
+        Net(),
+        MASImportance(module="features", exclude=["features.1", "features.0.bias"]),
+    )
     fitted(tmp_path, callback, net=net, loader=shuffled(data))
     assert list(callback.importance) == ["0.weight"]
     assert_same(callback.importance, {"0.weight": wanted(net, data)["features.0.weight"]})
@@ -331,6 +280,26 @@ def test_predict_alone_on_unlabelled_images(tmp_path):
     assert not torch.equal(net.features[0].weight, before["features.0.weight"])
     assert not any(value.is_inference() for value in net.state_dict().values())
     assert_same(again.importance, wanted(net, Rows()))
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader": DataLoader(Rows(), batch_size=4)}], ids=["predicted", "given"])
+@pytest.mark.parametrize("why", ["no data", "no batches"])
+def test_a_predict_run_without_a_batch_is_refused(tmp_path, why, options):
+    callback = MASImportance(**options)
+    limit = {"limit_predict_batches": 0} if why == "no batches" else {}
+    with pytest.raises(MisconfigurationException, match="MASImportance: the predict run has no batches"):
+        trainer(tmp_path, callback, **limit).predict(Net(), DataLoader(Rows(0 if why == "no data" else 5)))
+    assert callback.importance is None
+    trainer(tmp_path, callback).predict(Net(), DataLoader(Rows(5)))  # the next user has some
+    assert callback.importance.num_samples == (ROWS if options else 5)
+
+
+def test_a_predict_run_without_a_batch_is_fine_where_nothing_is_to_be_estimated(tmp_path):
+    class Never(MASImportance):
+        def should_estimate(self, trainer, pl_module):
+            return False
+
+    trainer(tmp_path, Never()).predict(Net(), DataLoader(Rows(0)))
 
 
 def test_predict_with_other_data_for_the_importances(tmp_path):
@@ -473,9 +442,8 @@ def test_no_hook_per_step_is_overridden():
     hooks = {name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
     for cls in (MASImportance, FisherImportance):
         mine = {name for name in hooks if getattr(cls, name) is not getattr(Callback, name)}
-        assert mine == {
-            *("setup", "on_fit_start", "on_train_start", "on_train_end", "on_predict_start", "on_predict_end")
-        }
+        around = {"setup", "on_fit_start", "on_train_start", "on_train_end", "on_predict_start", "on_predict_end"}
+        assert mine == around | {"teardown"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -619,11 +587,6 @@ def test_all_loggers_are_told_and_none_is_needed(tmp_path):
 
 
 # Misuse: before any training
-
-
-class NoTraining(Callback):
-    def on_train_start(self, trainer, pl_module):
-        raise AssertionError("training began")
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
@@ -861,17 +824,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("variant", ["norm", "subset"])
 def test_two_processes_give_what_one_gives(tmp_path, variant):
     """Of 23 rows, 7 rows or 1 row; with batch norm, whose statistics each process has its own of after training."""
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), variant],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, DDP_SCRIPT, variant)
 
     x = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(k)) for k in range(ROWS)])
     norm = nn.BatchNorm1d(5) if variant == "norm" else nn.Identity()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from networks import Transformer, make_network
 from reference import naive_importance, relative_error
+from small_runs import quiet_trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -90,18 +91,7 @@ def estimated(
     """What the callback finds; the weights it was of (the last ones); the calls of its forward."""
     net, calls = Net(), Calls()
     callback = KINDS[kind][0](weights="last", forward=calls)
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=precision,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[callback],
-    )
+    trainer = quiet_trainer(folder, callback, accelerator=accelerator, devices=1, precision=precision)
     getattr(trainer, run)(net, DataLoader(TensorDataset(*data()), batch_size=4))
     assert callback.importance is not None
     return callback.importance, net, calls

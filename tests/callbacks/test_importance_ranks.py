@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 from filelock import FileLock
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reference import relative_error
+from small_runs import quiet_trainer
 from torch import Tensor
 
 from pl_personalize import Importance, estimate_importance
@@ -260,16 +261,7 @@ def test_a_trainer_whose_strategy_shards_is_stopped_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(sharding, name, SingleDeviceStrategy)
     steps = ranks.Steps()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[callback(), steps],
-    )
+    trainer = quiet_trainer(tmp_path, callback(), steps)
 
     with pytest.raises(MisconfigurationException, match=f"{callback.__name__} needs whole .* SingleDeviceStrategy"):
         getattr(trainer, run)(ranks.Net(), ranks.loader_of(ranks.NUM_ROWS, batch_size=5)())

@@ -2,10 +2,7 @@
 
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
+from small_runs import NoTraining, quiet_trainer, run_script
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,11 +84,7 @@ def data(rows=ROWS, seed=1, dtype=torch.float32, **options):
 
 
 def trainer(tmp_path, *callbacks, **options):
-    defaults = {"max_epochs": 3, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
+    return quiet_trainer(tmp_path, *callbacks, **({"max_epochs": 3} | options))
 
 
 def trained(tmp_path, net, *callbacks, loader=None, **options):
@@ -703,11 +697,6 @@ def test_two_in_one_trainer_need_different_names(tmp_path):
 # Misuse: before any training
 
 
-class NoTraining(Callback):
-    def on_train_start(self, trainer, pl_module):
-        raise AssertionError("training began")
-
-
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
 def test_strategies_that_shard_are_refused(strategy):
     fake = SimpleNamespace(strategy=object.__new__(strategy))
@@ -732,8 +721,19 @@ def of_kind(kind, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importances": ones(tail=torch.ones(1))}, r"Net: no parameter is called 'tail'; .*'head\.bias'.* exclude="),
+        (
+            {"importances": ones(tail=torch.ones(1))},
+            r"Net: no parameter is called 'tail'; .*body\.0\.weight.* exclude=",
+        ),
         ({"importances": [ones()], "module": "body"}, r"no parameter is called 'body\.0\.weight'.* the same module="),
+        (
+            {"importances": {f"module.{name}": value for name, value in ones().items()}},
+            r"called 'module\.body\.0\.weight'.*; .* Without the prefix 'module\.' the names would match",
+        ),
+        (
+            {"anchor": {f"model.{name}": value for name, value in ones().items()}},
+            r"With the prefix 'model\.' the names",
+        ),
         (
             {"importances": ones(**{"head.bias": torch.ones(7)})},
             r"importance of 'head\.bias' is \(7,\), and the parameter \(3,\)\. .*exclude=",
@@ -946,13 +946,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DDP_SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path, DDP_SCRIPT)
     zero, one, alone = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0"))
     assert all(torch.equal(value, one[name]) for name, value in zero.items())
     for name, value in alone.items():

@@ -152,6 +152,8 @@ def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
     there, here = (table(folder / "correlations.csv") for folder in (finished, tmp_path))
     assert here == [row for row in there if row["kind"] == "mas"]
     assert "two experts, the images scan 4-5" in capsys.readouterr().out
+    run_here(monkeypatch, *options, "--seeds", "[2]")
+    assert table(tmp_path / "correlations.csv") == [row for row in here if row["experts"] == "seed2"]
     run_here(monkeypatch, *options, "--reduction", "batch", "--batch_size", "7")
     batch = table(tmp_path / "correlations.csv")
     (row,) = [
@@ -233,6 +235,7 @@ def test_what_cannot_be_analysed_is_refused(finished, tmp_path, monkeypatch, cap
     assert "There is no task '0-9'" in said("--run_dir", run, "--fixed_task", "0-9")
     assert "kinds must be at least one" in said("--run_dir", run, "--kinds", "[]")
     assert "kinds" in said("--run_dir", run, "--kinds", "[empirical_fisher]")
+    assert f"{run} has no experts of seed 7; it has those of [1, 2]" in said("--run_dir", run, "--seeds", "[1, 7]")
     copy = tmp_path / "copy"
     (copy / "checkpoints" / "IMM" / "seed3").mkdir(parents=True)
     manifest = json.loads((run / "manifest.json").read_text())

@@ -53,14 +53,14 @@ RANDOM = torch.Generator().manual_seed(0)
 IMPORTANCES = [{n: torch.rand(p.shape, generator=RANDOM) for n, p in one.body.named_parameters()} for one in EXPERTS]
 
 
-def run(module, tmp_path, datamodule):
-    trainer(tmp_path).test(module, datamodule=datamodule, verbose=False)
+def run(module, tmp_path, datamodule, **options):
+    trainer(tmp_path, **options).test(module, datamodule=datamodule, verbose=False)
     return module
 
 
-def trainer(tmp_path):
+def trainer(tmp_path, **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **options)
 
 
 def by_hand(policy, t, i, data):
@@ -106,6 +106,19 @@ def test_each_policy_is_what_it_says(policy, user, tmp_path):
                 torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
             seen.append(hits.item())
     assert len(set(seen)) > 2  # the data tell models apart
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("policy", ["adapt", "recalibrate"])
+def test_statistics_are_re_estimated_in_the_precision_of_the_trainer(policy, exact, tmp_path):
+    data = Images("ann")
+    options = {"bn_policy": policy, "bn_options": {"exact": exact}}
+    single = run(MergeModule(expert(9), STATES, IMPORTANCES, **options), tmp_path, data)
+    double = run(MergeModule(expert(9), STATES, IMPORTANCES, **options), tmp_path, data, precision="64-true")
+    for cell, statistics in single.statistics.items():
+        for name, value in statistics.items():
+            assert double.statistics[cell][name].dtype == torch.float64
+            torch.testing.assert_close(double.statistics[cell][name], value.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_by_default_a_merge_adapts_to_the_user_if_it_can(tmp_path):

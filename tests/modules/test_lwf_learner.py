@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from small_runs import quiet_trainer, run_script
 from torch import nn
 
 from pl_personalize import LwFLearner
@@ -29,20 +29,10 @@ def data(rows=12, seed=1):
     return torch.randn(rows, 6, generator=generator), torch.arange(rows) % 3
 
 
-def fit(tmp_path, learner, **options):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=options.pop("max_epochs", 1),
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", ())),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=options.pop("callbacks", None),
-    )
+def fit(tmp_path, learner, *callbacks, ckpt_path=None, **options):
+    trainer = quiet_trainer(tmp_path, *callbacks, enable_checkpointing=bool(callbacks), **options)
     loaders = tensor_loader(*data(), batch_size=4), tensor_loader(*data(7, 2), batch_size=4)
-    trainer.fit(learner, *loaders, **options)
-    return trainer
+    trainer.fit(learner, *loaders, ckpt_path=ckpt_path)
 
 
 def test_the_loss_is_that_of_the_new_head_and_each_earlier_one():
@@ -102,7 +92,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     whole, first, second = learner(), learner(), learner()
     fit(tmp_path, whole, max_epochs=4)
     checkpoint = ModelCheckpoint(tmp_path, "half", every_n_epochs=2, save_top_k=-1)
-    fit(tmp_path, first, max_epochs=2, callbacks=[checkpoint])
+    fit(tmp_path, first, checkpoint, max_epochs=2)
     fit(tmp_path, second, max_epochs=4, ckpt_path=checkpoint.best_model_path)
 
     for name, value in second.state_dict().items():
@@ -129,16 +119,59 @@ def test_what_would_train_something_else_is_refused():
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
 def test_the_teacher_has_the_precision_of_the_trainer(tmp_path, precision):
     network, heads = made()
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
     learner = LwFLearner(network, heads, lr=0.1)
-    trainer.fit(learner, tensor_loader(*data(), batch_size=4))
+    fit(tmp_path, learner, precision=precision)
     assert {p.dtype for p in learner._teacher[0].parameters()} == {p.dtype for p in learner.parameters()}
+
+
+# Two processes
+
+DDP_SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_personalize import LwFLearner
+from pl_personalize.models import TaskNetwork
+
+FOLDER = Path(sys.argv[1])
+
+
+class Noted(LwFLearner):
+    def on_train_end(self):
+        state = self.state_dict() | {f"teacher.{n}": v for n, v in self._teacher[0].state_dict().items()}
+        torch.save(state, FOLDER / f"{self.trainer.world_size}-{self.global_rank}.pt")
+
+
+def run(processes):
+    torch.manual_seed(0)
+    network = TaskNetwork(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 3))
+    learner = Noted(network, [nn.Linear(5, 2), nn.Linear(5, 4)], strength=3.0, lr=0.1)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    Trainer(
+        accelerator="cpu", devices=processes, strategy="ddp" if processes == 1 else "ddp_spawn", max_epochs=3,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=FOLDER, precision="64-true",
+    ).fit(learner, DataLoader(TensorDataset(x, torch.arange(16) % 3), batch_size=4 // processes))
+
+
+if __name__ == "__main__":
+    run(2)
+    run(1)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    run_script(tmp_path, DDP_SCRIPT)
+    zero, one, alone = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0"))
+    assert all(torch.equal(value, one[name]) for name, value in zero.items())
+    for name, value in alone.items():
+        torch.testing.assert_close(zero[name], value, rtol=1e-10, atol=1e-12)
+    moved = {name for name, value in alone.items() if "teacher" not in name}
+    assert {"network.body.0.weight", "network.head.weight", "old_heads.0.weight", "old_heads.1.bias"} <= moved
+    assert not torch.equal(alone["old_heads.0.weight"], alone["teacher.1.weight"])

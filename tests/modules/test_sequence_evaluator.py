@@ -10,6 +10,7 @@ from torch import nn
 
 from pl_personalize.datamodules import DigitsDataModule, tensor_loader
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
+from pl_personalize.metrics import TaskAccuracyMatrix
 from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.modules import SequenceEvaluator
 
@@ -99,6 +100,30 @@ def test_only_the_last_model(tmp_path):
     assert evaluator.matrix[:2].isnan().all()
 
 
+def test_each_model_on_its_own_task_and_nothing_else(tmp_path, monkeypatch):
+    seen = set()
+    update = TaskAccuracyMatrix.update
+    monkeypatch.setattr(
+        TaskAccuracyMatrix, "update", lambda self, *a, **k: (seen.add((k["model"], k["task"])), update(self, *a, **k))
+    )
+    evaluator = SequenceEvaluator(network(9), BODIES, HEADS, models="own")
+    results = evaluated(evaluator, tmp_path)
+    wanted = [row[-1] for row in plain_matrix()]
+
+    assert results == pytest.approx(
+        {f"test/acc/t{t + 1}/task{t + 1}": wanted[t] for t in range(3)} | {"test/avg_acc": sum(wanted) / 3}
+    )
+    assert evaluator.matrix[~torch.eye(3, dtype=torch.bool)].isnan().all()
+    assert seen == {(0, 0), (1, 1), (2, 2)}
+
+
+def test_models_are_tested_in_the_precision_of_the_trainer(tmp_path):
+    evaluator = SequenceEvaluator(network(9), BODIES, HEADS)
+    evaluated(evaluator, tmp_path, precision="64-true")
+    for t, row in enumerate(plain_matrix()):
+        assert evaluator.matrix[t, : t + 1].tolist() == pytest.approx(row)
+
+
 def test_a_single_task(tmp_path):
     evaluator = SequenceEvaluator(network(9), BODIES[:1], HEADS[:1])
     accuracy = plain_matrix()[0][0]
@@ -153,8 +178,11 @@ def test_models_that_do_not_fit_the_network_are_refused(tmp_path):
     """Else a layer that the models lack would be tested with the network's own, random parameters."""
     small = mlp(IMAGE_SHAPE, 2, [4])
     bodies, heads = [small.body.state_dict()] * 5, [small.head.state_dict()] * 5
-    with pytest.raises(MisconfigurationException, match=r"body of model 1 .*hidden2\.bias"):
+    with pytest.raises(MisconfigurationException, match=r"body of model 1 .* hidden2\.bias, hidden2\.weight\.$"):
         SequenceEvaluator(mlp(IMAGE_SHAPE, 2, [4, 4]), bodies, heads)
+    wrapped = [{f"module.{name}": value for name, value in body.items()} for body in bodies]
+    with pytest.raises(MisconfigurationException, match=r"Without the prefix 'module\.' the names would match"):
+        SequenceEvaluator(small, wrapped, heads)
     evaluator = SequenceEvaluator(mlp(IMAGE_SHAPE, 2, [6]), bodies, heads)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     with pytest.raises(MisconfigurationException, match=r"'hidden1\.weight' .* is \(4, 768\); .*\(6, 768\)"):

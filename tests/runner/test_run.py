@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tiny_benchmark import Tiny, call, with_norm
+from tiny_benchmark import Tiny, call, plain, with_norm
 from wandb_file import read_run
 
 from pl_personalize import BatchNormStatistics
@@ -17,14 +17,15 @@ from pl_personalize.runner import (
     TrainingOptions,
     WandbOptions,
 )
+from pl_personalize.runner.methods import METHODS
 from pl_personalize.runner.server_run import ServerRun
 
 
-def logged(folder, stage) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "csv" / "IMM-seed1" / stage / "metrics.csv").open()))
+def logged(folder, stage, server="IMM") -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "csv" / f"{server}-seed1" / stage / "metrics.csv").open()))
 
 
-@pytest.mark.parametrize("name", ["server", "all", ""])
+@pytest.mark.parametrize("name", ["server", "all", "", "..", "a/b"])
 def test_users_whose_name_has_a_meaning_are_refused(name, tmp_path):
     with pytest.raises(MisconfigurationException, match=f"cannot be called '{name}'"):
         call(tmp_path, data=Tiny([name, "bob"]))
@@ -87,6 +88,7 @@ def test_batch_norm_is_adapted_by_default(tmp_path):
     folder = tmp_path / "merged" / "IMM" / "seed1"
     kept = TensorFile(folder / "ann-MAS-IMM+AdaBN-task2.safetensors", kind="batchnorm")
     assert list(kept) == ["1.running_mean", "1.running_var"]
+    assert BatchNormStatistics.load(kept.path).num_samples == 12
     experts = [
         TensorFile(tmp_path / "checkpoints" / "IMM" / "seed1" / f"task{t}.safetensors", kind="expert") for t in (1, 2)
     ]
@@ -178,6 +180,11 @@ def test_trained_batch_norm_is_trained(tmp_path):
         ({"trainer": TrainerOptions(accelerator="cpu", log_every_n_steps=0)}, "log_every_n_steps must be at least 1"),
         ({"training": TrainingOptions(momentum=1.5)}, r"momentum must be in \[0, 1\); got 1.5"),
         ({"training": TrainingOptions(weight_decay=-1)}, "weight_decay must be 0 or more; got -1"),
+        ({"training": TrainingOptions(drop_after=0)}, "training.drop_after must be at least 1; got 0"),
+        ({"training": TrainingOptions(stop_after=-1)}, "training.stop_after must be at least 1; got -1"),
+        ({"methods": ["ewc"]}, "methods: there is no 'ewc'; did you mean EWC[?] There are MAS-RACL, FIM-RACL, "),
+        ({"methods": ["fisher-racl"]}, "no 'fisher-racl'; did you mean FIM-RACL[?]"),
+        ({"methods": ["something"]}, "no 'something'[.] There are"),
         ({"wandb": WandbOptions(images_of=["ann"])}, "need 'wandb' among the loggers"),
         ({"data": Tiny(images=0)}, "no train images of the server for the task 'a'"),
         ({"training": TrainingOptions(epochs=2, lr=1e30)}, "diverged .* smaller training.lr"),
@@ -186,6 +193,69 @@ def test_trained_batch_norm_is_trained(tmp_path):
 def test_what_cannot_work_is_refused(options, message, tmp_path):
     with pytest.raises(MisconfigurationException, match=message):
         call(tmp_path, **options)
+
+
+def frozen(classes):
+    network = plain(classes)
+    network.body.requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize("method", ["MAS-RACL", "FIM-IMM", "MAS", "EWC"])
+def test_a_frozen_body_has_no_importances_which_is_said_before_anything_is_done(tmp_path, method):
+    with pytest.raises(MisconfigurationException, match=rf"no importances for {method}\. "):
+        call(tmp_path, network=frozen, methods=[method, "Experts"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frozen_body_is_no_obstacle_for_other_methods(tmp_path):
+    methods = ["mean-IMM", "LwF", "Finetune", "FT", "Experts", "Joint"]
+    assert {row.method for row in call(tmp_path, network=frozen, methods=methods)} == set(methods)
+
+
+@pytest.mark.parametrize("adaptations", [["last"], ["AdaBN-S"]])
+def test_what_is_logged_of_a_test_is_what_the_table_has(tmp_path, adaptations):
+    rows = call(
+        tmp_path,
+        data=Tiny(images=40),
+        network=with_norm,
+        methods=["mean-IMM", "LwF", "FT", "Experts", "Joint"],
+        adaptations=adaptations,
+        training=TrainingOptions(epochs=3, lr=0.1),
+        loggers=["csv"],
+    )
+    for row in rows:
+        if row.user == "all":
+            continue
+        method = METHODS[row.method]
+        stage = f"test-{row.label}-{row.user}"
+        (line,) = logged(tmp_path, stage, method.server)
+        assert float(line["test/avg_acc"]) == pytest.approx(row.avg_acc / 100), stage
+        assert ("test/forgetting" in line) == (row.forgetting is not None), stage
+        if row.forgetting is not None:
+            assert float(line["test/forgetting"]) == pytest.approx(row.forgetting / 100, abs=1e-6), stage
+        if method.one_each:
+            tested = {name for name in line if name.startswith("test/acc/")}
+            assert tested == {f"test/acc/t{t}/task{t}" for t in (1, 2)}
+
+
+def test_every_adaptation_in_double_precision(tmp_path):
+    rows = call(
+        tmp_path,
+        network=with_norm,
+        methods=["mean-IMM", "FIM-RACL", "LwF", "FT", "Joint"],
+        adaptations=["last", "recalibrate", "AdaBN", "AdaBN-S"],
+        trainer=TrainerOptions(accelerator="cpu", precision="64-true"),
+    )
+    assert len({row.label for row in rows}) == 20
+    path = tmp_path / "merged" / "IMM" / "seed1" / "ann-mean-IMM+AdaBN-task1.safetensors"
+    assert BatchNormStatistics.load(path)["1.running_mean"].dtype == torch.float64
+
+
+def test_it_says_where_models_are(tmp_path, capsys):
+    call(tmp_path, methods=["FT"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Models:")]
+    assert line == f"Models:      {tmp_path / 'checkpoints'}, {tmp_path / 'finetuned'} (for each user)"
 
 
 def test_figures_of_an_earlier_call_do_not_stay(tmp_path: Path):

@@ -46,6 +46,16 @@ def test_other_options_are_refused_and_named(tmp_path):
         RunFolder(tmp_path, {"lr": 0.2, "epochs": 3})
 
 
+@pytest.mark.parametrize("version", [{}, {"version": 1}, {"version": 99}])
+def test_a_folder_of_a_version_with_other_results_is_refused(tmp_path, version):
+    RunFolder(tmp_path, {"lr": 0.1}).finish("train")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["version"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | version))
+    with pytest.raises(ArtifactError, match=rf"holds a run of version {version.get('version', 1)}; .* other results"):
+        RunFolder(tmp_path, {"lr": 0.1})
+
+
 @pytest.mark.parametrize("content", ["{", json.dumps({"options": {}}), json.dumps([])])
 def test_a_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)

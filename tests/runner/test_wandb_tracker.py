@@ -130,9 +130,27 @@ def test_artifacts_say_what_they_were_made_of(tmp_path, global_state):
     follow.finish()
     found = {artifact.name: artifact for artifact in read_run(folder).artifacts}
     assert {artifact.type for artifact in found.values()} == {"expert", "importance", "merged-model"}
-    metadata = json.loads(found["Numbers-run-IMM-seed1-mnist-MAS-IMM"].metadata)
+    metadata = json.loads(found["Numbers-run-IMM-seed1-merged-mnist-MAS-IMM"].metadata)
     assert metadata["sha256"] == file_checksum(made[2].path)
     assert metadata["made_of"] == {path.name: file_checksum(path) for path in made[2].sources}
+
+
+def test_artifacts_of_users_with_odd_names_are_told_apart(tmp_path, global_state):
+    """Among them one whose tuned expert has the name of the server's importances, but for the room."""
+    users = ["a b", "a-b", "a_b", "ä", "ö", "server-mas", "x" * 100 + "1", "x" * 100 + "2"]
+    made = []
+    for what, stem in (("experts", "{}-task1"), ("importances", "{}-mas-task1"), ("merged", "{}-MAS-IMM")):
+        for name in [*users, *(["server"] if what == "importances" else [])]:
+            path = tmp_path / what / f"{stem.format(name)}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(name.encode())
+            made.append(RunFile(what, path, []))
+    follow = tracker(tmp_path)
+    follow.log_artifacts(made)
+    folder = follow.folder
+    follow.finish()
+    names = [artifact.name for artifact in read_run(folder).artifacts]
+    assert len(set(names)) == len(names) == len(made) == 25
 
 
 def test_online_the_run_uses_what_an_artifact_was_made_of(tmp_path, monkeypatch, global_state):
@@ -150,7 +168,8 @@ def test_online_the_run_uses_what_an_artifact_was_made_of(tmp_path, monkeypatch,
     follow.log_artifacts(files(tmp_path))
     follow.finish()
     expert, importance, merged = (
-        f"Numbers-run-IMM-seed1-{name}" for name in ("task1", "mnist-mas-task1", "mnist-MAS-IMM")
+        f"Numbers-run-IMM-seed1-{name}"
+        for name in ("experts-task1", "importances-mnist-mas-task1", "merged-mnist-MAS-IMM")
     )
     assert calls == [
         ("log", expert),

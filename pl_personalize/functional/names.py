@@ -1,0 +1,49 @@
+"""Names of parameters in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+
+_SHOWN = 5
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are.
+
+    Example:
+        >>> some(f"layer{k}.weight" for k in range(7))
+        'layer0.weight, layer1.weight, layer2.weight, layer3.weight, layer4.weight and 2 more'
+        >>> some([])
+        'none'
+    """
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more if names else "none"
+
+
+def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
+    """A sentence on the prefix by which names differ from those that are known; empty if it is not that alone.
+
+    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole.
+
+    Args:
+        names: Names that are not known.
+        known: Those that are.
+
+    Example:
+        >>> prefix_hint(["module.fc.weight", "module.fc.bias"], ["fc.weight", "fc.bias"])
+        " Without the prefix 'module.' the names would match."
+        >>> prefix_hint(["fc.weight"], ["body.fc.weight", "head.weight"])
+        " With the prefix 'body.' the names would match."
+        >>> prefix_hint(["fc.weight"], ["conv.weight"])
+        ''
+    """
+    names, there = list(names), dict.fromkeys(known)
+    for first, other in product(names[:1], there):
+        too_long, lacking = first.removesuffix(f".{other}"), other.removesuffix(f".{first}")
+        if too_long != first and {f"{too_long}.{name}" for name in there}.issuperset(names):
+            return f" Without the prefix '{too_long}.' the names would match."
+        if lacking != other and all(f"{lacking}.{name}" in there for name in names):
+            return f" With the prefix '{lacking}.' the names would match."
+    return ""
