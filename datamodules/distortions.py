@@ -25,25 +25,25 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
     2019). They are in pixels, for images of 64×64, and are not scaled with the image. ``docs/distortions.md`` has the
     formulas and constants.
 
-    ========================== ============================================================ ==================
-    name                       what                                                         at severity 3
-    ========================== ============================================================ ==================
-    ``spatter``                drops of water on the lens; at severity 4 and 5 mud          strength 0.6
-    ``elastic``                a random affine map, then smooth random displacements        up to 3.84 px
-    ``saturation``             saturation (HSV) times a factor                              2
-    ``defocus_blur``           mean over a disk                                             radius 1.5
-    ``gaussian_noise``         normal noise in each pixel and channel                       deviation 0.12
-    ``brightness``             value (HSV) plus a constant                                  0.3
-    ``gaussian_blur``          a Gaussian filter                                            σ 1
-    ``jpeg``                   compression                                                  quality 50
-    ``contrast``               distance to the mean of each channel times a factor          0.2
-    ``impulse_noise``          values that are replaced by 0 or 255                         5 %
-    ========================== ============================================================ ==================
+    ================== ===================================================== ==============
+    name               what                                                  at severity 3
+    ================== ===================================================== ==============
+    ``spatter``        drops of water on the lens; at severity 4 and 5 mud   strength 0.6
+    ``elastic``        a random affine map, then smooth random displacements within 3.84 px
+    ``saturation``     saturation (HSV) times a factor                       2
+    ``defocus_blur``   mean over a disk                                      radius 1.5
+    ``gaussian_noise`` normal noise in each pixel and channel                deviation 0.12
+    ``brightness``     value (HSV) plus a constant                           0.3
+    ``gaussian_blur``  a Gaussian filter                                     σ 1
+    ``jpeg``           compression                                           quality 50
+    ``contrast``       distance to the mean of each channel times a factor   0.2
+    ``impulse_noise``  values that are replaced by 0 or 255                  5 %
+    ================== ===================================================== ==============
 
     Args:
         image: (height, width, 3), uint8, red first. It may be of any size, from 1×1; it is not changed.
         name: One of ``DISTORTIONS``.
-        severity: From 1 to 5. It orders the strength of all but the saturation and the elastic map, as published.
+        severity: From 1 to 5. It orders strengths, but for spatter, elastic and saturation.
         seed: What all random numbers follow from.
 
     Returns:
@@ -57,7 +57,7 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
     Example:
         >>> image = np.full((2, 2, 3), (200, 100, 50), dtype=np.uint8)
         >>> distort(image, "saturation", seed=0)[0, 0].tolist()
-        [200, 0, 0]
+        [200, 67, 0]
         >>> distort(image, "brightness", severity=1, seed=0)[0, 0].tolist()
         [226, 113, 56]
     """
@@ -74,7 +74,8 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
         raise ValueError(f"seed must not be negative; got {seed}.")
     levels = np.array(image, dtype=np.float64, order="C")
     distorted = scale[int(severity) - 1](levels, np.random.default_rng(seed))
-    return np.rint(distorted.clip(0, 255)).astype(np.uint8)
+    rounded: _Image = np.rint(distorted.clip(0, 255)).astype(np.uint8)
+    return rounded
 
 
 def _water(
@@ -87,7 +88,7 @@ def _water(
     to_edge = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, cv2.DIST_MASK_5)
     relief = cv2.equalizeHist(cv2.blur(np.minimum(to_edge, 20), (3, 3)).astype(np.uint8))
     relief = cv2.filter2D(relief, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=np.float32))
-    drops = depth * cv2.blur(relief.astype(np.float64), (3, 3))
+    drops: _Levels = depth * cv2.blur(relief.astype(np.float64), (3, 3))
     if drops.max() > 0:  # else no drop fell
         drops *= strength / drops.max()
     return levels + drops[..., None] * (175.0, 238.0, 238.0)
@@ -114,7 +115,7 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
     """An affine map of three jittered points, then displacements that vary smoothly over the image."""
     cv2 = _opencv()
     height, width = levels.shape[:2]
-    # OpenCV interpolates to a thousandth of a level in float32; in float64 it rounds places to 1/32 of a pixel.
+    # OpenCV 5 interpolates exactly in float32; OpenCV 4, and 5 in float64, round places to 1/32 of a pixel.
     warped = levels.astype(np.float32)
     reach = min(height, width) // 3
     if reach:  # else the three points are one
@@ -136,18 +137,18 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
 
 def _saturation(levels: _Levels, rng: Generator, factor: float, offset: float) -> _Levels:
     """HSV: S becomes clip(factor S + offset, 0, 1). With hue and value fixed, V − c is in proportion to S."""
-    value = levels.max(axis=2, keepdims=True)
+    value: _Levels = levels.max(axis=2, keepdims=True)
     gap = value - levels
-    chroma = gap.max(axis=2, keepdims=True)
-    saturation = chroma / np.maximum(value, 1)
+    chroma: _Levels = gap.max(axis=2, keepdims=True)
     # Grey has no hue; as red, which HSV gives it, green and blue lack all of the new saturation.
     direction = np.where(chroma > 0, gap / np.maximum(chroma, 1), (0.0, 1.0, 1.0))
-    return value * (1 - direction * (factor * saturation + offset).clip(0, 1))
+    wanted: _Levels = (factor * chroma / np.maximum(value, 1) + offset).clip(0, 1)
+    return value * (1 - direction * wanted)
 
 
 def _brightness(levels: _Levels, rng: Generator, offset: float) -> _Levels:
     """HSV: V becomes clip(V + offset, 0, 1). With hue and saturation fixed, a colour is in proportion to V."""
-    value = levels.max(axis=2, keepdims=True)
+    value: _Levels = levels.max(axis=2, keepdims=True)
     # Exact in grey levels: where 255 offset ends in .5, a conversion there and back would leave the rounding to chance.
     brighter = np.minimum(value + 255 * offset, 255)
     return np.where(value > 0, levels * brighter / np.maximum(value, 1), brighter)
@@ -180,7 +181,7 @@ def _jpeg(levels: _Levels, rng: Generator, quality: int) -> _Levels:
 
 
 def _contrast(levels: _Levels, rng: Generator, factor: float) -> _Levels:
-    mean = levels.mean(axis=(0, 1))
+    mean: _Levels = levels.mean(axis=(0, 1))
     return (levels - mean) * factor + mean
 
 

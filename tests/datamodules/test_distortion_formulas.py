@@ -184,7 +184,9 @@ def test_elastic(image, severity, seed):
             for _ in range(2)
         )
         levels = sample(levels, rows + dy, columns + dx, "reflect")
-    assert_is_rounding_of(distort(image, "elastic", severity=severity, seed=seed), levels, slack=0.01)
+    # OpenCV 4 rounds places to 1/32 of a pixel, and neighbours differ by up to 240 levels here.
+    slack = 8 if cv2.__version__.startswith("4.") else 0.01
+    assert_is_rounding_of(distort(image, "elastic", severity=severity, seed=seed), levels, slack)
 
 
 def liquid_on(image, severity, seed):
@@ -205,10 +207,11 @@ def equalise(levels):
     return table[levels]
 
 
-@pytest.mark.parametrize("severity", [1, 2, 3])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("severity", "seed"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 16), (3, 28)])
 def test_water(image, severity, seed):
+    image = np.tile(image, (3, 5, 1))
     liquid, _ = liquid_on(image, severity, seed)
+    assert (liquid.max() > 1) == (severity == 3)  # where 8 bits would wrap round
     depth = np.floor(255 * np.minimum(liquid, 1)).astype(np.uint8)
     to_edge = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, 5).astype(float)
     relief = ndimage.uniform_filter(to_edge.clip(0, 20), 3, mode="mirror").astype(np.float32)

@@ -102,7 +102,9 @@ def test_the_layout_in_memory_does_not_matter(name):
     expected = distort(image, name, seed=1)
     views = (np.asfortranarray(image), image[::-1].copy()[::-1], np.repeat(image, 2, axis=1)[:, ::2])
     for view in views:
-        np.testing.assert_array_equal(distort(view, name, seed=1), expected)
+        distorted = distort(view, name, seed=1)
+        np.testing.assert_array_equal(distorted, expected)
+        assert distorted.flags.c_contiguous
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
