@@ -84,11 +84,11 @@ def _first_to_mix(
     """The first module whose output for the batch is not that for its samples, if its outputs show it."""
     outputs: list[list[tuple[nn.Module, Any]]] = []
     for inputs in (batch, *samples):
-        calls: list[tuple[nn.Module, Any]] = []
+        noted: list[tuple[nn.Module, Any]] = []
         handles: list[RemovableHandle] = []
 
-        def note(module: nn.Module, _: Any, output: Any, calls: list[tuple[nn.Module, Any]] = calls) -> None:
-            calls.append((module, output))
+        def note(module: nn.Module, _: Any, output: Any, noted: list[tuple[nn.Module, Any]] = noted) -> None:
+            noted.append((module, output))
 
         try:
             handles += [module.register_forward_hook(note) for module in modules]
@@ -96,9 +96,10 @@ def _first_to_mix(
         finally:
             for handle in handles:
                 handle.remove()
-        outputs.append(calls)
-    for (module, both), *ones in zip(*outputs, strict=False):
-        parts = [one for _, one in ones]
+        outputs.append(noted)
+    for calls in zip(*outputs, strict=False):
+        module, both = calls[0]
+        parts = [one for _, one in calls[1:]]
         if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
             rows = torch.cat(parts) if parts[0].dim() > 0 else both
             if rows.shape == both.shape and not _is_close(both, rows):
