@@ -117,7 +117,7 @@ def _linear_power_sum(layer: nn.Linear, x: Tensor, grad: Tensor, power: int, sum
         dtype = next(iter(sums.values())).dtype
         grad = raise_to(grad.to(dtype), power)
         if weight is not None:
-            rows = len(x) if x.is_cuda else max(32, _IN_CACHE // x.shape[1])
+            rows = len(x) if x.is_cuda else max(32, _IN_CACHE // max(1, x.shape[1]))
             for some_x, some_grad in zip(torch.split(x, rows), torch.split(grad, rows), strict=True):
                 weight.addmm_(some_grad.T, raise_to(some_x.to(dtype), power))
         if bias is not None:

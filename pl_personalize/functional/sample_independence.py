@@ -98,7 +98,8 @@ def _first_to_mix(
                 handle.remove()
         outputs.append(noted)
     for calls in zip(*outputs, strict=False):
-        module, both = calls[0]
+        module: nn.Module = calls[0][0]
+        both = calls[0][1]
         parts = [one for _, one in calls[1:]]
         if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
             rows = torch.cat(parts) if parts[0].dim() > 0 else both
