@@ -26,6 +26,7 @@ from pl_personalize.runner import (
     ImportanceOptions,
     LoggerName,
     MethodName,
+    TestedModels,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
@@ -56,6 +57,7 @@ def compare(
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions = ADAPTATION,
     baselines: BaselineOptions = BASELINES,
+    models: TestedModels = "all",
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
     trainer: TrainerOptions = TRAINER,
@@ -82,6 +84,8 @@ def compare(
             ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         adaptation: How batch norm is adapted.
         baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
+        models: What is tested of a sequence of models: ``all``, or ``last``: only the one after the last task, which
+            has no forgetting, and takes a fraction of the time.
         training: How models are trained.
         importance: How importances are estimated.
         trainer: For the Lightning Trainers.
@@ -107,6 +111,7 @@ def compare(
         adaptations=adaptations,
         adaptation=adaptation,
         baselines=baselines,
+        models=models,
         loggers=loggers,
         wandb=wandb,
         options={**data_options, "data_dir": str(data.data_dir.resolve()), "weights": weights},

@@ -25,6 +25,7 @@ from pl_personalize.runner.options import (
     BaselineOptions,
     ImportanceOptions,
     LoggerName,
+    TestedModels,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
@@ -141,12 +142,16 @@ def check_body(network: TaskNetwork, methods: Sequence[MethodName]) -> None:
 
 
 def choose_adaptations(
-    chosen: Sequence[AdaptationName] | None, network: TaskNetwork, methods: Sequence[MethodName]
+    chosen: Sequence[AdaptationName] | None,
+    network: TaskNetwork,
+    methods: Sequence[MethodName],
+    models: TestedModels = "all",
 ) -> list[AdaptationName]:
     """The adaptations of batch norm that were chosen; by default AdaBN for a network that has it.
 
     Raises:
-        MisconfigurationException: If they do not fit the network, or a method has none that has a meaning for it.
+        MisconfigurationException: If they do not fit the network or the models, or a method has none that has a meaning
+            for it.
     """
     layers = batchnorm_layers(network.body)
     if chosen is None:
@@ -159,6 +164,11 @@ def choose_adaptations(
             else "have no meaning for a network without batch norm"
         )
         raise MisconfigurationException(f"adaptations {what}; got {list(chosen)}.")
+    if "reference" in chosen and models == "last":
+        raise MisconfigurationException(
+            "The adaptation 'reference' takes γ and β of earlier merges, which models='last' does not make: leave one "
+            "of the two out."
+        )
     if without := [method for method in methods if not variants([method], chosen)]:
         raise MisconfigurationException(
             f"None of the adaptations {list(chosen)} has a meaning for {', '.join(without)}, which is no merge; add "

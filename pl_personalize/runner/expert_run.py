@@ -105,7 +105,14 @@ class ExpertRun(SequenceRun):
         if METHODS[method].merges:
             experts = [open_expert(self.expert_path(task)) for task in range(self.num_tasks)]
             zero: Zero = "reference" if self.setting.importance.reduction == "batch" else "mean"
-            return MergeModule(network, experts, self._importance_paths(method, user) or None, zero=zero, **options)
+            return MergeModule(
+                network,
+                experts,
+                self._importance_paths(method, user) or None,
+                zero=zero,
+                models=self.setting.models,
+                **options,
+            )
         paths = self.tuned_path if METHODS[method].tunes else lambda _, task: self.expert_path(task)
         loaded = [open_expert(paths(user, task)).load() for task in range(self.num_tasks)]
         bodies, heads = ([part(expert, what) for expert in loaded] for what in ("body", "head"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 LoggerName = Literal["wandb", "csv", "tensorboard"]
+TestedModels = Literal["all", "last"]
 ArtifactName = Literal["experts", "importances", "merged"]
 
 

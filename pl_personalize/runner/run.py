@@ -35,6 +35,7 @@ from pl_personalize.runner.options import (
     BaselineOptions,
     ImportanceOptions,
     LoggerName,
+    TestedModels,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
@@ -69,6 +70,7 @@ def run_experiment(
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions | None = None,
     baselines: BaselineOptions | None = None,
+    models: TestedModels = "all",
     loggers: Sequence[LoggerName] = ("wandb",),
     wandb: WandbOptions | None = None,
     options: Mapping[str, Any] | None = None,
@@ -94,6 +96,8 @@ def run_experiment(
         adaptations: Of batch norm, under which every method is tested; by default ``AdaBN`` for a network that has it.
         adaptation: How batch norm is adapted.
         baselines: Methods that do not merge.
+        models: What is tested of a sequence of models: ``"all"``, or ``"last"``: only the one after the last task,
+            which has no forgetting, and takes a fraction of the time.
         loggers: Who follows the runs; several, or nobody. There is one run for each seed and server method.
         wandb: Tracking in Weights & Biases.
         options: Further options that the results depend on.
@@ -116,11 +120,12 @@ def run_experiment(
     with torch.random.fork_rng(devices=[]):
         network = make_network(2)
     check_body(network, methods)
-    adaptations = choose_adaptations(adaptations, network, methods)
+    adaptations = choose_adaptations(adaptations, network, methods, models)
     servers = by_server(methods)
     if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
         output_dir = folder_in_a_sweep(output_dir, len(servers) * len(seeds))
     decisive = {"benchmark": benchmark, "backbone": backbone} | asdict(training) | asdict(importance) | asdict(trainer)
+    decisive |= {} if models == "all" else {"models": models}
     decisive |= {f"baselines.{name}": value for name, value in asdict(baselines).items()} | dict(options or {})
     if "none" not in adaptations:
         decisive |= {f"adaptation.{name}": value for name, value in asdict(adaptation).items()}
@@ -133,7 +138,7 @@ def run_experiment(
     folder = RunFolder(output_dir, decisive)
     with _explained_interruption(), folder.locked(), _quiet_lightning():
         setting = Setting(
-            folder, datamodule, make_network, training, importance, trainer, adaptations, adaptation, baselines
+            folder, datamodule, make_network, training, importance, trainer, adaptations, adaptation, baselines, models
         )
         runs = [SERVER_RUNS[server](setting, group, seed) for seed in seeds for server, group in servers.items()]
         pending = [[work for work in run.stages() if folder.finished(work.name) is None] for run in runs]

@@ -44,7 +44,9 @@ class SequenceRun(ServerRun):
         network = self._network(self.data.num_classes(0))
         models = [open_expert(self.expert_path(task)).load() for task in range(self.num_tasks)]
         bodies, heads = ([part(model, what) for model in models] for what in ("body", "head"))
-        return SequenceEvaluator(network, bodies, heads, own_heads=self.own_heads(models), **options)
+        return SequenceEvaluator(
+            network, bodies, heads, own_heads=self.own_heads(models), models=self.setting.models, **options
+        )
 
     def own_heads(self, models: Sequence[Mapping[str, Tensor]]) -> dict[tuple[int, int], Mapping[str, Tensor]]:
         """Heads of earlier tasks that a model has changed, by model and task, both from 0."""

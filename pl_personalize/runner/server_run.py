@@ -40,6 +40,7 @@ from pl_personalize.runner.options import (
     ArtifactName,
     BaselineOptions,
     ImportanceOptions,
+    TestedModels,
     TrainerOptions,
     TrainingOptions,
 )
@@ -62,6 +63,7 @@ class Setting:
         adaptations: Of batch norm, under which every method is tested.
         adaptation: How batch norm is adapted.
         baselines: Methods that do not merge.
+        models: What is tested of a sequence of models.
     """
 
     folder: RunFolder
@@ -73,6 +75,7 @@ class Setting:
     adaptations: Sequence[AdaptationName]
     adaptation: AdaptationOptions
     baselines: BaselineOptions
+    models: TestedModels = "all"
 
 
 class RunFile(NamedTuple):

@@ -1,6 +1,7 @@
 """Calls of run_experiment after one another in one folder, and what it refuses."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, call, plain, with_norm
 from wandb_file import read_run
 
-from pl_personalize import BatchNormStatistics
+from pl_personalize import ArtifactError, BatchNormStatistics
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.runner import (
     AdaptationOptions,
@@ -151,6 +152,26 @@ def test_every_adaptation_of_every_method(tmp_path, capsys):
         header = next(line for line in output.splitlines() if line.startswith(f"| {title} "))
         assert [cell.strip() for cell in header.split("|")[2:-1]] == adaptations
     assert (tmp_path / "figures" / "methods.png").is_file()
+
+
+@pytest.mark.parametrize("network", [plain, with_norm])
+def test_the_last_models_alone_have_the_same_accuracy_and_no_forgetting(network, tmp_path):
+    methods = ["mean-IMM", "FIM-RACL", "Finetune", "LwF", "FT", "Experts", "Joint"]
+    adaptations = ["last", "expert", "AdaBN-S"] if network is with_norm else None
+    found = {
+        models: call(tmp_path / models, network=network, methods=methods, adaptations=adaptations, models=models)
+        for models in ("all", "last")
+    }
+
+    assert [replace(row, forgetting=None) for row in found["all"]] == found["last"]
+    assert any(row.forgetting is not None for row in found["all"])
+    with pytest.raises(ArtifactError, match="models"):
+        call(tmp_path / "last", network=network, methods=methods, adaptations=adaptations)
+
+
+def test_the_reference_batch_norm_needs_all_models(tmp_path):
+    with pytest.raises(MisconfigurationException, match="earlier merges"):
+        call(tmp_path, network=with_norm, adaptations=["reference"], models="last")
 
 
 def test_trained_batch_norm_is_trained(tmp_path):
