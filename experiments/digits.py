@@ -27,7 +27,6 @@ from pl_personalize.runner import (
     BaselineOptions,
     ImportanceOptions,
     LoggerName,
-    MethodName,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
@@ -43,7 +42,7 @@ WANDB = WandbOptions()
 
 def main(
     seeds: Sequence[int] = (1, 2, 3, 4),
-    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
+    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
     split_seed: int = 27,
@@ -60,7 +59,8 @@ def main(
 
     Args:
         seeds: Seeds of initial parameters and of the order of the data.
-        methods: What is compared.
+        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
+            ``mean-IMM``; the others ``MAS``, ``EWC``, ``LwF``, ``Finetune``, ``FT``, ``Experts``, ``Joint``.
         hidden: Widths of the hidden layers.
         batch_size: For training.
         split_seed: Seed of the division of the images among server and users.

@@ -26,7 +26,6 @@ from pl_personalize.runner import (
     BaselineOptions,
     ImportanceOptions,
     LoggerName,
-    MethodName,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
@@ -52,7 +51,7 @@ def main(
     max_per_source: PositiveInt | None = 10_000,
     split_seed: int = 27,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
-    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
+    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     backbone: str = "mlp",
     hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
     weights: str | None = None,
@@ -79,9 +78,9 @@ def main(
         max_per_source: Cap on the server's images of a task and source; null for all.
         split_seed: Seed of the choice and the division of the images.
         seeds: Seeds of initial parameters and of the order of the data.
-        methods: What is compared: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``, ``mean-IMM``; the
-            methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks; ``FT``, experts
-            trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
+        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
+            ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
+            ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
         backbone: ``mlp``, the paper's; ``cnn_bn``: four blocks of convolution and batch norm; or a classification model
             of torchvision (``squeezenet1_1``, ``resnet18``, …), or of timm, if it is installed (``timm:resnet18``).
         hidden: Widths of the hidden layers of ``mlp``.

@@ -96,14 +96,14 @@ def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
             f"{one.difference:+.2f}",
             f"{one.p:.2g}",
             f"{one.p_adjusted:.2g}",
-            "≈" if one.within_noise else "",
+            "yes" if one.significant else "",
         ]
         for one in comparisons
         if one.user == ALL_USERS
     ]
     if not lines:
         return text
-    header = ["method", "other", "difference", "p", "p (Holm)", "not significant"]
+    header = ["method", "other", "difference", "p", "p (Holm)", "significant"]
     return f"{text}\n\n## Differences over seeds and users\n\n{markdown_table([header, *lines])}"
 
 

@@ -216,8 +216,8 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
     if marked:
         best = "the best adaptation of a method" if len(adaptations) > 1 else "the best method, bounds apart"
         sentences.append(
-            f"* {best}; ≈ within noise of it (paired t-test over seeds, for all users over seeds and users, "
-            "Holm-corrected, p ≥ 0.05)."
+            f"* {best}; ↓ significantly below it (paired t-test over seeds, for all users of their means; "
+            "Holm-corrected, p < 0.05)."
         )
     if paper_note:
         sentences.append(paper_note)

@@ -61,7 +61,7 @@ def run_experiment(
     datamodule: TaskIncrementalDataModule,
     make_network: Callable[[int], TaskNetwork],
     *,
-    methods: Sequence[MethodName],
+    methods: MethodName | Sequence[MethodName],
     seeds: Sequence[int],
     output_dir: Path,
     training: TrainingOptions,
@@ -87,7 +87,7 @@ def run_experiment(
         backbone: Name of the network, for the results.
         datamodule: The benchmark.
         make_network: The network for a number of classes.
-        methods: What is compared.
+        methods: What is compared, one or several of :data:`METHODS`.
         seeds: Seeds of initial parameters and of the order of the data.
         output_dir: The run's folder.
         training: How models are trained.
@@ -113,6 +113,7 @@ def run_experiment(
     """
     wandb, adaptation = wandb or WandbOptions(), adaptation or AdaptationOptions()
     baselines = baselines or BaselineOptions()
+    methods = [methods] if isinstance(methods, str) else methods
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
     with _quiet_lightning():

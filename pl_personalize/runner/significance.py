@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
@@ -22,7 +22,7 @@ class Comparison:
         user: Name of the user, or ``all``.
         method: The first method, with its adaptation if there is one.
         other: The second.
-        pairs: Number of pairs: seeds, for ``all`` seeds times users.
+        pairs: Number of pairs, which are seeds.
         difference: Mean of (first - second), in points of accuracy.
         p: Two-sided.
         p_adjusted: The same after Holm's correction, see :func:`compare`.
@@ -37,16 +37,17 @@ class Comparison:
     p_adjusted: float
 
     @property
-    def within_noise(self) -> bool:
-        """Whether the methods cannot be told apart."""
-        return self.p_adjusted >= LEVEL
+    def significant(self) -> bool:
+        """Whether the methods can be told apart."""
+        return self.p_adjusted < LEVEL
 
 
 def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
     """Methods with each other, and the adaptations of each method, for each user over seeds.
 
-    For ``all`` users the pairs are those of seed and user. As the users of a seed share its experts, and users may
-    differ, p is approximate there.
+    For ``all`` users the means over users are compared, as they are in the table. Seed and user together would be no
+    pairs: the users of a seed share its experts, and a method that is worse by much for one user and by little for
+    another would not be told from it.
 
     Args:
         rows: The results; rows of ``all`` users are passed over. Methods that are bounds are compared with themselves,
@@ -74,14 +75,22 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
         for labels in questions.values():
             tests = []
             for first, second in combinations(labels, 2):
-                common = accuracies[first].keys() & accuracies[second].keys()
-                keys = sorted(key for key in common if user in (ALL_USERS, key[0]))
-                differences = [accuracies[first][key] - accuracies[second][key] for key in keys]
+                of_whom = users if user == ALL_USERS else [user]
+                differences = _differences(accuracies[first], accuracies[second], of_whom)
                 if len(differences) > 1:
                     tests.append((first, second, len(differences), mean(differences), paired_test(differences)))
             adjusted = holm([test[-1] for test in tests])
             found += [Comparison(user, *test, p) for test, p in zip(tests, adjusted, strict=True)]
     return found
+
+
+def _differences(
+    first: Mapping[tuple[str, int], float], second: Mapping[tuple[str, int], float], users: Sequence[str]
+) -> list[float]:
+    """Between means over users, for each seed that both methods have for all of them."""
+    common = {key: first[key] - second[key] for key in first.keys() & second.keys()}
+    seeds = sorted({seed for _, seed in common})
+    return [mean(common[u, seed] for u in users) for seed in seeds if all((u, seed) in common for u in users)]
 
 
 def paired_test(differences: Sequence[float]) -> float:
@@ -147,7 +156,9 @@ def holm(values: Sequence[float]) -> list[float]:
 def marks(
     rows: Sequence[ResultRow], comparisons: Sequence[Comparison], labels: Sequence[str]
 ) -> dict[tuple[str, str], str]:
-    """For each user the best of some competitors (``*``), and those that cannot be told from it (``≈``).
+    """For each user the best of some competitors (``*``), and those that are significantly below it (``↓``).
+
+    What has no mark may be as good as the best, or worse: that so few seeds do not say.
 
     Args:
         rows: The results, with those of ``all`` users.
@@ -164,6 +175,6 @@ def marks(
         best = max(means, key=means.__getitem__)
         found[best, user] = "*"
         for one in of_these:
-            if one.user == user and best in (one.method, one.other) and one.within_noise:
-                found[one.other if one.method == best else one.method, user] = "≈"
+            if one.user == user and best in (one.method, one.other) and one.significant:
+                found[one.other if one.method == best else one.method, user] = "↓"
     return found

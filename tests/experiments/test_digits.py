@@ -136,7 +136,8 @@ def test_a_folder_of_another_run_is_refused(finished, monkeypatch, capsys, globa
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--methods", "[FIM]", "FIM"),
+        ("--methods", "ewc", "methods: there is no 'ewc'; did you mean EWC? There are MAS-RACL, "),
+        ("--methods", "[EWC, fisher-racl]", "methods: there is no 'fisher-racl'; did you mean FIM-RACL? There are"),
         ("--training.epochs", "many", "many"),
         ("--training.epochs", "0", "epochs must be at least 1; got 0"),
         ("--sedes", "[1]", "--sedes"),
@@ -146,7 +147,7 @@ def test_a_folder_of_another_run_is_refused(finished, monkeypatch, capsys, globa
         ("--num_threads", "0", "num_threads"),
         ("--loggers", "[mlflow]", "mlflow"),
         ("--importance.fisher_draws", "0", "fisher_draws must be at least 1"),
-        ("--wandb.images_of", "[everybody]", "wandb.images_of: there is no 'everybody'; there are scan, camera"),
+        ("--wandb.images_of", "[everybody]", "wandb.images_of: there is no 'everybody'. There are scan, camera"),
     ],
 )
 def test_a_wrong_option_is_refused_at_once(tmp_path, monkeypatch, capsys, global_state, option, value, message):

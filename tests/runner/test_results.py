@@ -57,9 +57,9 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
 def test_marks_and_the_papers_figures_stand_in_the_table():
     rows = [row("MAS-RACL", "a"), row("Joint", "a")]
     paper = {"MAS-RACL": PaperResult(84.01, -0.22)}
-    lines = results_table(rows, {("MAS-RACL", "a"): "≈"}, paper).splitlines()
+    lines = results_table(rows, {("MAS-RACL", "a"): "↓"}, paper).splitlines()
     assert lines[0] == "| method   | user a        | paper       |"
-    assert lines[2] == "| MAS-RACL | 62.5 (25.0) ≈ | 84.0 (-0.2) |"
+    assert lines[2] == "| MAS-RACL | 62.5 (25.0) ↓ | 84.0 (-0.2) |"
     assert lines[3].endswith("|             |")
 
 
@@ -67,8 +67,8 @@ def test_the_legend_says_what_is_in_the_table():
     assert "Joint: one model trained on all tasks" in legend([row("Joint", "a")])
     plain = legend([row("MAS-RACL", "a")])
     assert "Joint" not in plain
-    assert "≈" not in plain
-    assert "≈ within noise" in legend([row("MAS-RACL", "a")], marked=True)
+    assert "↓" not in plain
+    assert "↓ significantly below" in legend([row("MAS-RACL", "a")], marked=True)
 
 
 def test_what_was_written_is_read_back(tmp_path):

@@ -28,33 +28,33 @@ TABLE = {
 }
 
 
-def test_pairs_are_of_one_seed_and_user():
+def test_pairs_are_of_one_seed():
     found = {(one.user, one.method, one.other): one for one in compare(rows(TABLE))}
     assert set(found) == {(u, *pair) for u in ("u", "v", "all") for pair in (("A", "B"), ("A", "C"), ("B", "C"))}
     expected = stats.ttest_rel(TABLE["A", "u"], TABLE["B", "u"]).pvalue
     assert found["u", "A", "B"].p == pytest.approx(expected)
     assert found["u", "A", "B"].pairs == 4
-    everybody = stats.ttest_rel(TABLE["A", "u"] + TABLE["A", "v"], TABLE["B", "u"] + TABLE["B", "v"])
-    assert found["all", "A", "B"].p == pytest.approx(everybody.pvalue)
-    assert found["all", "A", "B"].pairs == 8
+    means = [[(u + v) / 2 for u, v in zip(TABLE[m, "u"], TABLE[m, "v"], strict=True)] for m in "AB"]
+    assert found["all", "A", "B"].p == pytest.approx(stats.ttest_rel(*means).pvalue)
+    assert found["all", "A", "B"].pairs == 4
     assert found["all", "A", "B"].difference == pytest.approx(1.0)
 
 
 def test_noise_is_told_from_a_difference():
     found = {(one.user, one.method, one.other): one for one in compare(rows(TABLE))}
-    assert not found["u", "A", "B"].within_noise
-    assert found["u", "A", "C"].within_noise
+    assert found["u", "A", "B"].significant
+    assert not found["u", "A", "C"].significant
 
 
-def test_the_best_and_what_is_within_noise_of_it_are_marked():
+def test_the_best_and_what_is_significantly_below_it_are_marked():
     table = rows(TABLE)
     assert marks(table, compare(table), ["A", "B", "C"]) == {
-        ("A", "u"): "≈",
         ("C", "u"): "*",
+        ("B", "u"): "↓",
         ("A", "v"): "*",
-        ("C", "v"): "≈",
+        ("B", "v"): "↓",
         ("C", "all"): "*",
-        ("A", "all"): "≈",
+        ("B", "all"): "↓",
     }
 
 
@@ -62,7 +62,19 @@ def test_a_seed_that_one_method_lacks_is_no_pair():
     table = dict(TABLE)
     table["B", "u"] = table["B", "u"][:3]
     found = {one.user: one.pairs for one in compare(rows(table)) if (one.method, one.other) == ("A", "B")}
-    assert found == {"u": 3, "v": 4, "all": 7}
+    assert found == {"u": 3, "v": 4, "all": 3}
+
+
+def test_a_method_that_is_worse_for_every_user_is_worse_for_all():
+    """By much for one and by little for the other: that users differ is no noise."""
+    best = {("A", "u"): [95.0, 95.5, 95.2, 95.1, 95.3], ("A", "v"): [99.6, 99.5, 99.6, 99.7, 99.6]}
+    worse = {("B", "u"): [82.0, 82.6, 82.1, 82.0, 82.4], ("B", "v"): [98.7, 98.6, 98.8, 98.7, 98.7]}
+    others = {(m, user): [99.0 if user == "v" else 90.0] * 5 for m in "CDEF" for user in "uv"}
+    table = rows(best | worse | others)
+
+    found = marks(table, compare(table), list("ABCDEF"))
+    assert found["A", "all"] == "*"
+    assert {user: found.get(("B", user)) for user in ("u", "v", "all")} == {"u": "↓", "v": "↓", "all": "↓"}
 
 
 def test_one_seed_says_nothing_of_chance():
@@ -111,7 +123,9 @@ def test_the_best_adaptation_of_a_method_is_marked():
     cells = {("MAS-IMM", "last"): [60.0, 61.0, 63.0], ("MAS-IMM", "AdaBN"): [70.0, 72.0, 73.0]}
     table = with_means_over_users(adapted(cells))
     best = marks(table, compare(table), ["MAS-IMM+last", "MAS-IMM+AdaBN"])
-    assert best == {("MAS-IMM+AdaBN", "u"): "*", ("MAS-IMM+AdaBN", "all"): "*"}
+    assert best == {
+        (f"MAS-IMM+{a}", user): mark for a, mark in (("AdaBN", "*"), ("last", "↓")) for user in ("u", "all")
+    }
 
 
 def test_without_variance_the_test_is_still_defined():
