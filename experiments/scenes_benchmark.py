@@ -25,7 +25,6 @@ from pl_personalize.runner import (
     BaselineOptions,
     ImportanceOptions,
     LoggerName,
-    MethodName,
     TestedModels,
     TrainerOptions,
     TrainingOptions,
@@ -53,7 +52,7 @@ def compare(
     backbone: str = "vgg11",
     weights: str | None = "DEFAULT",
     seeds: Sequence[int] = (1, 2, 3),
-    methods: Sequence[MethodName] = MERGES_AND_BOUNDS,
+    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions = ADAPTATION,
     baselines: BaselineOptions = BASELINES,
@@ -77,9 +76,9 @@ def compare(
         weights: The name of published weights (``DEFAULT``) or the path of a file with a state dict; null for random
             ones.
         seeds: Seeds of initial heads and of the order of the data.
-        methods: What is compared: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``, ``mean-IMM``; the
-            methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks; ``FT``, experts
-            trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
+        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
+            ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
+            ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
         adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
             ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         adaptation: How batch norm is adapted.
