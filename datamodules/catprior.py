@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
@@ -62,15 +63,15 @@ class CatPriorDataModule(SceneDataModule):
         num_users: int = 5,
         preferred_classes: int = 3,
         extra_images: int = 70,
-        preferences: int | str | os.PathLike[str] | None = None,
+        preferences: int | str | Path | None = None,
         tasks: Sequence[str] = TASKS,
-        supercategories: str | os.PathLike[str] | None = None,
+        supercategories: str | Path | None = None,
         iterations: Sequence[int] = (1,),
         image_size: int = 224,
         augment: bool = False,
         mean: Sequence[float] = MEAN,
         deviation: Sequence[float] = DEVIATION,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         download: bool = False,
         archive_md5: str | None = None,
         task: int | str | None = None,
