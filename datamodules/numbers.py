@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torchvision
@@ -43,7 +43,8 @@ class NumbersDataModule(TaskIncrementalDataModule):
         batch_size: See there.
         eval_batch_size: See there.
         seed: What the order of training data depends on.
-        split_seed: What the choice and the division of the images depend on.
+        split_seed: What the choice and the division of the images depend on; ``"seed"``: on ``seed``, so that each seed
+            of an experiment has images of its own.
 
     Raises:
         MisconfigurationException: If a source is unknown or missing; the message says where it was looked for.
@@ -61,7 +62,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
         batch_size: int = 20,
         eval_batch_size: int = 256,
         seed: int = 0,
-        split_seed: int = 27,
+        split_seed: int | Literal["seed"] = 27,
     ) -> None:
         names = [source if source in _COLLECTIONS else Path(source).name for source in sources]
         if not names or len(set(names)) != len(names):
@@ -82,6 +83,18 @@ class NumbersDataModule(TaskIncrementalDataModule):
         self.data_dir, self.sources, self.download = Path(data_dir).expanduser(), tuple(sources), download
         self.max_per_source, self.split_seed = max_per_source, split_seed
         self._raw: dict[tuple[str, bool], _Raw] = {}
+
+    @property
+    def _division(self) -> int:
+        return self.seed if self.split_seed == "seed" else self.split_seed
+
+    @override
+    def view(self, *, task: int | str | None = None, user: int | str | None = None, seed: int | None = None) -> Self:
+        """See :meth:`TaskIncrementalDataModule.view`; where the division follows the seed, another seed has its own."""
+        other = super().view(task=task, user=user, seed=seed)
+        if self.split_seed == "seed" and other.seed != self.seed:
+            other._server, other._user = {}, {}
+        return other
 
     @override
     def prepare_data(self) -> None:
@@ -105,17 +118,17 @@ class NumbersDataModule(TaskIncrementalDataModule):
         parts: list[LabelledImages] = []
         for source, name in zip(self.sources, self.users, strict=True):
             images, labels = self._of_task(source, True, task)
-            generator = torch.Generator().manual_seed(derive_seed(self.split_seed, name, task))
+            generator = torch.Generator().manual_seed(derive_seed(self._division, name, task))
             order = torch.randperm(len(labels), generator=generator)[: self.max_per_source]
             parts.append(LabelledImages(_standardise(images[order], source), labels[order]))
-        return random_split(concatenate(parts), 0.8, self.split_seed, "server", task)
+        return random_split(concatenate(parts), 0.8, self._division, "server", task)
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
         """The test images of the user's source, halved."""
         images, labels = self._of_task(self.sources[user], False, task)
         found = LabelledImages(_standardise(images, self.sources[user]), labels)
-        evaluation, adapt = random_split(found, 0.5, self.split_seed, "user", self.users[user], task)
+        evaluation, adapt = random_split(found, 0.5, self._division, "user", self.users[user], task)
         return adapt, evaluation
 
     def _of_task(self, source: str, train: bool, task: int) -> _Raw:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def main(
     sources: Sequence[str] = PAPER_SOURCES,
     download: bool = False,
     max_per_source: PositiveInt | None = 10_000,
-    split_seed: int = 27,
+    split_seed: int | Literal["seed"] = 27,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     backbone: str = "mlp",
@@ -76,7 +77,7 @@ def main(
         sources: Names (``svhn``, ``mnist``, ``usps``) or folders with ``{train,test}/<digit>/*``; each is one user.
         download: Fetch collections that are missing.
         max_per_source: Cap on the server's images of a task and source; null for all.
-        split_seed: Seed of the choice and the division of the images.
+        split_seed: Seed of the choice and the division of the images; ``seed``: each of the seeds.
         seeds: Seeds of initial parameters and of the order of the data.
         methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
             ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;

@@ -61,6 +61,18 @@ def test_labels_belong_to_their_images(data_dir):
     assert torch.equal(found, labels)
 
 
+def test_each_seed_may_have_a_division_of_its_own(data_dir):
+    data = numbers(data_dir, split_seed="seed", user=0)
+    first, again, other = data.view(seed=1, user=0), data.view(seed=1, user=0), data.view(seed=2, user=0)
+
+    for load in (lambda view: view.server_split(0)[0], lambda view: view.user_split(0, 0)[0]):
+        assert torch.equal(load(first).images, load(again).images)
+        assert not torch.equal(load(first).images, load(other).images)
+    assert first.view(user=0).server_split(0)[0].images is first.server_split(0)[0].images
+    expected = numbers(data_dir, split_seed=2).server_split(0)[0].images
+    assert torch.equal(other.server_split(0)[0].images, expected)
+
+
 def test_splits_follow_from_the_split_seed(data_dir):
     first, second, other = (numbers(data_dir, split_seed=seed).server_split(0)[0] for seed in (1, 1, 2))
     assert torch.equal(first.images, second.images)
