@@ -49,7 +49,7 @@ class Importance(Mapping[str, Tensor]):
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"Importances need at least one sample; got num_samples={num_samples}.")
-        self._bounds = {name: (value._version, check_importance(name, value)) for name, value in values.items()}
+        self._bounds = {name: (_version(value), check_importance(name, value)) for name, value in values.items()}
         self._values = dict(values)
         self.kind = kind
         self.num_samples = num_samples
@@ -72,9 +72,9 @@ class Importance(Mapping[str, Tensor]):
         )
 
     def bounds(self, name: str) -> Bounds | None:
-        """The smallest and the largest entry of a tensor, or ``None`` if it was changed in place since."""
+        """The smallest and the largest entry of a tensor, or ``None`` if it was, or may be, changed in place since."""
         version, bounds = self._bounds[name]
-        return bounds if self._values[name]._version == version else None
+        return bounds if version is not None and _version(self._values[name]) == version else None
 
     def to(self, *args: Any, **kwargs: Any) -> Importance:
         """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
@@ -148,3 +148,8 @@ class Importance(Mapping[str, Tensor]):
 
     def _like(self, values: Mapping[str, Tensor], num_samples: int) -> Importance:
         return Importance(values, kind=self.kind, num_samples=num_samples, reduction=self.reduction, paths=self.paths)
+
+
+def _version(value: Tensor) -> int | None:
+    """Counts the changes in place; inference tensors do not."""
+    return None if value.is_inference() else value._version

@@ -80,6 +80,34 @@ def test_importances_that_changed_in_place_are_looked_at_anew():
     torch.testing.assert_close(merged["w"], torch.tensor([4.0, 3.5]))
 
 
+def test_an_importance_that_became_negative_is_refused_by_its_name():
+    importances = [Importance({"w": torch.tensor([1.0, 1.0])}, kind="mas", num_samples=1) for _ in range(2)]
+    importances[1]["w"].neg_()
+
+    with pytest.raises(ValueError, match="Expert 2: The importance of 'w' has a negative entry"):
+        merge([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 4.0])}], importances)
+
+
+def test_importances_that_became_zero_unseen_are_so():
+    importances = [Importance({"w": torch.tensor([1.0, 1.0])}, kind="mas", num_samples=1) for _ in range(2)]
+    for importance in importances:
+        importance["w"].data[0] = 0  # no version counts this
+
+    merged = merge([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 4.0])}], importances)
+
+    assert merged["w"].tolist() == [3.0, 3.0]
+
+
+@torch.inference_mode()
+def test_importances_may_be_made_and_merged_in_inference_mode():
+    importances = [Importance({"w": torch.tensor([1.0, 1.0])}, kind="mas", num_samples=1) for _ in range(2)]
+    importances[1]["w"].mul_(3)
+
+    merged = merge([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 4.0])}], importances)
+
+    assert merged["w"].tolist() == [4.0, 3.5]
+
+
 def test_by_hand():
     experts = [
         {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(1)},

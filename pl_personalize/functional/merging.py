@@ -79,7 +79,9 @@ def prefix_merges(
     results = out or [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters[start:]]
     device = results[-1].device
     factors = [weight * scale for weight, scale in zip(weights, scales or [1.0] * len(weights), strict=True)]
-    factors = [factor / factors[0] for factor in factors]
+    # None below 1: an importance that became zero in float32 would count as none.
+    smallest = min(factors)
+    factors = [factor / smallest for factor in factors]
     low, high = _bounds_of_sums(bounds, factors)
     chunk = _AT_A_TIME * torch.get_num_threads() if device.type == "cpu" else _AT_A_TIME_ELSEWHERE
     columns = [[torch.split(t.detach().reshape(-1), chunk) for t in group] for group in (parameters, importances or ())]
@@ -116,7 +118,7 @@ class _Stretch:
     def merge(self, thetas: list[Tensor], omegas: list[Tensor], results: list[Tensor]) -> bool:
         """Write the last merges of a stretch, flat tensors; whether they are finite."""
         merge = self._merge_weighted if omegas else self._merge_means
-        wide = any(theta.dtype == torch.float64 for theta in thetas)
+        wide = any(value.dtype == torch.float64 for value in (*thetas, *omegas)) or max(self.factors) > _LARGE
         return (not wide and merge(thetas, omegas, results, torch.float32)) or merge(
             thetas, omegas, results, torch.float64
         )
@@ -150,11 +152,13 @@ class _Stretch:
     def _divide(self, weighted: Tensor, total: Tensor, thetas: list[Tensor], result: Tensor) -> bool:
         """Write the average; whether the type of the sums has room for them."""
         dtype = total.dtype
-        small = 0.0 if dtype == torch.float64 else _SMALL
+        # What was written past the version counter, as through numpy, leaves bounds that hold no longer; then float32
+        # fails, and float64 looks for itself.
+        small, low = (0.0, 0.0) if dtype == torch.float64 else (_SMALL, self.low)
         if dtype != torch.float64 and self.high > _LARGE and not float(total.sum()) <= _LARGE:
             return False
         empty = None
-        if not self.low > small and not (lowest := float(total.amin())) > small:
+        if not low > small and not (lowest := float(total.amin())) > small:
             if lowest > 0:
                 return False
             # 1 where no expert has any importance, so that nothing is divided by zero, else 0; masks would be slower.
@@ -182,7 +186,7 @@ class _Stretch:
     def _sums(self, thetas: list[Tensor], omegas: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The sums of importance times parameter, and of importance, over the first experts; two, which change."""
         sums, weighted = self._scratch(thetas[0], "sums")
-        total = omegas[0]
+        total = omegas[0] if self.factors[0] == 1 else torch.mul(omegas[0], self.factors[0], out=sums)
         torch.mul(total, thetas[0], out=weighted)
         yield weighted, total
         for theta, omega, factor in zip(thetas[1:], omegas[1:], self.factors[1:], strict=True):

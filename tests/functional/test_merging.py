@@ -113,6 +113,27 @@ def test_entries_without_importance_beside_small_ones(smallest, zero):
         torch.testing.assert_close(merged.double(), naive_merge(thetas, omegas, [1.0, 1.0], zero), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1e-30), (1e-30, 1.0), (1.0, 1e42), (1e42, 1.0)])
+@pytest.mark.parametrize("unit", [1e-25, 1.0])
+def test_factors_of_any_size_make_no_importance_disappear(scales, unit):
+    thetas = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 8.0, 5.0])]
+    omegas = [torch.tensor([0.0, unit, 0.0]), torch.tensor([unit, 0.0, 0.0])]
+
+    merged = prefix_merges(thetas, omegas, [1.0, 1.0], scales=scales)[1]
+
+    assert merged.tolist() == [4.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("zero", ["mean", "reference"])
+def test_importances_in_float64_keep_its_range(zero):
+    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
+    omegas = [torch.tensor([1e-50, 0.0], dtype=torch.float64), torch.tensor([3e-50, 0.0], dtype=torch.float64)]
+
+    merged = prefix_merges(thetas, omegas, [1.0, 1.0], zero)[1]
+
+    assert merged.tolist() == pytest.approx([3.25, 5.0 if zero == "mean" else 0.0])
+
+
 # Away from the ends of float32's range, which the test above has.
 _SIZES = st.just(0.0) | st.floats(2.0**-20, 2.0**20, width=32)
 _ENTRIES = _SIZES | _SIZES.map(lambda value: -value)
