@@ -11,7 +11,6 @@ from torch import Tensor
 from pl_personalize.artifacts import shared_entries
 from pl_personalize.functional.merging import Bounds, Zero, check_importance, prefix_merges
 from pl_personalize.functional.names import prefix_hint, some
-from pl_personalize.importance import Importance
 
 Normalize = Literal["sum", "layer", "max"]
 StateDict = Mapping[str, Tensor]
@@ -205,8 +204,9 @@ class _Plan:
         found = [importance[source] for importance in self.importances]
         bounds: list[Bounds | None] = []
         for k, (importance, value) in enumerate(zip(self.importances, found, strict=True)):
-            if isinstance(importance, Importance):
-                bounds.append(importance.bounds(source) or self._check_importance(k, source, value))
+            known_bounds = getattr(importance, "bounds", None)
+            if known_bounds is not None:
+                bounds.append(known_bounds(source) or self._check_importance(k, source, value))
             else:
                 bounds.append(self._check_importance(k, source, value) if kind_of(importance) is None else None)
         known = [bound for bound in bounds if bound is not None]
