@@ -288,6 +288,7 @@ class PerSamplePowerSums:
         # The sums, and the samples' own gradients, are never in memory together: sketches of them are compared.
         found = {name: Sketch(p.shape, self.sums[name].dtype, p.device) for name, p in self._parameters.items()}
         right = {name: Sketch(p.shape, self.sums[name].dtype, p.device) for name, p in self._parameters.items()}
+        alone = {name: Sketch(p.shape, self.sums[name].dtype, p.device) for name, p in self._parameters.items()}
         for name, total in self.sums.items():
             found[name].add(total)
         self._tape.release()
@@ -295,6 +296,9 @@ class PerSamplePowerSums:
 
         def take(name: str, gradient: Tensor) -> None:
             sizes[name] = max(sizes[name], right[name].add(gradient, self._power))
+
+        def take_alone(name: str, gradient: Tensor) -> None:
+            alone[name].add(gradient, self._power)
 
         # With the batch's own activations where the path has these: alone, a sample's are rounded otherwise, which at a
         # kink, such as a tie in a pooling window, makes another gradient.
@@ -306,6 +310,8 @@ class PerSamplePowerSums:
             own_direction[i] = direction[i]
             has_gradient |= bool(fast) and self._one_sample(batch, own_direction, fast, take)
             has_gradient |= bool(slow) and self._one_sample(sample, direction[i : i + 1], slow, take)
+            if fast and len(samples) > 1:
+                self._one_sample(sample, direction[i : i + 1], fast, take_alone)
         if not has_gradient:
             raise ValueError(_NO_GRADIENT)
         if infinite := [name for name, size in sizes.items() if not isfinite(size)]:
@@ -313,10 +319,17 @@ class PerSamplePowerSums:
                 f"The gradient of {infinite[0]} for a single sample has NaN or infinite entries; its importances are "
                 "not defined. A square root at zero has one, or an input that is too large."
             )
-        errors = {name: found[name].distance(right[name]) for name in sizes}
         counts = {name: p.numel() for name, p in self._parameters.items()}
         loops = [name for name, path in self.paths.items() if path == "loop"]
-        return beyond_rounding(errors, sizes, counts, direction.dtype, self._power, exhausted=loops)
+
+        def beyond(errors: Mapping[str, float]) -> list[str]:
+            return beyond_rounding(errors, sizes, counts, direction.dtype, self._power, exhausted=loops)
+
+        if wrong := beyond({name: found[name].distance(right[name]) for name in sizes}):
+            return wrong
+        # A kink changes some entries; a backward pass that divides by the size of the batch changes all by one factor.
+        other = beyond({name: right[name].distance(alone[name]) for name in fast}) if len(samples) > 1 else []
+        return [name for name in other if right[name].is_multiple_of(alone[name])]
 
     def _misfits(self, batch: Any, num_samples: int) -> list[str]:
         """The copied parameters that break the model."""

@@ -391,6 +391,42 @@ def test_samples_that_are_rounded_otherwise_alone_take_no_slower_path(power):
     assert set(engine.paths.values()) == {"closed form"}
 
 
+class _DividesByBatchSize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.size = len(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.size
+
+
+class DividesByBatchSize(nn.Module):
+    """As where a learned step of quantisation has its gradient divided by the number of activations."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.slope = nn.PReLU() if slope else nn.ReLU()
+
+    def forward(self, x):
+        return self.outer(_DividesByBatchSize.apply(self.slope(self.inner(x))))
+
+
+@pytest.mark.parametrize("slope", [False, True], ids=["relu", "prelu"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_backward_pass_that_knows_the_size_of_the_batch_takes_a_slower_path(power, slope):
+    torch.manual_seed(0)
+    model, x = DividesByBatchSize(slope), torch.randn(5, 4)
+    right = _naive_sums(model, x, power)
+
+    with _engine(model, power) as engine:
+        engine.add(x, 5, _directions)
+
+    assert relative_error(engine.sums, right) < 1e-5
+
+
 def test_a_wrong_direction_does_not_leave_the_engine_broken():
     """An error in one batch must not leave recorded tensors behind for the next one."""
     model, x = make_network("residual", 4)
