@@ -54,10 +54,8 @@ class Sketch:
         return float((self._values - other._values).norm())
 
     def is_multiple_of(self, other: Sketch) -> bool:
-        """Whether one is the other times a factor, but for rounding; of two single numbers, a factor far from 1."""
+        """Whether one is the other times a factor that is far from 1, but for rounding."""
         size, other_size = float(self._values.norm()), float(other._values.norm())
-        if not (size > 0 and other_size > 0):
+        if not (size > 0 and other_size > 0) or 0.8 < size / other_size < 1.25:
             return False
-        if self._values.numel() == 1:
-            return not 0.8 < size / other_size < 1.25
         return float((self._values / size - other._values / other_size).norm()) <= 1e-3
