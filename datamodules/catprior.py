@@ -24,28 +24,28 @@ class CatPriorDataModule(SceneDataModule):
     last extra image, and loses one with every user; here all are drawn alike.
 
     Args:
-        data_dir: See :class:`SceneDataModule`.
+        data_dir: Folder with ``Images/<class>/<file>``, ``TrainImages.txt`` and ``TestImages.txt``.
         num_users: How many persons there are.
         preferred_classes: How many classes of each task a person prefers.
         extra_images: Extra images of each of these.
         preferences: JSON file ``{user: {task: [class, …]}}``, or a seed by which classes that have enough images are
             drawn; by default the paper's. Preferences stay the same in all iterations.
-        tasks: See :class:`SceneDataModule`.
-        supercategories: See there.
-        iterations: See there.
-        image_size: See there.
-        augment: See there.
-        mean: See there.
-        deviation: See there.
-        cache_dir: See there.
-        download: See there.
-        archive_md5: See there.
+        tasks: Supercategories, in order; the others are left out.
+        supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
+        iterations: Seeds of allocations of images to the persons; each person is one user for each of them.
+        image_size: Side of the images, in pixels.
+        augment: Whether training sees random parts of the stored images, every second one mirrored.
+        mean: Of each channel, in [0, 1], which is subtracted; by default ImageNet's.
+        deviation: Of each channel, which the rest is divided by; by default ImageNet's.
+        cache_dir: Folder for decoded images, which are then read from there; by default they are in memory.
+        download: Fetch MIT Indoor Scenes if it is missing.
+        archive_md5: Checksum that its archive must have; there is no official one.
         task: See :class:`TaskIncrementalDataModule`.
         user: See there.
-        batch_size: See there.
-        eval_batch_size: See there.
+        batch_size: For training.
+        eval_batch_size: For everything else.
         seed: See :class:`SceneDataModule`.
-        split_seed: See there.
+        split_seed: What the choice and the division of the images depend on.
 
     Raises:
         MisconfigurationException: If an option is out of range, or a table or the preferences are unfit.

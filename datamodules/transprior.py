@@ -36,29 +36,29 @@ class TransPriorDataModule(SceneDataModule):
     have 7 GiB of them, for which ``cache_dir`` is the place.
 
     Args:
-        data_dir: See :class:`SceneDataModule`.
+        data_dir: Folder with ``Images/<class>/<file>``, ``TrainImages.txt`` and ``TestImages.txt``.
         num_users: How many persons there are; the first so many of the distortions are theirs.
         extra_images: Extra images of each task.
         severity: Of the distortions, 1 to 5.
         distort_at: ``resized``: images are brought to ``image_size``, distorted and cropped, so that persons see the
             same part of a scene as the server. ``reference``: as in the published code, images are distorted as they
             are in the file and cropped, without resizing, with black around small ones.
-        tasks: See :class:`SceneDataModule`.
-        supercategories: See there.
-        iterations: See there; the test images' part is the same in all.
-        image_size: See there.
-        augment: See there.
-        mean: See there.
-        deviation: See there.
-        cache_dir: See there.
-        download: See there.
-        archive_md5: See there.
+        tasks: Supercategories, in order; the others are left out.
+        supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
+        iterations: Seeds of allocations of images to the persons; each person is one user for each of them.
+        image_size: Side of the images, in pixels.
+        augment: Whether training sees random parts of the stored images, every second one mirrored.
+        mean: Of each channel, in [0, 1], which is subtracted; by default ImageNet's.
+        deviation: Of each channel, which the rest is divided by; by default ImageNet's.
+        cache_dir: Folder for decoded images, which are then read from there; by default they are in memory.
+        download: Fetch MIT Indoor Scenes if it is missing.
+        archive_md5: Checksum that its archive must have; there is no official one.
         task: See :class:`TaskIncrementalDataModule`.
         user: See there.
-        batch_size: See there.
-        eval_batch_size: See there.
+        batch_size: For training.
+        eval_batch_size: For everything else.
         seed: See :class:`SceneDataModule`.
-        split_seed: See there.
+        split_seed: What the choice and the division of the images depend on.
 
     Raises:
         MisconfigurationException: If an option is out of range, or the table of supercategories unfit.

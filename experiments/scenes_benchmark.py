@@ -95,6 +95,7 @@ def compare(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    data.prepare_data()  # before weights are fetched
     published = PAPER_BACKBONES.get(backbone)
     run_experiment(
         benchmark,
@@ -134,6 +135,11 @@ def network_maker(backbone: str, weights: str | None, image_size: int) -> Callab
         network = make(2)
     except (ValueError, ModuleNotFoundError) as error:
         raise MisconfigurationException(str(error)) from error
+    except OSError as error:
+        raise MisconfigurationException(
+            f"The weights {weights!r} of {backbone} cannot be fetched ({error}). Give the path of a file with "
+            "--weights, or null for random ones."
+        ) from error
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, image_size, image_size))

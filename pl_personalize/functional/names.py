@@ -25,7 +25,8 @@ def some(names: Iterable[str]) -> str:
 def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
     """A sentence on the prefix by which names differ from those that are known; empty if it is not that alone.
 
-    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole.
+    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole; of several that
+    could be lacking, none is named.
 
     Args:
         names: Names that are not known.
@@ -40,10 +41,13 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
         ''
     """
     names, there = list(names), dict.fromkeys(known)
+    longer = []
     for first, other in product(names[:1], there):
+        if not (isinstance(first, str) and isinstance(other, str)):
+            continue
         too_long, lacking = first.removesuffix(f".{other}"), other.removesuffix(f".{first}")
         if too_long != first and {f"{too_long}.{name}" for name in there}.issuperset(names):
             return f" Without the prefix '{too_long}.' the names would match."
         if lacking != other and all(f"{lacking}.{name}" in there for name in names):
-            return f" With the prefix '{lacking}.' the names would match."
-    return ""
+            longer.append(f" With the prefix '{lacking}.' the names would match.")
+    return longer[0] if len(longer) == 1 else ""

@@ -64,6 +64,11 @@ class TaskLearner(LightningModule):
         stop_after: int = 11,
     ) -> None:
         super().__init__()
+        if not isinstance(network, TaskNetwork):
+            raise MisconfigurationException(
+                f"network must be a TaskNetwork, with a body and a head; got a {type(network).__name__}. Make one with "
+                "pl_personalize.models.split, or pl_personalize.models.backbone."
+            )
         if l2_transfer < 0 or lr <= 0:
             raise MisconfigurationException(
                 f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}."

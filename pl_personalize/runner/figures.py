@@ -38,21 +38,23 @@ def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks:
     """
     figure = _new_figure(1.2 + (0.62 * len(tasks) + 1.2) * len(matrices), 1.6 + 0.5 * len(tasks))
     figure.suptitle(title)
+    seen = [100 * value for matrix in matrices.values() for value in matrix.flatten().tolist() if value == value]
+    low = min(50, 10 * int(min(seen, default=50) / 10))
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (user, matrix) in zip(axes, matrices.items(), strict=True):
         tested = [t for t in range(len(matrix)) if not bool(matrix[t].isnan().all())]  # of Joint, one model alone
         values = 100 * matrix[tested].numpy()
-        image = axis.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=50, vmax=100, aspect="auto")
+        image = axis.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=low, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if value == value:
-                colour = "black" if value > 80 else "white"
+                colour = "black" if value > low + 0.6 * (100 - low) else "white"
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
         axis.set_title(f"user {user}", fontsize=10)
         axis.set_xticks(range(len(tasks)), tasks)
         axis.set_yticks(range(len(tested)), [f"{t + 1}" for t in tested])
         axis.set_xlabel("task")
     axes[0].set_ylabel("model after task")
-    figure.colorbar(image, ax=list(axes), label="accuracy (%)", extend="min")
+    figure.colorbar(image, ax=list(axes), label="accuracy (%)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
     return path

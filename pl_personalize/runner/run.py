@@ -126,7 +126,7 @@ def run_experiment(
     if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
         output_dir = folder_in_a_sweep(output_dir, len(servers) * len(seeds))
     decisive = {"benchmark": benchmark, "backbone": backbone} | asdict(training) | asdict(importance) | asdict(trainer)
-    decisive |= {} if models == "all" else {"models": models}
+    decisive["models"] = models
     decisive |= {f"baselines.{name}": value for name, value in asdict(baselines).items()} | dict(options or {})
     if "none" not in adaptations:
         decisive |= {f"adaptation.{name}": value for name, value in asdict(adaptation).items()}

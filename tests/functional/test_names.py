@@ -24,6 +24,7 @@ def test_the_first_names_are_shown(names, text):
         (["a.w", "b.w"], ["head.w", "body.b.w", "body.a.w"], " With the prefix 'body.' the names would match."),
         (["module.a.w", "module.d.w"], ["a.w", "b.w"], ""),  # one would still be unknown
         (["module.a.w", "model.b.w"], ["a.w", "b.w"], ""),
+        (["w"], ["a.w", "b.w"], ""),  # which?
         (["xa.w"], ["a.w"], ""),  # a part of a name is no prefix
         (["a.w"], ["xa.w"], ""),
         (["a.w"], ["a.w"], ""),
