@@ -40,11 +40,9 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
         >>> prefix_hint(["fc.weight"], ["conv.weight"])
         ''
     """
-    names, there = list(names), dict.fromkeys(known)
+    names, there = [str(name) for name in names], dict.fromkeys(map(str, known))
     longer = []
     for first, other in product(names[:1], there):
-        if not (isinstance(first, str) and isinstance(other, str)):
-            continue
         too_long, lacking = first.removesuffix(f".{other}"), other.removesuffix(f".{first}")
         if too_long != first and {f"{too_long}.{name}" for name in there}.issuperset(names):
             return f" Without the prefix '{too_long}.' the names would match."
