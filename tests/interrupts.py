@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -66,12 +67,16 @@ def _at_each_event(act: Callable[[FrameType], None]) -> Iterator[None]:
             act(frame)
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    collects = gc.isenabled()
+    gc.disable()  # what finalisers do would be counted, now here, now there
     try:
         sys.setprofile(profile)
         yield
     finally:
         sys.setprofile(None)
         signal.signal(signal.SIGINT, handler)
+        if collects:
+            gc.enable()
 
 
 def count_moments(call: Callable[[], object], moment: Moment) -> list[int]:

@@ -324,14 +324,16 @@ def changes_by_moment(name: str, reduction: str, moment: Moment, most: int) -> d
     estimate()  # what torch does on a first call only is done
     numbers = count_moments(estimate, moment)
     assert numbers
-    changed = {}
-    for number in sorted(random.Random(0).sample(numbers, min(most, len(numbers)))):
+    changed, sent = {}, 0
+    chosen = sorted(random.Random(0).sample(numbers, min(most, len(numbers))))
+    for number in chosen:
         before = snapshot(model)
-        assert interrupt(estimate, moment, number)
+        sent += interrupt(estimate, moment, number)
         if found := differences(before, snapshot(model)):
             changed[number] = found
             model, x = used_network(name)
             torch.backends.mha.set_fastpath_enabled(True)
+    assert sent >= 0.9 * len(chosen)  # a call may take some events fewer than the one before, and end before the last
     return changed
 
 
