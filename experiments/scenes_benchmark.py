@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from pl_personalize import ArtifactError
 from pl_personalize.datamodules.scenes import SceneDataModule
@@ -51,6 +52,7 @@ def compare(
     *,
     backbone: str = "vgg11",
     weights: str | None = "DEFAULT",
+    channels_last: bool = False,
     seeds: Sequence[int] = (1, 2, 3),
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     adaptations: Sequence[AdaptationName] | None = None,
@@ -75,6 +77,8 @@ def compare(
             if it is installed (``timm:tf_efficientnet_lite0``).
         weights: The name of published weights (``DEFAULT``) or the path of a file with a state dict; null for random
             ones.
+        channels_last: Give images to the network in the memory layout in which most convolutions are faster (some other
+            layers take no such images); results may differ by rounding.
         seeds: Seeds of initial heads and of the order of the data.
         methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
             ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
@@ -101,7 +105,7 @@ def compare(
         benchmark,
         published or backbone,
         data,
-        network_maker(backbone, weights, data.image_size),
+        network_maker(backbone, weights, data.image_size, channels_last),
         methods=methods,
         seeds=seeds,
         output_dir=output_dir,
@@ -114,13 +118,25 @@ def compare(
         models=models,
         loggers=loggers,
         wandb=wandb,
-        options={**data_options, "data_dir": str(data.data_dir.resolve()), "weights": weights},
+        options={
+            **data_options,
+            "data_dir": str(data.data_dir.resolve()),
+            "weights": weights,
+            "channels_last": channels_last,
+        },
         paper=None if published is None else paper_by_label(benchmark, published),
         paper_note="In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
     )
 
 
-def network_maker(backbone: str, weights: str | None, image_size: int) -> Callable[[int], TaskNetwork]:
+def to_channels_last(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """A hook before a module's forward, which changes how its images lie in memory."""
+    return inputs[0].contiguous(memory_format=torch.channels_last)
+
+
+def network_maker(
+    backbone: str, weights: str | None, image_size: int, channels_last: bool = False
+) -> Callable[[int], TaskNetwork]:
     """What makes the network for a number of classes.
 
     Raises:
@@ -128,7 +144,10 @@ def network_maker(backbone: str, weights: str | None, image_size: int) -> Callab
     """
 
     def make(num_classes: int) -> TaskNetwork:
-        return published_network(backbone, num_classes, weights=weights)
+        network = published_network(backbone, num_classes, weights=weights)
+        if channels_last:
+            network.body.register_forward_pre_hook(to_channels_last)
+        return network
 
     try:
         check_backbone(backbone)
