@@ -41,7 +41,7 @@ WANDB = WandbOptions()
 
 
 def main(
-    seeds: Sequence[int] = (1, 2, 3, 4),
+    seeds: Sequence[int] | int = (1, 2, 3, 4),
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     hidden: Sequence[PositiveInt] = (100, 100),
     batch_size: PositiveInt = 20,
@@ -50,7 +50,7 @@ def main(
     importance: ImportanceOptions = IMPORTANCE,
     baselines: BaselineOptions = BASELINES,
     trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] = ("wandb",),
+    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
     wandb: WandbOptions = WANDB,
     num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/digits"),
@@ -58,7 +58,7 @@ def main(
     """Merge five experts on handwritten digits, for a user with a scanner and a user with a camera.
 
     Args:
-        seeds: Seeds of initial parameters and of the order of the data.
+        seeds: One or several, of initial parameters and of the order of the data.
         methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
             ``mean-IMM``; the others ``MAS``, ``EWC``, ``LwF``, ``Finetune``, ``FT``, ``Experts``, ``Joint``.
         hidden: Widths of the hidden layers.
@@ -68,7 +68,7 @@ def main(
         importance: How importances are estimated.
         baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
         trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none.
         wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; more do not help networks this small.
         output_dir: Folder of the run. Run again, it goes on where it was.

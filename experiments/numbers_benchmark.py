@@ -51,7 +51,7 @@ def main(
     download: bool = False,
     max_per_source: PositiveInt | None = 10_000,
     split_seed: int | Literal["seed"] = 27,
-    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    seeds: Sequence[int] | int = (1, 2, 3, 4, 5),
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     backbone: str = "mlp",
     hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
@@ -65,7 +65,7 @@ def main(
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
     trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] = ("wandb",),
+    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
     wandb: WandbOptions = WANDB,
     num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/numbers"),
@@ -78,7 +78,7 @@ def main(
         download: Fetch collections that are missing.
         max_per_source: Cap on the server's images of a task and source; null for all.
         split_seed: Seed of the choice and the division of the images; ``seed``: each of the seeds.
-        seeds: Seeds of initial parameters and of the order of the data.
+        seeds: One or several, of initial parameters and of the order of the data.
         methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
             ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
             ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
@@ -100,7 +100,7 @@ def main(
         training: How models are trained.
         importance: How importances are estimated.
         trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none.
         wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; more do not help networks this small.
         output_dir: Folder of the run. Run again, it goes on where it was.

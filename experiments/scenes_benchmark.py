@@ -36,7 +36,7 @@ from pl_personalize.runner import (
 
 PAPER_BACKBONES = {"alexnet": "AlexNet", "vgg11": "VGG11", "vgg11_bn": "VGG11-BN"}
 ELSEWHERE = {"task", "user", "seed"}  # set by the runner
-WITHOUT_EFFECT = {"data_dir", "cache_dir", "download", "archive_md5", "eval_batch_size"}  # on results, or named apart
+WITHOUT_EFFECT = {"data_dir", "cache_dir", "download", "archive_md5"}  # on results, or named apart
 TRAINING = TrainingOptions(epochs=50)
 IMPORTANCE = ImportanceOptions()
 ADAPTATION = AdaptationOptions()
@@ -53,7 +53,7 @@ def compare(
     backbone: str = "vgg11",
     weights: str | None = "DEFAULT",
     channels_last: bool = False,
-    seeds: Sequence[int] = (1, 2, 3),
+    seeds: Sequence[int] | int = (1, 2, 3),
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     adaptations: Sequence[AdaptationName] | None = None,
     adaptation: AdaptationOptions = ADAPTATION,
@@ -62,7 +62,7 @@ def compare(
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
     trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] = ("wandb",),
+    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
     wandb: WandbOptions = WANDB,
     num_threads: PositiveInt | None = None,
     output_dir: Path = Path("runs/scenes"),
@@ -79,7 +79,7 @@ def compare(
             ones.
         channels_last: Give images to the network in the memory layout in which most convolutions are faster (some other
             layers take no such images); results may differ by rounding.
-        seeds: Seeds of initial heads and of the order of the data.
+        seeds: One or several, of initial heads and of the order of the data.
         methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
             ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
             ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
@@ -92,7 +92,7 @@ def compare(
         training: How models are trained.
         importance: How importances are estimated.
         trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; several, or none.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none.
         wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; by default its own choice.
         output_dir: Folder of the run. Run again, it goes on where it was.

@@ -51,6 +51,11 @@ class Method:
     bound: str | None = None
 
     @property
+    def personal(self) -> bool:
+        """Whether each user has models of his own."""
+        return self.tunes or self.source == "user"
+
+    @property
     def needs_importances(self) -> bool:
         """Whether importances of the body's parameters are estimated for it."""
         return self.kind is not None or self.server in ("MAS", "EWC")

@@ -18,6 +18,7 @@ from pl_personalize.runner.methods import ADAPTATIONS, METHODS, variant_label
 from pl_personalize.runner.paper import PaperResult
 
 ALL_USERS = "all"
+FEWEST_SEEDS = 3  # that methods are told apart by
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,9 @@ def adaptation_table(rows: Sequence[ResultRow], user: str, marks: Mapping[tuple[
 
 def user_title(user: str) -> str:
     """What stands above a user's figures."""
-    return f"user {user}" if user != ALL_USERS else "all users"
+    if user == ALL_USERS:
+        return "all users"
+    return user if user.startswith("user") else f"user {user}"
 
 
 def _marked_cell(rows: Sequence[ResultRow], label: str, user: str, marks: Mapping[tuple[str, str], str]) -> str:
@@ -207,6 +210,8 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
     found = {row.method for row in rows}
     bounds = "; ".join(f"{name}: {method.bound}" for name, method in METHODS.items() if method.bound and name in found)
     sentences = [f"Average accuracy in percent (forgetting){spread}."]
+    if any(row.forgetting is None for row in rows):
+        sentences.append("n/a: each task has a model of its own, or only the model after the last task was tested.")
     if bounds:
         sentences.append(f"Bounds: {bounds}.")
     adaptations = list(dict.fromkeys(row.adaptation for row in rows))
@@ -219,6 +224,8 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
             f"* {best}; ↓ significantly below it (paired t-test over seeds, for all users of their means; "
             "Holm-corrected, p < 0.05)."
         )
+    elif len(seeds) < FEWEST_SEEDS:
+        sentences.append(f"Fewer than {FEWEST_SEEDS} seeds tell no methods apart, so nothing is marked.")
     if paper_note:
         sentences.append(paper_note)
     return " ".join(sentences)

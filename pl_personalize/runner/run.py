@@ -62,7 +62,7 @@ def run_experiment(
     make_network: Callable[[int], TaskNetwork],
     *,
     methods: MethodName | Sequence[MethodName],
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     output_dir: Path,
     training: TrainingOptions,
     importance: ImportanceOptions,
@@ -71,7 +71,7 @@ def run_experiment(
     adaptation: AdaptationOptions | None = None,
     baselines: BaselineOptions | None = None,
     models: TestedModels = "all",
-    loggers: Sequence[LoggerName] = ("wandb",),
+    loggers: LoggerName | Sequence[LoggerName] = ("wandb",),
     wandb: WandbOptions | None = None,
     options: Mapping[str, Any] | None = None,
     paper: Mapping[str, PaperResult] | None = None,
@@ -88,7 +88,7 @@ def run_experiment(
         datamodule: The benchmark.
         make_network: The network for a number of classes.
         methods: What is compared, one or several of :data:`METHODS`.
-        seeds: Seeds of initial parameters and of the order of the data.
+        seeds: Of initial parameters and of the order of the data, one or several.
         output_dir: The run's folder.
         training: How models are trained.
         importance: How importances are estimated.
@@ -98,7 +98,7 @@ def run_experiment(
         baselines: Methods that do not merge.
         models: What is tested of a sequence of models: ``"all"``, or ``"last"``: only the one after the last task,
             which has no forgetting, and takes a fraction of the time.
-        loggers: Who follows the runs; several, or nobody. There is one run for each seed and server method.
+        loggers: Who follows the runs; one, several, or nobody. There is one run for each seed and server method.
         wandb: Tracking in Weights & Biases.
         options: Further options that the results depend on.
         paper: The paper's figures, to stand beside ours.
@@ -114,6 +114,8 @@ def run_experiment(
     wandb, adaptation = wandb or WandbOptions(), adaptation or AdaptationOptions()
     baselines = baselines or BaselineOptions()
     methods = [methods] if isinstance(methods, str) else methods
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    loggers = [loggers] if isinstance(loggers, str) else loggers
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
     with _quiet_lightning():

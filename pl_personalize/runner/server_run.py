@@ -47,6 +47,8 @@ from pl_personalize.runner.options import (
 from pl_personalize.runner.run_folder import RunFolder, Stage
 
 Matrix = list[list[float | None]]
+Entries = Mapping[tuple[int, int], Mapping[str, Tensor]]
+"""Of the body of model t on task i (both from 0), what replaces its own entries."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class ServerRun(ABC):
         self.data = setting.data.view(seed=seed)
         self.log = MetricsLog(self.folder.metrics_file)
         self.num_tasks = len(self.data.tasks)
+        self._recalibrated: dict[MethodName, Entries] = {}
         if wrong := [name for name in methods if METHODS[name].server != self.server]:
             raise ValueError(f"{type(self).__name__} cannot test {wrong}.")
 
@@ -283,19 +286,15 @@ class ServerRun(ABC):
         method, adaptation = variant.method, ADAPTATIONS[variant.adaptation]
         options = {"exact": self.setting.adaptation.exact, "prior_samples": self.setting.adaptation.prior_samples}
         evaluator = self.evaluator(method, user, bn_policy=adaptation.policy, bn_options=options)
+        recalibrated = adaptation.policy == "recalibrate" and not METHODS[method].personal
         if adaptation.trains:
-            tuned = self._train_batchnorm(evaluator, user, stage)
-            bodies = evaluator.load_bodies()
-            evaluator = SequenceEvaluator(
-                evaluator.network,
-                bodies,
-                evaluator.heads,
-                models=evaluator.models,
-                entries=tuned,
-                own_heads=evaluator.own_heads,
-            )
+            evaluator = _with_entries(evaluator, self._train_batchnorm(evaluator, user, stage))
+        elif recalibrated and method in self._recalibrated:
+            evaluator = _with_entries(evaluator, self._recalibrated[method])
         self._lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
         assert evaluator.matrix is not None
+        if recalibrated:  # on the server's images: for a model that all users have, once
+            self._recalibrated.setdefault(method, evaluator.statistics)
         rows: Matrix = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
         last, written = self.num_tasks - 1, []
         if variant.adaptation in ("AdaBN", "AdaBN-S") and METHODS[method].merges:  # what the user's device keeps
@@ -351,6 +350,18 @@ class ServerRun(ABC):
     def sources(self, method: MethodName, user: str) -> list[Path]:
         """The files that a method's model for a user is made of."""
         return []
+
+
+def _with_entries(evaluator: SequenceEvaluator, entries: Entries) -> SequenceEvaluator:
+    """The same models with other entries on each task."""
+    return SequenceEvaluator(
+        evaluator.network,
+        evaluator.load_bodies(),
+        evaluator.heads,
+        models=evaluator.models,
+        entries=entries,
+        own_heads=evaluator.own_heads,
+    )
 
 
 def refuse_divergence(stage: str, network: nn.Module, what: str) -> None:

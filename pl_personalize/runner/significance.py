@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import mean, stdev
 
 from pl_personalize.runner.methods import METHODS
-from pl_personalize.runner.results import ALL_USERS, ResultRow
+from pl_personalize.runner.results import ALL_USERS, FEWEST_SEEDS, ResultRow
 
 LEVEL = 0.05
 
@@ -67,7 +67,7 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
         if row.method not in bounds:
             questions.setdefault(f"methods under {row.adaptation}", {})[row.label] = None
         questions.setdefault(f"adaptations of {row.method}", {})[row.label] = None
-    if len({row.seed for row in rows}) < 3:
+    if len({row.seed for row in rows}) < FEWEST_SEEDS:
         return []
     users = list(dict.fromkeys(row.user for row in rows if row.user != ALL_USERS))
     found: list[Comparison] = []

@@ -59,6 +59,7 @@ def results(folder):
     return list(csv.DictReader((folder / "results.csv").open()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_of_scenes_runs(name, folder, tmp_path, monkeypatch, capsys, global_state):
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
@@ -77,7 +78,7 @@ def test_every_configuration_of_scenes_runs(name, folder, tmp_path, monkeypatch,
 
 
 def test_iterations_are_users_of_their_own(folder, tmp_path, monkeypatch, capsys, global_state):
-    options = [*data_options(folder, "CatPrior"), "--iterations", "[1, 2]", "--backbone", PLAIN, "--seeds", "[1]"]
+    options = [*data_options(folder, "CatPrior"), "--iterations", "[1, 2]", "--backbone", PLAIN, "--seeds", "1"]
     run_here(monkeypatch, "catprior.py", *options, "--methods", "[mean-IMM]", "--output_dir", tmp_path / "run")
 
     users = ["user1-draw1", "user1-draw2", "user2-draw1", "user2-draw2"]

@@ -12,13 +12,14 @@ from wandb_file import read_run
 
 from pl_personalize import ArtifactError, BatchNormStatistics
 from pl_personalize.artifacts import TensorFile
+from pl_personalize.modules import sequence_evaluator
 from pl_personalize.runner import (
     AdaptationOptions,
     TrainerOptions,
     TrainingOptions,
     WandbOptions,
 )
-from pl_personalize.runner.methods import METHODS
+from pl_personalize.runner.methods import METHODS, Method
 from pl_personalize.runner.server_run import ServerRun
 
 
@@ -152,6 +153,20 @@ def test_every_adaptation_of_every_method(tmp_path, capsys):
         header = next(line for line in output.splitlines() if line.startswith(f"| {title} "))
         assert [cell.strip() for cell in header.split("|")[2:-1]] == adaptations
     assert (tmp_path / "figures" / "methods.png").is_file()
+
+
+def test_a_model_that_all_users_have_is_recalibrated_once(tmp_path, monkeypatch):
+    cells = []
+    estimate = sequence_evaluator.re_estimate
+    monkeypatch.setattr(sequence_evaluator, "re_estimate", lambda *args: cells.append(args) or estimate(*args))
+    options = {"network": with_norm, "methods": ["mean-IMM", "MAS-RACL"], "adaptations": ["recalibrate"]}
+    once = call(tmp_path / "once", **options)
+    tested, users = 3, 2  # the first model on one task, the second on both
+    assert len(cells) == tested + users * tested
+
+    monkeypatch.setattr(Method, "personal", True)
+    assert call(tmp_path / "each", **options) == once
+    assert len(cells) == tested + users * tested + 2 * users * tested
 
 
 @pytest.mark.parametrize("network", [plain, with_norm])
