@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.figures import draw_matrices, draw_methods
 from pl_personalize.runner.following import versions
 from pl_personalize.runner.methods import METHODS, Variant
@@ -19,6 +20,7 @@ from pl_personalize.runner.results import (
     adaptation_table,
     legend,
     markdown_table,
+    mean_and_deviation,
     results_table,
     write_csv,
     write_markdown,
@@ -61,6 +63,8 @@ def report(
         write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
     for stale in (path / "figures").glob("matrix-*.png"):
         stale.unlink()
+    if experts := experts_table(runs):
+        text = f"{text}\n\n{experts}"
     write_markdown(path / "results.md", title, table, _with_comparisons(text, comparisons), {**options, **versions()})
     draw_methods(path / "figures" / "methods.png", title, rows)
     _draw_means(path / "figures", runs)
@@ -85,6 +89,22 @@ def report(
     offline = [name for name in segments if name.startswith("offline")]
     if offline:
         print("To W&B:      wandb sync " + " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline))
+
+
+def experts_table(runs: Sequence[ServerRun]) -> str:
+    """How good each expert is on the server's validation images of its task, beside guessing; empty without experts."""
+    found = [run for run in runs if isinstance(run, ExpertRun)]
+    if not found:
+        return ""
+    lines = [["task", "classes", "chance", "expert"]]
+    for task, name in enumerate(found[0].data.tasks):
+        accuracies = [100 * run.validation()[f"task{task + 1}"] for run in found]
+        classes = found[0].data.num_classes(task)
+        lines.append([name, str(classes), f"{100 / classes:.1f}", mean_and_deviation(accuracies)])
+    return (
+        "Accuracy of the experts, in percent, on the server's validation images, which chose the epoch:\n\n"
+        + markdown_table(lines)
+    )
 
 
 def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:

@@ -128,11 +128,19 @@ def read_csv(path: Path) -> list[ResultRow]:
 
 def cell(rows: Sequence[ResultRow]) -> str:
     """Mean accuracy over seeds, its standard deviation, and in brackets the forgetting."""
-    accuracies = [row.avg_acc for row in rows]
-    spread = f" ± {stdev(accuracies):.1f}" if len(rows) > 1 else ""
     lost = [row.forgetting for row in rows if row.forgetting is not None]
     forgotten = f"{round(mean(lost), 1) + 0.0:.1f}" if lost else "n/a"  # + 0.0: no negative zero
-    return f"{mean(accuracies):.1f}{spread} ({forgotten})"
+    return f"{mean_and_deviation([row.avg_acc for row in rows])} ({forgotten})"
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean, and of several values the standard deviation.
+
+    Example:
+        >>> mean_and_deviation([80.0, 82.0])
+        '81.0 ± 1.4'
+    """
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def results_table(

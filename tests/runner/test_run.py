@@ -1,8 +1,10 @@
 """Calls of run_experiment after one another in one folder, and what it refuses."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -286,6 +288,21 @@ def test_every_adaptation_in_double_precision(tmp_path):
     assert len({row.label for row in rows}) == 20
     path = tmp_path / "merged" / "IMM" / "seed1" / "ann-mean-IMM+AdaBN-task1.safetensors"
     assert BatchNormStatistics.load(path)["1.running_mean"].dtype == torch.float64
+
+
+def test_it_says_how_good_the_experts_are(tmp_path, capsys):
+    call(tmp_path, methods=["mean-IMM", "Joint"], seeds=[1, 2])
+    output = capsys.readouterr().out
+    table = output[output.index("| task ") :].split("\n\n")[0]
+    assert table in (tmp_path / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    for row, task in zip(rows[2:], (1, 2), strict=True):
+        accuracies = [100 * stages[f"IMM/seed{seed}/train/task{task}"]["result"]["val_acc"] for seed in (1, 2)]
+        assert row == [["a", "b"][task - 1], "2", "50.0", f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"]
+
+    call(tmp_path, methods=["Joint"])
+    assert "experts" not in capsys.readouterr().out
 
 
 def test_it_says_where_models_are(tmp_path, capsys):
