@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from pl_personalize.runner.results import ALL_USERS, ResultRow
+from pl_personalize.runner.results import ALL_USERS, ResultRow, user_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def draw_matrices(path: Path, title: str, matrices: Mapping[str, Tensor], tasks:
             if value == value:
                 colour = "black" if value > low + 0.6 * (100 - low) else "white"
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
-        axis.set_title(f"user {user}", fontsize=10)
+        axis.set_title(user_title(user), fontsize=10)
         axis.set_xticks(range(len(tasks)), tasks)
         axis.set_yticks(range(len(tested)), [f"{t + 1}" for t in tested])
         axis.set_xlabel("task")
@@ -74,8 +74,8 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     adaptations = list(dict.fromkeys(row.adaptation for row in rows))
     users = [user for user in dict.fromkeys(row.user for row in rows) if user != ALL_USERS]
     several = len(adaptations) > 1
-    bars = {a: (a, ALL_USERS) for a in adaptations} if several else {f"user {u}": (adaptations[0], u) for u in users}
-    figure = _new_figure(1.5 + (0.25 if several else 0.45) * len(methods) * (len(bars) + 0.6), 4)
+    bars = {a: (a, ALL_USERS) for a in adaptations} if several else {user_title(u): (adaptations[0], u) for u in users}
+    figure = _new_figure(1.5 + max(0.9, 0.22 * len(bars)) * len(methods), 4)
     axis = figure.subplots()
     width = 0.8 / len(bars)
     lowest = 100.0
@@ -92,7 +92,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     axis.set_xticks(range(len(methods)), methods)
     axis.set_ylabel("average accuracy (%)" + (f", axis from {floor}" if floor else "") + "; dots: seeds")
     axis.set_title(f"{title}, all users" if several else title)
-    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(5, len(bars)), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
