@@ -219,7 +219,7 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
     bounds = "; ".join(f"{name}: {method.bound}" for name, method in METHODS.items() if method.bound and name in found)
     sentences = [f"Average accuracy in percent (forgetting){spread}."]
     if any(row.forgetting is None for row in rows):
-        sentences.append("n/a: each task has a model of its own, or only the model after the last task was tested.")
+        sentences.append("n/a: each task has a model of its own, or a single model was tested.")
     if bounds:
         sentences.append(f"Bounds: {bounds}.")
     adaptations = list(dict.fromkeys(row.adaptation for row in rows))
