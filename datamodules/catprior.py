@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
-from pl_personalize.datamodules.scene_folder import Names, Pools
+from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scene_preferences import Preferences, draw_preferences, read_preferences
 from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
 from pl_personalize.datamodules.scenes import TASKS, SceneDataModule
@@ -28,8 +28,9 @@ class CatPriorDataModule(SceneDataModule):
         num_users: How many persons there are.
         preferred_classes: How many classes of each task a person prefers.
         extra_images: Extra images of each of these.
-        preferences: JSON file ``{user: {task: [class, …]}}``, or a seed by which classes that have enough images are
-            drawn; by default the paper's. Preferences stay the same in all iterations.
+        preferences: JSON file ``{user: {task: [class, …]}}`` (users by name, ``user1`` or ``1``, or else in the file's
+            order), or a seed by which classes that have enough images are drawn; by default the paper's. Preferences
+            stay the same in all iterations.
         tasks: Supercategories, in order; the others are left out.
         supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
         iterations: Seeds of allocations of images to the persons; each person is one user for each of them.
@@ -109,7 +110,7 @@ class CatPriorDataModule(SceneDataModule):
         self.preferred_classes, self.extra_images = preferred_classes, extra_images
         self._preferences_seed = preferences if isinstance(preferences, int) else None
         if not isinstance(preferences, int):
-            stored = read_preferences(preferences, self._scenes(), num_users, preferred_classes)
+            stored = read_preferences(preferences, self.classes_by_task(), num_users, preferred_classes)
             self._shared["preferences"] = stored
 
     def preferences(self) -> Preferences:
@@ -124,13 +125,13 @@ class CatPriorDataModule(SceneDataModule):
         if self._preferences_seed is not None:
             self._shared["preferences"] = draw_preferences(
                 pools.extra,
-                self._scenes(),
+                self.classes_by_task(),
                 self.num_users,
                 self.preferred_classes,
                 self.extra_images,
                 self._preferences_seed,
             )
-        check_catprior(pools, self._scenes(), self._shared["preferences"], self.extra_images)
+        check_catprior(pools, self.classes_by_task(), self._shared["preferences"], self.extra_images)
 
     @override
     def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
@@ -138,6 +139,3 @@ class CatPriorDataModule(SceneDataModule):
         preferred = [chosen[name] for chosen in self.preferences()]
         seed = self.split_seed, "CatPrior", iteration, name
         return catprior_files(pools, self.classes[task], preferred, self.extra_images, *seed)
-
-    def _scenes(self) -> dict[str, Names]:
-        return dict(zip(self.tasks, self.classes, strict=True))

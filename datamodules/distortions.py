@@ -74,8 +74,17 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
         raise ValueError(f"seed must not be negative; got {seed}.")
     levels = np.array(image, dtype=np.float64, order="C")
     distorted = scale[int(severity) - 1](levels, np.random.default_rng(seed))
-    rounded: _Image = np.rint(distorted.clip(0, 255)).astype(np.uint8)
+    # Halves go up: to the nearest even level, an offset that ends in .5 would make two grey levels one.
+    rounded: _Image = np.floor(distorted.clip(0, 255) + 0.5).astype(np.uint8)
     return rounded
+
+
+def opencv_version() -> str:
+    """The release of OpenCV, on which some distortions depend in the last digit; empty where there is none."""
+    try:
+        return str(_opencv().__version__)
+    except ModuleNotFoundError:
+        return ""
 
 
 def _water(

@@ -16,10 +16,12 @@ _LONGEST = 8
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """An image file in RGB, whatever it is in; transparency is ignored.
+    """An image file in RGB, whatever it is in; transparency and EXIF's orientation are ignored.
+
+    Of colours with 16 bits a channel it takes the upper eight.
 
     Raises:
-        MisconfigurationException: If it is missing or broken, or has more than 8 bits a channel.
+        MisconfigurationException: If it is missing or broken, or grey with more than 8 bits.
     """
     try:
         with Image.open(path) as opened:
@@ -31,7 +33,7 @@ def read_rgb(path: Path) -> Image.Image:
     except Exception as error:  # Pillow's readers raise what they like at a broken file
         raise MisconfigurationException(f"{path} cannot be read as an image: {error}") from error
     if deep:
-        raise MisconfigurationException(f"{path} has more than 8 bits a channel; convert it to 8.")
+        raise MisconfigurationException(f"{path} is grey with more than 8 bits; convert it to 8.")
     return image
 
 

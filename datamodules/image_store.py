@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import PIL
 import torch
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-_VERSION = 1
+_VERSION = 2
 _PATIENCE = 3.0  # seconds before a progress bar appears
 
 Read = Callable[[Path], NDArray[np.uint8]]
@@ -30,9 +31,9 @@ Read = Callable[[Path], NDArray[np.uint8]]
 class ImageStore:
     """Pools of images of one size; each image is decoded once.
 
-    A file of ``cache_dir`` is named after a digest of what it depends on, and appears when it is complete: what an
-    interrupted process leaves behind is written anew. Any number of processes may share the folder. Nothing is ever
-    deleted from it; all of it can be made again.
+    A file of ``cache_dir`` is named after a digest of what it depends on (image files, size, Pillow's version, and what
+    the caller says), and appears when it is complete: what an interrupted process leaves behind is written anew. Any
+    number of processes may share the folder. Nothing is ever deleted from it; all of it can be made again.
 
     Args:
         folder: Where the image files are.
@@ -91,7 +92,9 @@ class ImageStore:
             stats = [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(self.folder / file)]]
         except OSError as error:
             raise MisconfigurationException(f"{error.filename} cannot be read as an image: {error}") from error
-        content = json.dumps([_VERSION, self.size, list(depends), stats]).encode()
+        content = json.dumps(
+            [_VERSION, PIL.__version__, str(self.folder.resolve()), self.size, list(depends), stats]
+        ).encode()
         readable = re.sub(r"\W+", "-", name)
         path = cache_dir / f"{readable}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
         shape = (len(files), 3, self.size, self.size)

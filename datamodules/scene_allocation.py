@@ -102,12 +102,12 @@ def check_catprior(pools: Pools, classes: Mapping[str, Names], preferences: Pref
         MisconfigurationException: If there are too few test images or extra images of a class; with the arithmetic.
     """
     users = len(preferences)
-    few = [(scene, len(pools.test[scene])) for scenes in classes.values() for scene in scenes]
-    if few := [(scene, there) for scene, there in few if there < users]:
-        listed = ", ".join(f"{scene!r} has {there}" for scene, there in few)
+    found = {scene: len(pools.test[scene]) for scenes in classes.values() for scene in scenes}
+    if few := [f"{scene!r} has {count}" for scene, count in found.items() if count < 2 * users]:
         raise MisconfigurationException(
-            f"Each of the {users} users needs a test image of each class, but in {LISTS[1]} {listed}. Ask for fewer "
-            "users with num_users=, or add images."
+            f"Each of the {users} users needs two test images of each class, one for adapt and one for eval, which "
+            f"makes {2 * users}; but in {LISTS[1]} {', '.join(few)}. Ask for fewer users with num_users=, or add "
+            "images."
         )
     wanted = {
         scene: sum(scene in preferred[task] for preferred in preferences)

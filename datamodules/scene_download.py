@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm.auto import tqdm
 
-from pl_personalize.datamodules.image_files import SUFFIXES
-from pl_personalize.datamodules.scene_folder import missing_parts
+from pl_personalize.datamodules.scene_folder import is_image, missing_parts
 
 _PARTIAL = ".download"
+_SILENCE = 60.0  # seconds without a byte, after which a server is given up
 
 
 class SceneArchive(NamedTuple):
@@ -26,7 +28,7 @@ class SceneArchive(NamedTuple):
     Attributes:
         url: Of a tar file with ``Images/<class>/<file>``.
         classes: Folders in it.
-        images: Images in it.
+        images: Images in it, at least.
         lists: Name of each list, its address and the number of its lines.
     """
 
@@ -82,7 +84,8 @@ def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None
 
 def _download(url: str, folder: Path, name: str, md5: str | None = None) -> Path:
     try:
-        download_url(url, folder, name, md5)
+        with _timeout(_SILENCE):  # torchvision sets none
+            download_url(url, folder, name, md5)
     except Exception as error:  # what torchvision's download raises is not documented
         raise MisconfigurationException(
             f"{url} cannot be fetched: {error}. Fetch it in another way, and put {name} into {folder.parent.resolve()}."
@@ -90,12 +93,25 @@ def _download(url: str, folder: Path, name: str, md5: str | None = None) -> Path
     return folder / name
 
 
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def _fetch_list(url: str, lines: int, target: Path, partial: Path) -> None:
     path = _download(url, partial, target.name)
-    found = sum(1 for line in path.read_bytes().splitlines() if line.strip())
-    if found != lines:
+    names = [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    missing = [name for name in names if not (target.parent / "Images" / name).is_file()]  # the last may be cut
+    if len(names) != lines or missing:
+        what = f"names {missing[0]!r}, of which there is no image" if missing else f"has {len(names)}"
         raise MisconfigurationException(
-            f"{url} should have {lines} lines, and has {found}. Fetch it in another way, and put it at {target}."
+            f"{url} should have {lines} lines, each with an image, and {what}. Fetch it in another way, and put it at "
+            f"{target}."
         )
     os.replace(path, target)
 
@@ -134,8 +150,8 @@ def _unpack(archive: SceneArchive, path: Path, folder: Path) -> None:
         reason = str(error).partition("\n")[0].rstrip(":. ")
         raise MisconfigurationException(f"{path.resolve()} cannot be unpacked: {reason}.") from error
     folders = [entry for entry in (folder / "Images").glob("*") if entry.is_dir()]
-    images = sum(1 for entry in folders for file in entry.iterdir() if file.suffix.lower() in SUFFIXES)
-    if (len(folders), images) != (archive.classes, archive.images):
+    images = sum(1 for entry in folders for file in entry.iterdir() if is_image(file.name))
+    if len(folders) < archive.classes or images < archive.images:
         raise MisconfigurationException(
             f"{path.resolve()} should have {archive.images} images in {archive.classes} folders Images/<class>, and "
             f"has {images} in {len(folders)}."

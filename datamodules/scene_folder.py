@@ -56,20 +56,25 @@ def read_pools(data_dir: Path) -> Pools:
         raise MisconfigurationException(
             f"{both[0]!r} is in both {LISTS[0]} and {LISTS[1]} ({len(both)} such images); remove it from one of them."
         )
-    extra = {name for name in known - train - test if _is_image(name)}
+    extra = {name for name in known - train - test if is_image(name)}
     return Pools(
         *({folder: tuple(n for n in names if n in pool) for folder, names in there.items()} for pool in
           (train, test, extra))
     )  # fmt: skip
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
     path = Path(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _read_list(path: Path, known: set[str]) -> set[str]:
-    lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"The list {path} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if missing := [line for line in lines if line not in known]:
         raise MisconfigurationException(
             f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'} ({len(missing)} such lines of "
@@ -89,10 +94,10 @@ def read_supercategories(path: Path | None) -> dict[str, str]:
     """
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_supercategories.csv"
     try:
-        text = (packaged if path is None else path).read_text("utf-8")
+        text = (packaged if path is None else path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The supercategories cannot be read from {path}: {error}") from error
-    rows = list(csv.DictReader(text.removeprefix("\ufeff").splitlines()))
+    rows = list(csv.DictReader(text.splitlines()))
     table: dict[str, str] = {}
     for row in rows:
         scene, supercategory = row.get("scene_class"), row.get("supercategory")

@@ -24,7 +24,10 @@ _TRIES = 100
 def read_preferences(
     path: str | os.PathLike[str] | None, classes: Mapping[str, Names], num_users: int, count: int
 ) -> Preferences:
-    """The preferences of the first users of a JSON file ``{user: {task: [class, …]}}``; by default the paper's.
+    """Preferences from a JSON file ``{user: {task: [class, …]}}``; by default the paper's.
+
+    Users are found by name (``user1`` or ``1``, and so on); in a file with other names, they are its first ones in
+    order.
 
     Args:
         path: The file.
@@ -38,7 +41,7 @@ def read_preferences(
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_preferences.json"
     name = "The paper's preferences" if path is None else str(path)
     try:
-        found: Any = json.loads((packaged if path is None else Path(path)).read_text("utf-8"))
+        found: Any = json.loads((packaged if path is None else Path(path).expanduser()).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise MisconfigurationException(f"The preferences cannot be read from {name}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tasks, dict) for tasks in found.values()):
@@ -47,18 +50,25 @@ def read_preferences(
     if len(found) < num_users:
         raise MisconfigurationException(f"{name} are of {len(found)} users, and num_users={num_users}. {way_out}")
     home = {scene: task for task, scenes in classes.items() for scene in scenes}
-    for user, tasks in list(found.items())[:num_users]:
+    users = _users(found, num_users)
+    for user, tasks in users.items():
         for task in classes:
             chosen = tasks.get(task, [])
             problem = None
             if not isinstance(chosen, list) or len(chosen) != count or len(set(map(str, chosen))) != count:
                 problem = f"{chosen!r}, not {count} different classes (preferred_classes={count})"
-            elif wrong := [scene for scene in chosen if home.get(scene) != task]:
-                other = f"belongs to {home[wrong[0]]!r}" if wrong[0] in home else "is in no task"
+            elif wrong := [scene for scene in chosen if home.get(str(scene)) != task]:
+                other = f"belongs to {home[wrong[0]]!r}" if str(wrong[0]) in home else "is in no task"
                 problem = f"{wrong[0]!r}, which {other}"
             if problem is not None:
                 raise MisconfigurationException(f"{name}: user {user!r} prefers in {task!r} {problem}. {way_out}")
-    return [{task: tuple(tasks[task]) for task in classes} for tasks in list(found.values())[:num_users]]
+    return [{task: tuple(tasks[task]) for task in classes} for tasks in users.values()]
+
+
+def _users(found: Mapping[str, Any], num_users: int) -> dict[str, Any]:
+    names = [next((name for name in (f"user{k}", str(k)) if name in found), None) for k in range(1, num_users + 1)]
+    chosen = [name for name in names if name is not None]
+    return {name: found[name] for name in (chosen if len(chosen) == num_users else list(found)[:num_users])}
 
 
 def draw_preferences(

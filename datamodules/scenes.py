@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from pl_personalize.datamodules.image_store import ImageStore, Read
 from pl_personalize.datamodules.scene_allocation import ServerFiles, UserFiles, server_files
 from pl_personalize.datamodules.scene_download import MIT_INDOOR, fetch
 from pl_personalize.datamodules.scene_folder import (
+    Names,
     Pools,
     check_classes,
     classes_of_tasks,
@@ -108,14 +110,18 @@ class SceneDataModule(TaskIncrementalDataModule):
         for name, value in (("num_users", num_users), ("image_size", image_size)):
             if value < 1:
                 raise MisconfigurationException(f"{name} must be at least 1; got {value}.")
-        if len(mean) != 3 or len(deviation) != 3 or not all(value > 0 for value in deviation):
+        fits = all(0 <= value <= 1 for value in mean) and all(value > 0 for value in deviation)
+        if len(mean) != 3 or len(deviation) != 3 or not fits:
             raise MisconfigurationException(
-                "mean and deviation must have one number for each of the three channels, and deviations must be "
-                f"positive; got {list(mean)} and {list(deviation)}."
+                "mean and deviation must have one number for each of the three channels, of images in [0, 1]: means in "
+                f"[0, 1], positive deviations; got {list(mean)} and {list(deviation)}."
             )
+        iterations = [index(iteration) for iteration in iterations]
         if not iterations or len(set(iterations)) != len(iterations):
             raise MisconfigurationException(f"iterations must be at least one, each once; got {list(iterations)}.")
-        self.supercategories = read_supercategories(None if supercategories is None else Path(supercategories))
+        self.supercategories = read_supercategories(
+            None if supercategories is None else Path(supercategories).expanduser()
+        )
         several = len(iterations) > 1
         self._draws = [(person, iteration) for person in range(num_users) for iteration in iterations]
         super().__init__(
@@ -149,6 +155,10 @@ class SceneDataModule(TaskIncrementalDataModule):
     @abstractmethod
     def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
         """The images of each person in a task."""
+
+    def classes_by_task(self) -> dict[str, Names]:
+        """The classes of each task."""
+        return dict(zip(self.tasks, self.classes, strict=True))
 
     def person_of(self, user: int | str) -> int:
         """The number of the person, from 0, that a user is in one of the iterations."""

@@ -98,9 +98,9 @@ class TransPriorDataModule(SceneDataModule):
             raise MisconfigurationException(
                 f"There are {len(distortions.DISTORTIONS)} distortions, one for each user; got num_users={num_users}."
             )
-        if not 1 <= severity <= 5 or extra_images < 0:
+        if severity not in range(1, 6) or extra_images < 0:
             raise MisconfigurationException(
-                f"severity must be 1 to 5, and extra_images not negative; got {severity} and {extra_images}."
+                f"severity must be 1, 2, 3, 4 or 5, and extra_images not negative; got {severity} and {extra_images}."
             )
         if distort_at not in get_args(DistortAt):
             raise MisconfigurationException(f"distort_at must be 'resized' or 'reference'; got {distort_at!r}.")
@@ -142,7 +142,7 @@ class TransPriorDataModule(SceneDataModule):
 
     @override
     def check(self, pools: Pools) -> None:
-        check_transprior(pools, dict(zip(self.tasks, self.classes, strict=True)), self.extra_images)
+        check_transprior(pools, self.classes_by_task(), self.extra_images)
 
     @override
     def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
@@ -151,7 +151,8 @@ class TransPriorDataModule(SceneDataModule):
 
     @override
     def pool_of(self, person: int) -> UserPool:
-        depends = distortions.DISTORTIONS[person], self.severity, self.distort_at, self.split_seed, person
+        name, version = distortions.DISTORTIONS[person], distortions.opencv_version()
+        depends = name, version, self.severity, self.distort_at, self.split_seed, person
         return UserPool(f"user{person + 1}", partial(self.read_distorted, person=person), depends)
 
     def read_distorted(self, path: Path, person: int) -> NDArray[np.uint8]:
@@ -160,5 +161,8 @@ class TransPriorDataModule(SceneDataModule):
         if self.distort_at == "resized":
             image = resize_shorter(image, self.image_size)
         name, seed = distortions.DISTORTIONS[person], derive_seed(self.split_seed, person, path.parent.name, path.name)
-        distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
+        try:
+            distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
+        except Exception as error:  # what OpenCV and Pillow raise at images of extreme sizes
+            raise MisconfigurationException(f"{path} cannot be distorted ({name}): {error}") from error
         return crop_centre(Image.fromarray(distorted), self.image_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -121,12 +123,20 @@ def compare(
         options={
             **data_options,
             "data_dir": str(data.data_dir.resolve()),
+            "images": digest_of_images(data),
             "weights": weights,
             "channels_last": channels_last,
         },
         paper=None if published is None else paper_by_label(benchmark, published),
         paper_note="In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
     )
+
+
+def digest_of_images(data: SceneDataModule) -> str:
+    """Which images server and users have: other lists, tables or preferences in the same files have another."""
+    server = [data.server_files(task) for task in data.tasks]
+    users = [data.user_files(user, task) for user in data.users for task in data.tasks]
+    return hashlib.sha256(json.dumps([server, users]).encode()).hexdigest()[:16]
 
 
 def to_channels_last(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ def report(
     comparisons = compare(rows)
     if max(map(len, by_method.values())) > 1:
         best = {key: mark for labels in by_method.values() for key, mark in marks(rows, comparisons, labels).items()}
-        users = sorted({row.user for row in rows}, key=lambda user: user != ALL_USERS)
+        users = sorted(dict.fromkeys(row.user for row in rows), key=lambda user: user != ALL_USERS)
         table = "\n\n".join(adaptation_table(rows, user, best) for user in users)
     else:
         labels = [label for name in competitors for label in by_method[name]]

@@ -75,6 +75,15 @@ def test_brightness(colours, severity):
     assert_is_rounding_of(distort(colours, "brightness", severity=severity, seed=0), expected)
 
 
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_brightness_keeps_grey_levels_apart(severity):
+    """Where 255 times the offset ends in .5, rounding to the nearest even level would make two levels one."""
+    ramp = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, 2)
+    darker = ramp[ramp[:, 0, 0] + 255 * severity / 10 < 255]
+    brighter = distort(darker, "brightness", severity=severity, seed=0)
+    assert len(np.unique(brighter)) == len(darker)
+
+
 @pytest.mark.parametrize(("severity", "factor"), [(1, 0.4), (2, 0.3), (3, 0.2), (4, 0.1), (5, 0.05)])
 def test_contrast(image, severity, factor):
     expected = np.empty(image.shape)

@@ -74,7 +74,7 @@ def test_palettes_become_rgb(tmp_path, transparency):
 
 def test_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((2, 2), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(MisconfigurationException, match=r"deep\.png has more than 8 bits a channel; convert it to 8"):
+    with pytest.raises(MisconfigurationException, match=r"deep\.png is grey with more than 8 bits; convert it to 8"):
         read_rgb(tmp_path / "deep.png")
 
 

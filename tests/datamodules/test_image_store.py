@@ -1,7 +1,10 @@
 """Pools of decoded images: once, in memory or in a file that is complete or not there."""
 
 import os
+import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -81,6 +84,29 @@ def test_a_file_is_named_after_what_it_depends_on(folder, cache):
     os.utime(folder / FILES[2], ns=(1, 1))
     assert len(names()) == 7
     assert len(names("x")) == 8
+
+
+def test_another_folder_has_other_files(folder, cache, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")  # with the same times
+    ImageStore(folder, 4, cache).pool("some", FILES, Reader())
+    ImageStore(copy, 4, cache).pool("some", FILES, reader := Reader())
+    assert sorted(reader.read) == sorted(FILES)
+
+
+def test_who_comes_second_waits_for_the_first(folder, cache):
+    started, reader = threading.Event(), Reader()
+
+    def slow(path):
+        started.set()
+        time.sleep(0.01)
+        return reader(path)
+
+    with ThreadPoolExecutor(2) as workers:
+        first = workers.submit(ImageStore(folder, 4, cache).pool, "some", FILES, slow)
+        assert started.wait(60)
+        second = workers.submit(ImageStore(folder, 4, cache).pool, "some", FILES, slow)
+        assert torch.equal(first.result(), second.result())
+    assert sorted(reader.read) == sorted(FILES)
 
 
 def test_a_pool_may_have_any_name(folder, cache):

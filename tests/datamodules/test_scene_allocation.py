@@ -195,9 +195,10 @@ def test_all_classes_with_too_few_are_named_at_once():
 
 
 def test_more_users_than_test_images_are_refused():
-    drawn = draw_preferences(listing(2000).extra, FOUR, 18, 3, 70, 1)
+    drawn = draw_preferences(listing(2000).extra, FOUR, 9, 3, 70, 1)
+    check_catprior(listing(2000), FOUR, drawn[:8], 70)
     with pytest.raises(
-        MisconfigurationException, match=r"Each of the 18 users .* 'fastfood_restaurant' has 17\. .*num_"
+        MisconfigurationException, match=r"Each of the 9 users .* makes 18; .* 'fastfood_restaurant' has 17\. .*num_"
     ):
         check_catprior(listing(2000), FOUR, drawn, 70)
 

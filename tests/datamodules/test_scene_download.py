@@ -3,6 +3,7 @@
 import hashlib
 import io
 import shutil
+import socket
 import tarfile
 import threading
 from functools import partial
@@ -156,8 +157,9 @@ def test_an_archive_that_ends_early_between_two_files_is_refused(archive, served
         fetch(archive._replace(url=archive.url.replace("scenes.tar", "few.tar")), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside.png", "/tmp/outside.png", "Images/../../outside.png"])
+@pytest.mark.parametrize("name", ["../outside.png", "{tmp_path}/outside.png", "Images/../../outside.png"])
 def test_members_outside_the_folder_are_refused(archive, served, tmp_path, name):
+    name = name.format(tmp_path=tmp_path)
     pack(served[0] / "evil.tar", {"Images/gym/a.png": b"1", name: b"2"})
     place = tmp_path / "deep" / "place"
     with pytest.raises(MisconfigurationException, match=r"evil\.tar (cannot be unpacked|should have 364)"):
@@ -177,10 +179,41 @@ def test_links_to_the_outside_are_refused(archive, served, tmp_path):
 def test_a_list_of_another_length_is_refused(archive, tmp_path):
     lists = archive.lists | {"TestImages.txt": (archive.lists["TestImages.txt"][0], 1340)}
     with pytest.raises(
-        MisconfigurationException, match=r"TestImages\.txt should have 1340 lines, and has 98\. Fetch it"
+        MisconfigurationException, match=r"TestImages\.txt should have 1340 lines, .*, and has 98\. Fetch it"
     ):
         fetch(archive._replace(lists=lists), tmp_path)
     assert not (tmp_path / "TestImages.txt").exists()
+
+
+def test_a_list_that_was_cut_in_its_last_line_is_refused(archive, served, tmp_path):
+    whole = (served[0] / "TestImages.txt").read_bytes()
+    (served[0] / "cut.txt").write_bytes(whole[:-4])
+    lists = archive.lists | {"TestImages.txt": (f"{archive.url.rpartition('/')[0]}/cut.txt", LINES["TestImages.txt"])}
+    with pytest.raises(
+        MisconfigurationException, match=r"cut\.txt should have .* names 'tram/.*', of which there is"
+    ):
+        fetch(archive._replace(lists=lists), tmp_path)
+    assert not (tmp_path / "TestImages.txt").exists()
+    fetch(archive, tmp_path)
+    assert (tmp_path / "TestImages.txt").read_bytes() == whole
+
+
+def test_a_file_too_many_does_not_matter(archive, served, tmp_path):
+    with tarfile.open(served[0] / "more.tar", "w") as tar:
+        tar.add(served[0] / "whole" / "Images", "Images")
+        for name in ("Images/attic/._hidden.png", "Images/attic/another.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    fetch(archive._replace(url=archive.url.replace("scenes.tar", "more.tar")), tmp_path)
+    assert (tmp_path / "Images" / "attic" / "another.png").exists()
+
+
+def test_a_server_that_falls_silent_is_given_up(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr("pl_personalize.datamodules.scene_download._SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"http://127.0.0.1:{mute.getsockname()[1]}/scenes.tar"
+        with pytest.raises(MisconfigurationException, match=r"cannot be fetched: .*timed out"):
+            fetch(archive._replace(url=address), tmp_path)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_an_interruption_leaves_nothing_half_done(archive, tmp_path, monkeypatch):

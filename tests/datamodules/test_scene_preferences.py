@@ -32,6 +32,14 @@ def test_the_first_users_of_a_file_count(tmp_path):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("prefix", ["user", ""])
+def test_users_are_found_by_name(tmp_path, prefix):
+    path = stored(tmp_path, {f"{prefix}{k}": ANN | {"home": [["cellar", "attic"], ["bath", "attic"]][k == 2]}
+                             for k in (1, 10, 11, 2)})  # fmt: skip
+    found = read_preferences(path, CLASSES, 2, 2)
+    assert [chosen["home"] for chosen in found] == [("cellar", "attic"), ("bath", "attic")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -42,6 +50,7 @@ def test_the_first_users_of_a_file_count(tmp_path):
         ({"ann": ANN | {"home": "ab"}}, r"prefers in 'home' 'ab', not 2 different"),
         ({"ann": ANN | {"home": ["bath", "garage"]}}, r"prefers in 'home' 'garage', which is in no task"),
         ({"ann": ANN | {"home": ["bath", "deli"]}}, r"prefers in 'home' 'deli', which belongs to 'store'"),
+        ({"ann": ANN | {"home": [["bath"], "attic"]}}, r"prefers in 'home' \['bath'\], which is in no task"),
         ([1], "must be a JSON object: user -> task -> list of classes"),
         ("{", "cannot be read from .*preferences.json"),
     ],

@@ -129,7 +129,9 @@ def test_another_mean_and_deviation(scenes):
     torch.testing.assert_close(batch, expected)
 
 
-@pytest.mark.parametrize("options", [{"mean": [0.5]}, {"deviation": [1.0, 1.0]}, {"deviation": [1.0, 0.0, 1.0]}])
+@pytest.mark.parametrize(
+    "options", [{"mean": [0.5]}, {"mean": [124, 117, 104]}, {"deviation": [1.0, 1.0]}, {"deviation": [1.0, 0.0, 1.0]}]
+)
 def test_a_mean_or_deviation_that_does_not_fit_is_refused(scenes, options):
     with pytest.raises(MisconfigurationException, match="three channels"):
         catprior(scenes, **options)
@@ -350,7 +352,7 @@ def test_a_class_without_training_images_is_refused(copy):
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("truncated", "cannot be read as an image"), ("16 bits", "has more than 8 bits a channel; convert it to 8")],
+    [("truncated", "cannot be read as an image"), ("16 bits", "is grey with more than 8 bits; convert it to 8")],
 )
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_image_that_cannot_be_decoded_is_named(copy, tmp_path, what, message, cached):

@@ -8,7 +8,7 @@ from PIL import Image
 from scene_files import SIZE, names_of, transprior, write_scenes
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-from pl_personalize.datamodules import TransPriorDataModule
+from pl_personalize.datamodules import TransPriorDataModule, distortions
 from pl_personalize.datamodules.distortions import DISTORTIONS
 from pl_personalize.functional.seeding import derive_seed
 
@@ -142,14 +142,26 @@ def test_all_ten_distortions_work_on_small_images(tmp_path):
     ("options", "message"),
     [
         ({"num_users": 11}, "There are 10 distortions, one for each user; got num_users=11"),
-        ({"severity": 0}, "severity must be 1 to 5, .* got 0 and 11"),
-        ({"severity": 6}, "severity must be 1 to 5"),
+        ({"severity": 0}, "severity must be 1, 2, 3, 4 or 5, .* got 0 and 11"),
+        ({"severity": 6}, "severity must be 1, 2"),
+        ({"severity": 2.5}, "severity must be 1, 2"),
         ({"distort_at": "cropped"}, "must be 'resized' or 'reference'; got 'cropped'"),
     ],
 )
 def test_options_out_of_range_are_refused(scenes, options, message):
     with pytest.raises(MisconfigurationException, match=message):
         transprior(scenes, **options)
+
+
+def test_an_image_that_cannot_be_distorted_is_named(scenes, monkeypatch):
+    def broken(image, name, **options):
+        raise ValueError("too long")
+
+    data = transprior(scenes)
+    data.prepare_data()
+    monkeypatch.setattr(distortions, "distort", broken)
+    with pytest.raises(MisconfigurationException, match=r"\.png cannot be distorted \(spatter\): too long"):
+        data.user_split(0, 0)
 
 
 def test_too_few_extra_images_are_refused(scenes):

@@ -1,6 +1,7 @@
 """CatPrior and TransPrior as somebody would run them: every configuration through the script itself, shrunk."""
 
 import csv
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from scene_files import write_scenes
+
+from pl_personalize.models import check_backbone
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = sorted(
@@ -64,6 +67,7 @@ def results(folder):
 def test_every_configuration_of_scenes_runs(name, folder, tmp_path, monkeypatch, capsys, global_state):
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
     benchmark = "CatPrior" if name.startswith("catprior") else "TransPrior"
+    check_backbone(config["backbone"])
     backbone = NORMED if "adaptations" in config else PLAIN
     options = ["--config", EXPERIMENTS / "configs" / name, *data_options(folder, benchmark), "--backbone", backbone]
     tuned = ["--baselines.ft_epochs", "1", "--adaptation.epochs", "1", "--seeds", "[1]"]
@@ -84,6 +88,19 @@ def test_iterations_are_users_of_their_own(folder, tmp_path, monkeypatch, capsys
     users = ["user1-draw1", "user1-draw2", "user2-draw1", "user2-draw2"]
     assert [row["user"] for row in results(tmp_path / "run")] == [*users, "all"]
     assert len(list((tmp_path / "run" / "checkpoints").glob("**/*.safetensors"))) == 2
+
+
+def test_other_images_in_the_same_files_are_refused(folder, tmp_path, monkeypatch, capsys, global_state):
+    preferences = tmp_path / "preferences.json"
+    options = [*data_options(folder, "CatPrior"), "--preferences", preferences, "--backbone", PLAIN, "--seeds", "1"]
+    options += ["--methods", "mean-IMM", "--output_dir", tmp_path / "run"]
+    chosen = {"home": ["attic"], "leisure": ["bar"]}
+    preferences.write_text(json.dumps({"user1": chosen, "user2": chosen}))
+    run_here(monkeypatch, "catprior.py", *options)
+
+    preferences.write_text(json.dumps({"user1": chosen, "user2": chosen | {"home": ["bath"]}}))
+    with pytest.raises(SystemExit, match=r"a run with other options \(images: "):
+        run_here(monkeypatch, "catprior.py", *options)
 
 
 @pytest.mark.parametrize("script", ["catprior.py", "transprior.py"])

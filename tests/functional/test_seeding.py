@@ -1,6 +1,14 @@
+import numpy as np
+import pytest
 import torch
 
-from pl_personalize.functional.seeding import reseed
+from pl_personalize.functional.seeding import derive_seed, reseed
+
+
+def test_integers_of_other_libraries_are_integers():
+    assert derive_seed(np.int64(27), "x", torch.tensor(3)) == derive_seed(27, "x", 3)
+    with pytest.raises(TypeError):
+        derive_seed(27.0)
 
 
 def test_it_seeds_what_the_cpu_draws_as_torch_does(global_state):
