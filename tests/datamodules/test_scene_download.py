@@ -189,9 +189,7 @@ def test_a_list_that_was_cut_in_its_last_line_is_refused(archive, served, tmp_pa
     whole = (served[0] / "TestImages.txt").read_bytes()
     (served[0] / "cut.txt").write_bytes(whole[:-4])
     lists = archive.lists | {"TestImages.txt": (f"{archive.url.rpartition('/')[0]}/cut.txt", LINES["TestImages.txt"])}
-    with pytest.raises(
-        MisconfigurationException, match=r"cut\.txt should have .* names 'tram/.*', of which there is"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"cut\.txt should have .* names 'tram/.*', of which there is"):
         fetch(archive._replace(lists=lists), tmp_path)
     assert not (tmp_path / "TestImages.txt").exists()
     fetch(archive, tmp_path)
