@@ -15,6 +15,12 @@ _LONGEST = 8
 """How many times the shorter side the longer one is kept; beyond it no centre crop reaches."""
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    path = Path(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def read_rgb(path: Path) -> Image.Image:
     """An image file in RGB, whatever it is in; transparency and EXIF's orientation are ignored.
 

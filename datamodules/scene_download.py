@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm.auto import tqdm
 
-from pl_personalize.datamodules.scene_folder import is_image, missing_parts
+from pl_personalize.datamodules.image_files import is_image
+from pl_personalize.datamodules.scene_folder import missing_parts
 
 _PARTIAL = ".download"
 _SILENCE = 60.0  # seconds without a byte, after which a server is given up

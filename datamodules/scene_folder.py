@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.image_files import SUFFIXES
+from pl_personalize.datamodules.image_files import is_image
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
 Names = tuple[str, ...]
@@ -61,12 +61,6 @@ def read_pools(data_dir: Path) -> Pools:
         *({folder: tuple(n for n in names if n in pool) for folder, names in there.items()} for pool in
           (train, test, extra))
     )  # fmt: skip
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is an image, by its name."""
-    path = Path(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _read_list(path: Path, known: set[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -188,7 +189,7 @@ def user_title(user: str) -> str:
     """What stands above a user's figures."""
     if user == ALL_USERS:
         return "all users"
-    return user if user.startswith("user") else f"user {user}"
+    return user if re.match(r"user\S", user) else f"user {user}"  # user1, but user scan; no two users share a title
 
 
 def _marked_cell(rows: Sequence[ResultRow], label: str, user: str, marks: Mapping[tuple[str, str], str]) -> str:

@@ -6,7 +6,15 @@ import torch
 from pl_personalize import ArtifactError
 from pl_personalize.runner.figures import draw_matrices, draw_methods
 from pl_personalize.runner.paper import PaperResult
-from pl_personalize.runner.results import legend, read_csv, result_row, results_table, with_means_over_users, write_csv
+from pl_personalize.runner.results import (
+    legend,
+    read_csv,
+    result_row,
+    results_table,
+    user_title,
+    with_means_over_users,
+    write_csv,
+)
 
 NAN = float("nan")
 MATRIX = torch.tensor([[1.0, NAN], [0.5, 0.75]])
@@ -61,6 +69,12 @@ def test_marks_and_the_papers_figures_stand_in_the_table():
     assert lines[0] == "| method   | user a        | paper       |"
     assert lines[2] == "| MAS-RACL | 62.5 (25.0) ↓ | 84.0 (-0.2) |"
     assert lines[3].endswith("|             |")
+
+
+def test_no_two_users_have_one_title():
+    users = ["user1", "1", "scan", "user scan", "user", "all"]
+    titles = ["user1", "user 1", "user scan", "user user scan", "user user", "all users"]
+    assert [user_title(user) for user in users] == titles
 
 
 def test_the_legend_says_what_is_in_the_table():
