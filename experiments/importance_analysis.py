@@ -42,7 +42,7 @@ from pl_personalize.artifacts import read_json
 from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule, TaskIncrementalDataModule
 from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork, cnn_bn, mlp
-from pl_personalize.runner import ImportanceOptions
+from pl_personalize.runner import ImportanceOptions, TrainingOptions
 from pl_personalize.runner.server_run import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
@@ -190,10 +190,9 @@ def train(
 
         main(training=replace(TRAINING, epochs=epochs or TRAINING.epochs), **common)
     else:
-        from numbers_benchmark import TRAINING as NUMBERS_TRAINING
         from numbers_benchmark import main as numbers_main
 
-        training = replace(NUMBERS_TRAINING, epochs=epochs or NUMBERS_TRAINING.epochs)
+        training = TrainingOptions() if epochs is None else TrainingOptions(epochs=epochs)
         numbers_main(training=training, **numbers, **common)
     print()
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,29 +20,12 @@ from pl_personalize.datamodules import NumbersDataModule
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import TaskNetwork, check_backbone, cnn_bn, mlp
 from pl_personalize.models import backbone as published_network
-from pl_personalize.runner import (
-    MERGES_AND_BOUNDS,
-    AdaptationName,
-    AdaptationOptions,
-    BaselineOptions,
-    ImportanceOptions,
-    LoggerName,
-    TrainerOptions,
-    TrainingOptions,
-    WandbOptions,
-    paper_results,
-    run_experiment,
-)
+from pl_personalize.runner import TrainerOptions, paper_results, run_experiment
 
 PAPER_SOURCES = ("svhn", "mnist")
 PAPER_HIDDEN = (100, 100)
 OWN_NETWORKS = ("mlp", "cnn_bn")
-TRAINING = TrainingOptions()
-IMPORTANCE = ImportanceOptions()
-ADAPTATION = AdaptationOptions()
-BASELINES = BaselineOptions()
 TRAINER = TrainerOptions(accelerator="cpu")
-WANDB = WandbOptions()
 
 
 def main(
@@ -51,24 +34,16 @@ def main(
     download: bool = False,
     max_per_source: PositiveInt | None = 10_000,
     split_seed: int | Literal["seed"] = 27,
-    seeds: Sequence[int] | int = (1, 2, 3, 4, 5),
-    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     backbone: str = "mlp",
     hidden: Sequence[PositiveInt] = PAPER_HIDDEN,
     weights: str | None = None,
     image_size: PositiveInt | None = None,
-    adaptations: Sequence[AdaptationName] | None = None,
-    adaptation: AdaptationOptions = ADAPTATION,
-    baselines: BaselineOptions = BASELINES,
     batch_size: PositiveInt = 20,
     eval_batch_size: PositiveInt = 1000,
-    training: TrainingOptions = TRAINING,
-    importance: ImportanceOptions = IMPORTANCE,
+    seeds: Sequence[int] | int = (1, 2, 3, 4, 5),
     trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
-    wandb: WandbOptions = WANDB,
     num_threads: PositiveInt = 1,
-    output_dir: Path = Path("runs/numbers"),
+    **options: Any,
 ) -> None:
     """Train, merge and test on Numbers, for a user of each source.
 
@@ -78,10 +53,6 @@ def main(
         download: Fetch collections that are missing.
         max_per_source: Cap on the server's images of a task and source; null for all.
         split_seed: Seed of the choice and the division of the images; ``seed``: each of the seeds.
-        seeds: One or several, of initial parameters and of the order of the data.
-        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
-            ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
-            ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
         backbone: ``mlp``, the paper's; ``cnn_bn``: four blocks of convolution and batch norm; or a classification model
             of torchvision (``squeezenet1_1``, ``resnet18``, …), or of timm, if it is installed (``timm:resnet18``).
         hidden: Widths of the hidden layers of ``mlp``.
@@ -89,21 +60,14 @@ def main(
             with a state dict; null for random ones.
         image_size: For a model of torchvision or timm: side to which it enlarges the images of 28×28, where these are
             too small; null to leave them.
-        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
-            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
-        adaptation: How batch norm is adapted.
-        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
         batch_size: For training.
         eval_batch_size: For importances (those of ``MAS`` and ``EWC`` have ``batch_size``), adaptation and tests; it
             matters for ``--importance.reduction batch``, and for batch norm that is not adapted with
             ``--adaptation.exact true``.
-        training: How models are trained.
-        importance: How importances are estimated.
+        seeds: One or several, of initial parameters and of the order of the data.
         trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none.
-        wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; more do not help networks this small.
-        output_dir: Folder of the run. Run again, it goes on where it was.
+        **options: Of :func:`~pl_personalize.runner.run_experiment`.
     """
     torch.set_num_threads(num_threads)
     data = NumbersDataModule(
@@ -126,17 +90,8 @@ def main(
         {"mlp": f"MLP {'-'.join(map(str, hidden))}", "cnn_bn": "CNN-BN"}.get(backbone, backbone),
         data,
         make_network,
-        methods=methods,
         seeds=seeds,
-        output_dir=output_dir,
-        training=training,
-        importance=importance,
         trainer=trainer,
-        adaptations=adaptations,
-        adaptation=adaptation,
-        baselines=baselines,
-        loggers=loggers,
-        wandb=wandb,
         options={
             "data_dir": str(data_dir.expanduser().resolve()),
             "sources": list(sources),
@@ -148,6 +103,7 @@ def main(
         | ({} if backbone in OWN_NETWORKS else {"weights": weights, "image_size": image_size}),
         paper=paper_results("Numbers", "MLP") if with_paper else None,
         paper_note=f"In the paper, the users are svhn and mnist{different}.",
+        **options,
     )
 
 

@@ -7,8 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,30 +20,12 @@ from pl_personalize import ArtifactError
 from pl_personalize.datamodules.scenes import SceneDataModule
 from pl_personalize.models import TaskNetwork, check_backbone
 from pl_personalize.models import backbone as published_network
-from pl_personalize.runner import (
-    MERGES_AND_BOUNDS,
-    AdaptationName,
-    AdaptationOptions,
-    BaselineOptions,
-    ImportanceOptions,
-    LoggerName,
-    TestedModels,
-    TrainerOptions,
-    TrainingOptions,
-    WandbOptions,
-    paper_by_label,
-    run_experiment,
-)
+from pl_personalize.runner import TrainingOptions, paper_by_label, run_experiment
 
 PAPER_BACKBONES = {"alexnet": "AlexNet", "vgg11": "VGG11", "vgg11_bn": "VGG11-BN"}
 ELSEWHERE = {"task", "user", "seed"}  # set by the runner
 WITHOUT_EFFECT = {"data_dir", "cache_dir", "download", "archive_md5"}  # on results, or named apart
 TRAINING = TrainingOptions(epochs=50)
-IMPORTANCE = ImportanceOptions()
-ADAPTATION = AdaptationOptions()
-BASELINES = BaselineOptions()
-TRAINER = TrainerOptions()
-WANDB = WandbOptions()
 
 
 def compare(
@@ -55,19 +36,9 @@ def compare(
     backbone: str = "vgg11",
     weights: str | None = "DEFAULT",
     channels_last: bool = False,
-    seeds: Sequence[int] | int = (1, 2, 3),
-    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
-    adaptations: Sequence[AdaptationName] | None = None,
-    adaptation: AdaptationOptions = ADAPTATION,
-    baselines: BaselineOptions = BASELINES,
-    models: TestedModels = "all",
     training: TrainingOptions = TRAINING,
-    importance: ImportanceOptions = IMPORTANCE,
-    trainer: TrainerOptions = TRAINER,
-    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
-    wandb: WandbOptions = WANDB,
     num_threads: PositiveInt | None = None,
-    output_dir: Path = Path("runs/scenes"),
+    **options: Any,
 ) -> None:
     """Train, merge and test on a benchmark of scenes.
 
@@ -81,23 +52,9 @@ def compare(
             ones.
         channels_last: Give images to the network in the memory layout in which most convolutions are faster (some other
             layers take no such images); results may differ by rounding.
-        seeds: One or several, of initial heads and of the order of the data.
-        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
-            ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
-            ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
-        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
-            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
-        adaptation: How batch norm is adapted.
-        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
-        models: What is tested of a sequence of models: ``all``, or ``last``: only the one after the last task, which
-            has no forgetting, and takes a fraction of the time.
         training: How models are trained.
-        importance: How importances are estimated.
-        trainer: For the Lightning Trainers.
-        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none.
-        wandb: Tracking in Weights & Biases.
         num_threads: Threads for PyTorch; by default its own choice.
-        output_dir: Folder of the run. Run again, it goes on where it was.
+        **options: Of :func:`~pl_personalize.runner.run_experiment`.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -108,18 +65,7 @@ def compare(
         published or backbone,
         data,
         network_maker(backbone, weights, data.image_size, channels_last),
-        methods=methods,
-        seeds=seeds,
-        output_dir=output_dir,
         training=training,
-        importance=importance,
-        trainer=trainer,
-        adaptations=adaptations,
-        adaptation=adaptation,
-        baselines=baselines,
-        models=models,
-        loggers=loggers,
-        wandb=wandb,
         options={
             **data_options,
             "data_dir": str(data.data_dir.resolve()),
@@ -129,6 +75,7 @@ def compare(
         },
         paper=None if published is None else paper_by_label(benchmark, published),
         paper_note="In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
+        **options,
     )
 
 
@@ -185,8 +132,6 @@ def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> 
     parser.add_argument("--config", action="config", help="Path to a configuration file.")
     parser.add_class_arguments(datamodule, skip=ELSEWHERE)
     parser.add_function_arguments(compare, skip={"data", "benchmark", "data_options"})
-    folder = Path("runs") / benchmark.lower()
-    parser.set_defaults(output_dir=folder)
     chosen = dict(parser.instantiate(parser.parse_args()))
     data_options = {name: chosen[name] for name in inspect.signature(datamodule).parameters if name in chosen}
     decisive = {
@@ -194,7 +139,7 @@ def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> 
         for name, value in data_options.items()
         if name not in WITHOUT_EFFECT
     }
-    options = {name: chosen[name] for name in inspect.signature(compare).parameters if name in chosen}
+    options = {name: value for name, value in chosen.items() if name not in {"config", *data_options}}
     try:
         compare(datamodule(**data_options), benchmark, decisive, **options)
     except (ArtifactError, MisconfigurationException) as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -24,12 +24,7 @@ from pl_personalize.runner.checks import check_body, check_options, choose_adapt
 from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.following import Following, rows_of
 from pl_personalize.runner.joint_run import JointRun
-from pl_personalize.runner.methods import (
-    AdaptationName,
-    MethodName,
-    by_server,
-    variants,
-)
+from pl_personalize.runner.methods import MERGES_AND_BOUNDS, AdaptationName, MethodName, by_server, variants
 from pl_personalize.runner.options import (
     AdaptationOptions,
     BaselineOptions,
@@ -42,10 +37,7 @@ from pl_personalize.runner.options import (
 )
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.report import report
-from pl_personalize.runner.results import (
-    ResultRow,
-    with_means_over_users,
-)
+from pl_personalize.runner.results import ResultRow, with_means_over_users
 from pl_personalize.runner.run_folder import RunFolder
 from pl_personalize.runner.sequence_run import EWCRun, FinetuneRun, LwFRun, MASRun
 from pl_personalize.runner.server_run import ServerRun, Setting
@@ -53,6 +45,12 @@ from pl_personalize.runner.server_run import ServerRun, Setting
 SERVER_RUNS: dict[str, type[ServerRun]] = {
     run.server: run for run in (ExpertRun, MASRun, EWCRun, LwFRun, FinetuneRun, JointRun)
 }
+TRAINING = TrainingOptions()
+IMPORTANCE = ImportanceOptions()
+ADAPTATION = AdaptationOptions()
+BASELINES = BaselineOptions()
+TRAINER = TrainerOptions()
+WANDB = WandbOptions()
 
 
 def run_experiment(
@@ -61,18 +59,18 @@ def run_experiment(
     datamodule: TaskIncrementalDataModule,
     make_network: Callable[[int], TaskNetwork],
     *,
-    methods: MethodName | Sequence[MethodName],
-    seeds: int | Sequence[int],
-    output_dir: Path,
-    training: TrainingOptions,
-    importance: ImportanceOptions,
-    trainer: TrainerOptions,
+    methods: Sequence[str] | str = MERGES_AND_BOUNDS,
+    seeds: Sequence[int] | int = (1, 2, 3),
     adaptations: Sequence[AdaptationName] | None = None,
-    adaptation: AdaptationOptions | None = None,
-    baselines: BaselineOptions | None = None,
     models: TestedModels = "all",
-    loggers: LoggerName | Sequence[LoggerName] = ("wandb",),
-    wandb: WandbOptions | None = None,
+    training: TrainingOptions = TRAINING,
+    importance: ImportanceOptions = IMPORTANCE,
+    adaptation: AdaptationOptions = ADAPTATION,
+    baselines: BaselineOptions = BASELINES,
+    trainer: TrainerOptions = TRAINER,
+    loggers: Sequence[LoggerName] | LoggerName = ("wandb",),
+    wandb: WandbOptions = WANDB,
+    output_dir: Path | None = None,
     options: Mapping[str, Any] | None = None,
     paper: Mapping[str, PaperResult] | None = None,
     paper_note: str | None = None,
@@ -87,19 +85,23 @@ def run_experiment(
         backbone: Name of the network, for the results.
         datamodule: The benchmark.
         make_network: The network for a number of classes.
-        methods: What is compared, one or several of :data:`METHODS`.
-        seeds: Of initial parameters and of the order of the data, one or several.
-        output_dir: The run's folder.
+        methods: What is compared, one or several: the merges ``MAS-RACL``, ``FIM-RACL``, ``MAS-IMM``, ``FIM-IMM``,
+            ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
+            ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
+        seeds: One or several, of initial parameters and of the order of the data.
+        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
+            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
+        models: What is tested of a sequence of models: ``all``, or ``last``: only the one after the last task, which
+            has no forgetting, and takes a fraction of the time.
         training: How models are trained.
         importance: How importances are estimated.
-        trainer: For the Trainers.
-        adaptations: Of batch norm, under which every method is tested; by default ``AdaBN`` for a network that has it.
         adaptation: How batch norm is adapted.
-        baselines: Methods that do not merge.
-        models: What is tested of a sequence of models: ``"all"``, or ``"last"``: only the one after the last task,
-            which has no forgetting, and takes a fraction of the time.
-        loggers: Who follows the runs; one, several, or nobody. There is one run for each seed and server method.
+        baselines: Methods that do not merge: ``MAS``, ``EWC``, ``LwF``, ``FT``.
+        trainer: For the Lightning Trainers.
+        loggers: Who follows the runs: ``wandb``, ``csv``, ``tensorboard``; one, several, or none. There is one run for
+            each seed and server method.
         wandb: Tracking in Weights & Biases.
+        output_dir: Folder of the run, by default ``runs`` and the benchmark's name. Run again, it goes on where it was.
         options: Further options that the results depend on.
         paper: The paper's figures, to stand beside ours.
         paper_note: What to know when comparing with them.
@@ -111,20 +113,20 @@ def run_experiment(
         ArtifactError: If the folder holds a run with other options, or another process works in it.
         MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
-    wandb, adaptation = wandb or WandbOptions(), adaptation or AdaptationOptions()
-    baselines = baselines or BaselineOptions()
-    methods = [methods] if isinstance(methods, str) else methods
+    names = [methods] if isinstance(methods, str) else methods
     seeds = [seeds] if isinstance(seeds, int) else seeds
     loggers = [loggers] if isinstance(loggers, str) else loggers
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
+    output_dir = output_dir or Path("runs") / benchmark.lower()
     with _quiet_lightning():
-        check_options(datamodule, methods, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb)
+        check_options(datamodule, names, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb)
+    chosen = cast("Sequence[MethodName]", names)  # as was just checked
     with torch.random.fork_rng(devices=[]):
         network = make_network(2)
-    check_body(network, methods)
-    adaptations = choose_adaptations(adaptations, network, methods, models)
-    servers = by_server(methods)
+    check_body(network, chosen)
+    adaptations = choose_adaptations(adaptations, network, chosen, models)
+    servers = by_server(chosen)
     if "wandb" in loggers and os.environ.get("WANDB_SWEEP_ID"):
         output_dir = folder_in_a_sweep(output_dir, len(servers) * len(seeds))
     decisive = {"benchmark": benchmark, "backbone": backbone} | asdict(training) | asdict(importance) | asdict(trainer)
@@ -166,7 +168,7 @@ def run_experiment(
                         seconds[work.kind] += time.perf_counter() - begun
                         bar.update()
         rows = [row for run in runs for row in rows_of(run, benchmark, backbone)]
-        order = [variant.label for variant in variants(methods, adaptations)]
+        order = [variant.label for variant in variants(chosen, adaptations)]
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.label)))
         report(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers)
         if seconds:
