@@ -28,7 +28,7 @@ from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import MultiHeadNetwork, cnn_bn
 from pl_personalize.modules.batchnorm_policy import statistics_names
 from pl_personalize.runner.results import markdown_table
-from pl_personalize.runner.server_run import open_expert
+from pl_personalize.runner.trained import open_expert
 
 Cells = dict[tuple[str, str, str], list[float]]  # by (row, column, user): one accuracy for each seed
 WAYS = {"one pass": {}, "exact": {"exact": True}, "exact, prior 16": {"exact": True, "prior_samples": 16}}

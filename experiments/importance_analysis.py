@@ -43,7 +43,7 @@ from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule, Task
 from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork, cnn_bn, mlp
 from pl_personalize.runner import ImportanceOptions, TrainingOptions
-from pl_personalize.runner.server_run import open_expert
+from pl_personalize.runner.trained import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
 SEEDS = (1, 2, 3, 4, 5)

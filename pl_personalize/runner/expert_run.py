@@ -23,7 +23,8 @@ from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner.methods import METHODS, MethodName
 from pl_personalize.runner.run_folder import Stage
 from pl_personalize.runner.sequence_run import SequenceRun
-from pl_personalize.runner.server_run import RunFile, Work, open_expert, part, refuse_divergence
+from pl_personalize.runner.stages import RunFile, Work
+from pl_personalize.runner.trained import open_expert, part, refuse_divergence
 
 SERVER = "server"
 

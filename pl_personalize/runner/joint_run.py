@@ -11,7 +11,9 @@ from typing_extensions import override
 from pl_personalize.modules import SequenceEvaluator, TaskLearner
 from pl_personalize.runner.methods import MethodName
 from pl_personalize.runner.run_folder import Stage
-from pl_personalize.runner.server_run import RunFile, ServerRun, Work, open_expert, part
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.stages import RunFile, Work
+from pl_personalize.runner.trained import open_expert, part
 
 
 class JointRun(ServerRun):

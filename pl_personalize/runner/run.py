@@ -40,7 +40,8 @@ from pl_personalize.runner.report import report
 from pl_personalize.runner.results import ResultRow, with_means_over_users
 from pl_personalize.runner.run_folder import RunFolder
 from pl_personalize.runner.sequence_run import EWCRun, FinetuneRun, LwFRun, MASRun
-from pl_personalize.runner.server_run import ServerRun, Setting
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.stages import Setting
 
 SERVER_RUNS: dict[str, type[ServerRun]] = {
     run.server: run for run in (ExpertRun, MASRun, EWCRun, LwFRun, FinetuneRun, JointRun)

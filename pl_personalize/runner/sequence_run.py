@@ -19,7 +19,9 @@ from pl_personalize.modules import LwFLearner, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner.methods import MethodName, ServerMethod
 from pl_personalize.runner.run_folder import Stage
-from pl_personalize.runner.server_run import RunFile, ServerRun, Work, open_expert, part
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.stages import RunFile, Work
+from pl_personalize.runner.trained import open_expert, part
 
 
 class SequenceRun(ServerRun):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from pl_personalize.adaptation import adapt_batchnorm
-from pl_personalize.artifacts import TensorFile, save_tensors
+from pl_personalize.artifacts import save_tensors
 from pl_personalize.batchnorm import ARTIFACT_KIND as BATCHNORM_KIND
 from pl_personalize.callbacks import AdaBNS
 from pl_personalize.datamodules import TaskIncrementalDataModule
@@ -28,76 +27,19 @@ from pl_personalize.runner.checkpoints import Checkpoints
 from pl_personalize.runner.methods import (
     ADAPTATIONS,
     METHODS,
-    AdaptationName,
     MethodName,
     ServerMethod,
     Variant,
     variants,
 )
 from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
-from pl_personalize.runner.options import (
-    AdaptationOptions,
-    ArtifactName,
-    BaselineOptions,
-    ImportanceOptions,
-    TestedModels,
-    TrainerOptions,
-    TrainingOptions,
-)
-from pl_personalize.runner.run_folder import RunFolder, Stage
+from pl_personalize.runner.run_folder import Stage
+from pl_personalize.runner.stages import RunFile, Setting, Work
+from pl_personalize.runner.trained import refuse_divergence
 
 Matrix = list[list[float | None]]
 Entries = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """Of the body of model t on task i (both from 0), what replaces its own entries."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the runs of a call have in common.
-
-    Attributes:
-        folder: Where results go.
-        data: The benchmark.
-        make_network: Makes the network for a number of classes; called with the global generator seeded.
-        training: How models are trained.
-        importance: How importances are estimated.
-        trainer: Passed on to Trainers.
-        adaptations: Of batch norm, under which every method is tested.
-        adaptation: How batch norm is adapted.
-        baselines: Methods that do not merge.
-        models: What is tested of a sequence of models.
-    """
-
-    folder: RunFolder
-    data: TaskIncrementalDataModule
-    make_network: Callable[[int], TaskNetwork]
-    training: TrainingOptions
-    importance: ImportanceOptions
-    trainer: TrainerOptions
-    adaptations: Sequence[AdaptationName]
-    adaptation: AdaptationOptions
-    baselines: BaselineOptions
-    models: TestedModels = "all"
-
-
-class RunFile(NamedTuple):
-    """A file that a run made: what it is, where, and the run's files that it was made of."""
-
-    what: ArtifactName
-    path: Path
-    sources: Sequence[Path]
-
-
-class Work(NamedTuple):
-    """A stage that may have to be done: its name, and what does it."""
-
-    name: str
-    run: Callable[[], Stage]
-
-    @property
-    def kind(self) -> str:
-        """``train``, ``importance``, ``tune``, ``merge`` or ``test``."""
-        return self.name.split("/")[2]
 
 
 class ServerRun(ABC):
@@ -362,26 +304,3 @@ def _with_entries(evaluator: SequenceEvaluator, entries: Entries) -> SequenceEva
         entries=entries,
         own_heads=evaluator.own_heads,
     )
-
-
-def refuse_divergence(stage: str, network: nn.Module, what: str) -> None:
-    """Refuse a model that training has broken.
-
-    Raises:
-        MisconfigurationException: If a parameter is NaN or infinite.
-    """
-    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
-        raise MisconfigurationException(
-            f"{stage}: the training diverged (parameters are NaN or infinite). Try a smaller {what}."
-        )
-
-
-def part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    """The entries of a submodule, with names relative to it."""
-    prefix = f"{module}."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def open_expert(path: Path) -> TensorFile:
-    """The file of a trained model."""
-    return TensorFile(path, kind=EXPERT_KIND)

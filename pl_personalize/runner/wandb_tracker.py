@@ -19,7 +19,7 @@ from pl_personalize.importance import Importance
 from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow
-from pl_personalize.runner.server_run import RunFile
+from pl_personalize.runner.stages import RunFile
 from pl_personalize.runner.tracking import RunResults
 
 _LONGEST_NAME = 128  # that W&B takes

@@ -19,7 +19,8 @@ from pl_personalize.modules.merge_module import EXPERT_KIND
 from pl_personalize.runner import BaselineOptions, ImportanceOptions, TrainingOptions, WandbOptions
 from pl_personalize.runner.checkpoints import Checkpoints
 from pl_personalize.runner.metrics_log import MetricsLog
-from pl_personalize.runner.server_run import ServerRun, part
+from pl_personalize.runner.server_run import ServerRun
+from pl_personalize.runner.trained import part
 
 LONGER = TrainingOptions(epochs=4, lr=0.1)
 

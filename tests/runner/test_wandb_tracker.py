@@ -13,7 +13,7 @@ from pl_personalize.artifacts import file_checksum
 from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import result_row, with_means_over_users
-from pl_personalize.runner.server_run import RunFile
+from pl_personalize.runner.stages import RunFile
 from pl_personalize.runner.tracking import RunResults
 from pl_personalize.runner.wandb_tracker import WandbTracker
 
