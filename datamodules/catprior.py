@@ -6,14 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
 from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scene_preferences import Preferences, draw_preferences, read_preferences
 from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
-from pl_personalize.datamodules.scenes import TASKS, SceneDataModule
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, whole
 
 
 class CatPriorDataModule(SceneDataModule):
@@ -28,10 +27,10 @@ class CatPriorDataModule(SceneDataModule):
         num_users: How many persons there are.
         preferred_classes: How many classes of each task a person prefers.
         extra_images: Extra images of each of these.
-        preferences: JSON file ``{user: {task: [class, …]}}`` (users by name, ``user1`` or ``1``, or else in the file's
-            order), or a seed by which classes that have enough images are drawn; by default the paper's. Preferences
-            stay the same in all iterations.
-        tasks: Supercategories, in order; the others are left out.
+        preferences: JSON file ``{user: {task: [class, …]}}`` (users are ``user1`` or ``1`` and so on, or all have names
+            without such a number and count in the file's order), or a seed by which classes that have enough images are
+            drawn; by default the paper's. Preferences stay the same in all iterations.
+        tasks: Supercategories, in order, one or several; the others are left out.
         supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
         iterations: Seeds of allocations of images to the persons; each person is one user for each of them.
         image_size: Side of the images, in pixels.
@@ -65,9 +64,9 @@ class CatPriorDataModule(SceneDataModule):
         preferred_classes: int = 3,
         extra_images: int = 70,
         preferences: int | str | Path | None = None,
-        tasks: Sequence[str] = TASKS,
+        tasks: Sequence[str] | str = TASKS,
         supercategories: str | Path | None = None,
-        iterations: Sequence[int] = (1,),
+        iterations: Sequence[int] | int = (1,),
         image_size: int = 224,
         augment: bool = False,
         mean: Sequence[float] = MEAN,
@@ -102,16 +101,14 @@ class CatPriorDataModule(SceneDataModule):
             seed=seed,
             split_seed=split_seed,
         )
-        if preferred_classes < 1 or extra_images < 0:
-            raise MisconfigurationException(
-                "preferred_classes must be at least 1, and extra_images not negative; got "
-                f"{preferred_classes} and {extra_images}."
-            )
-        self.preferred_classes, self.extra_images = preferred_classes, extra_images
-        self._preferences_seed = preferences if isinstance(preferences, int) else None
-        if not isinstance(preferences, int):
-            stored = read_preferences(preferences, self.classes_by_task(), num_users, preferred_classes)
+        self.preferred_classes = whole("preferred_classes", preferred_classes, 1)
+        self.extra_images = whole("extra_images", extra_images, 0)
+        self._preferences_seed: int | None = None
+        if preferences is None or isinstance(preferences, (str, os.PathLike)):
+            stored = read_preferences(preferences, self.classes_by_task(), self.num_users, self.preferred_classes)
             self._shared["preferences"] = stored
+        else:
+            self._preferences_seed = whole("preferences, if it is no file,", preferences)
 
     def preferences(self) -> Preferences:
         """For each person and task, the preferred classes."""

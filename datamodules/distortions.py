@@ -15,6 +15,7 @@ from PIL import Image
 
 _Image = NDArray[np.uint8]
 _Levels = NDArray[np.float64]  # grey levels, from 0 to 255
+_LARGEST = 32_766  # of OpenCV's remap
 
 
 def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image:
@@ -41,7 +42,8 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
     ================== ===================================================== ==============
 
     Args:
-        image: (height, width, 3), uint8, red first. It may be of any size, from 1×1; it is not changed.
+        image: (height, width, 3), uint8, red first. It may be of any size from 1×1, for elastic up to 32,766 pixels in
+            height and width; it is not changed.
         name: One of ``DISTORTIONS``.
         severity: From 1 to 5. It orders strengths, but for spatter, elastic and saturation.
         seed: What all random numbers follow from.
@@ -50,8 +52,8 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
         (height, width, 3), uint8: the distorted values, rounded and clipped. It depends on the arguments alone.
 
     Raises:
-        ValueError: If there is no such distortion or severity, the image has another shape or type, or the seed is
-            negative.
+        ValueError: If there is no such distortion or severity, the image has another shape or type or is too large, or
+            the seed is negative.
         ModuleNotFoundError: If OpenCV is needed (spatter, elastic and both blurs) and not installed.
 
     Example:
@@ -124,6 +126,8 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
     """An affine map of three jittered points, then displacements that vary smoothly over the image."""
     cv2 = _opencv()
     height, width = levels.shape[:2]
+    if max(height, width) > _LARGEST:
+        raise ValueError(f"elastic takes images of up to {_LARGEST} pixels in height and width; got {height}×{width}.")
     # OpenCV 5 interpolates exactly in float32; OpenCV 4, and 5 in float64, round places to 1/32 of a pixel.
     warped = levels.astype(np.float32)
     reach = min(height, width) // 3

@@ -32,8 +32,8 @@ class ImageStore:
     """Pools of images of one size; each image is decoded once.
 
     A file of ``cache_dir`` is named after a digest of what it depends on (image files, size, Pillow's version, and what
-    the caller says), and appears when it is complete: what an interrupted process leaves behind is written anew. Any
-    number of processes may share the folder. Nothing is ever deleted from it; all of it can be made again.
+    the caller says), and appears when it is complete: what a killed process leaves behind is written anew. Any number
+    of processes may share the folder. No complete file is ever deleted from it; all of it can be made again.
 
     Args:
         folder: Where the image files are.
@@ -106,9 +106,12 @@ class ImageStore:
                 if (found := _open_mapped(path, shape)) is not None:  # another process was faster
                     return found
                 partial = path.with_suffix(".partial")
-                with open(partial, "wb") as file, closing(self._decoded(name, files, read)) as images:
-                    _write(file, shape, images)
-                os.replace(partial, path)
+                try:
+                    with open(partial, "wb") as file, closing(self._decoded(name, files, read)) as images:
+                        _write(file, shape, images)
+                    os.replace(partial, path)
+                finally:
+                    partial.unlink(missing_ok=True)  # a full disk is not kept full
         except OSError as error:
             raise MisconfigurationException(
                 f"The images cannot be kept in cache_dir={str(cache_dir)!r}: {error}. They take "

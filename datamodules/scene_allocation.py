@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.scene_folder import LISTS, Names, Pools
+from pl_personalize.datamodules.scene_folder import LISTS, Names, Pools, some
 from pl_personalize.datamodules.scene_preferences import Preferences
 from pl_personalize.functional.seeding import derive_seed
 
@@ -75,8 +75,7 @@ def catprior_files(
         UserFiles(_shuffled(adapt[user], *seed, "adapt", user), _shuffled(evaluation[user], *seed, "eval", user))
         for user in users
     ]
-    everything = [name for files in found for split in files for name in split]
-    assert len(set(everything)) == len(everything), "An image was given twice."
+    _assert_disjoint(*(split for files in found for split in files))
     return found
 
 
@@ -91,7 +90,7 @@ def transprior_files(pools: Pools, scenes: Names, extra_images: int, *seed: int 
     drawn = _shuffled([name for scene in scenes for name in pools.extra[scene]], *seed, "extra")[:extra_images]
     evaluation = [*(n for names, half in halves for n in names[:half]), *drawn[: extra_images // 2]]
     adapt = [*(n for names, half in halves for n in names[half:]), *drawn[extra_images // 2 :]]
-    assert not set(adapt) & set(evaluation), "An image was given twice."
+    _assert_disjoint(adapt, evaluation)
     return UserFiles(_shuffled(adapt, *seed, "adapt"), _shuffled(evaluation, *seed, "eval"))
 
 
@@ -106,8 +105,7 @@ def check_catprior(pools: Pools, classes: Mapping[str, Names], preferences: Pref
     if few := [f"{scene!r} has {count}" for scene, count in found.items() if count < 2 * users]:
         raise MisconfigurationException(
             f"Each of the {users} users needs two test images of each class, one for adapt and one for eval, which "
-            f"makes {2 * users}; but in {LISTS[1]} {', '.join(few)}. Ask for fewer users with num_users=, or add "
-            "images."
+            f"makes {2 * users}; but in {LISTS[1]} {some(few)}. Ask for fewer users with num_users=, or add images."
         )
     wanted = {
         scene: sum(scene in preferred[task] for preferred in preferences)
@@ -116,10 +114,13 @@ def check_catprior(pools: Pools, classes: Mapping[str, Names], preferences: Pref
     }
     there = {scene: len(pools.extra[scene]) for scene in wanted}
     if short := [scene for scene, times in wanted.items() if times * extra_images > there[scene]]:
-        listed = "; ".join(
-            f"{scene!r}: wanted by {wanted[scene]} user(s) × {extra_images} = {wanted[scene] * extra_images}, "
-            f"there are {there[scene]}"
-            for scene in short
+        listed = some(
+            [
+                f"{scene!r}: wanted by {wanted[scene]} user(s) × {extra_images} = {wanted[scene] * extra_images}, "
+                f"there are {there[scene]}"
+                for scene in short
+            ],
+            "; ",
         )
         most = min(there[scene] // times for scene, times in wanted.items() if times)
         raise MisconfigurationException(
@@ -138,7 +139,7 @@ def check_transprior(pools: Pools, classes: Mapping[str, Names], extra_images: i
     if few := [scene for scenes in classes.values() for scene in scenes if len(pools.test[scene]) < 2]:
         raise MisconfigurationException(
             f"Each class needs at least 2 test images, one for adapt and one for eval; in {LISTS[1]} there are fewer "
-            f"of {', '.join(map(repr, few))}."
+            f"of {some([repr(scene) for scene in few])}."
         )
     there = {task: sum(len(pools.extra[scene]) for scene in scenes) for task, scenes in classes.items()}
     if any(count < extra_images for count in there.values()):
@@ -147,6 +148,14 @@ def check_transprior(pools: Pools, classes: Mapping[str, Names], extra_images: i
             f"There are too few extra images (those of no list): each user gets {extra_images} of each task, and "
             f"{listed}. Ask for fewer with extra_images= (at most {min(there.values())})."
         )
+
+
+def _assert_disjoint(*splits: Sequence[str]) -> None:
+    """See that no image was given twice, also under ``python -O``."""
+    names = [name for split in splits for name in split]
+    if len(set(names)) != len(names):
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise AssertionError(f"{twice!r} was given twice.")
 
 
 def _permutation(count: int, *seed: int | str) -> list[int]:

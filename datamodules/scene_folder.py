@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -69,10 +69,12 @@ def _read_list(path: Path, known: set[str]) -> set[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The list {path} cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise MisconfigurationException(f"The list {path} is empty; it needs a line <class>/<file> for each image.")
     if missing := [line for line in lines if line not in known]:
         raise MisconfigurationException(
-            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'} ({len(missing)} such lines of "
-            f"{len(lines)}). Complete the images, or remove the lines."
+            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'}{_meant(missing[0], known)} (of "
+            f"{len(lines)} lines, {len(missing)}). Complete the images, or remove the lines."
         )
     if len(set(lines)) != len(lines):
         twice = next(line for k, line in enumerate(lines) if line in lines[:k])
@@ -127,18 +129,37 @@ def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Name
     """
     if without := sorted(set(pools.train) - set(table)):
         raise MisconfigurationException(
-            f"In {images}, {_some(without)} have no supercategory; name them in the table (supercategories=), or "
-            "remove their folders."
+            f"In {images}, {_the_classes(without)} have no supercategory{_meant(without[0], table)}; name them in the "
+            "table (supercategories=), or remove their folders."
         )
     if unknown := sorted(set(table) - set(pools.train)):
         raise MisconfigurationException(
-            f"The table of supercategories names {_some(unknown)}, for which there is no folder in {images}; it must "
-            "be the table of these images (supercategories=)."
+            f"The table of supercategories names {_the_classes(unknown)}, for which there is no folder in {images}; it "
+            "must be the table of these images (supercategories=)."
         )
     if empty := [scene for scenes in classes for scene in scenes if not pools.train[scene]]:
-        raise MisconfigurationException(f"{_some(empty)} have no image in {LISTS[0]}; each class needs one.")
+        raise MisconfigurationException(f"{_the_classes(empty)} have no image in {LISTS[0]}; each class needs one.")
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:5]))
-    return f"the class(es) {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def some(found: Sequence[str], separator: str = ", ") -> str:
+    """The first five, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    return separator.join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _the_classes(names: Sequence[str]) -> str:
+    return f"the class(es) {some([repr(name) for name in names])}"
+
+
+def _meant(name: str, there: Collection[str]) -> str:
+    """What differs from a name in its case or slashes alone, if there is something."""
+
+    def plain(one: str) -> str:
+        return one.replace("\\", "/").casefold()
+
+    found = next((one for one in sorted(there) if plain(one) == plain(name)), None)
+    return "" if found is None else f", where it is {found!r}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def read_preferences(
 ) -> Preferences:
     """Preferences from a JSON file ``{user: {task: [class, …]}}``; by default the paper's.
 
-    Users are found by name (``user1`` or ``1``, and so on); in a file with other names, they are its first ones in
-    order.
+    Users are ``user1`` or ``1`` and so on, in any order; or all have names without such a number and count in the
+    order of the file.
 
     Args:
         path: The file.
@@ -41,16 +42,24 @@ def read_preferences(
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_preferences.json"
     name = "The paper's preferences" if path is None else str(path)
     try:
-        found: Any = json.loads((packaged if path is None else Path(path).expanduser()).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found: Any = json.loads((packaged if path is None else Path(path).expanduser()).read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise MisconfigurationException(f"The preferences cannot be read from {name}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tasks, dict) for tasks in found.values()):
         raise MisconfigurationException(f"{name} must be a JSON object: user -> task -> list of classes.")
     way_out = "Give a file that does, or a number (preferences=1): then they are drawn by that seed."
     if len(found) < num_users:
-        raise MisconfigurationException(f"{name} are of {len(found)} users, and num_users={num_users}. {way_out}")
+        raise MisconfigurationException(f"{name}: {len(found)} user(s), but num_users={num_users}. {way_out}")
     home = {scene: task for task, scenes in classes.items() for scene in scenes}
-    users = _users(found, num_users)
+    numbers = {user: _number(user) for user in found}
+    numbered = any(number is not None for number in numbers.values())
+    if numbered and not _from_one(list(numbers.values()), num_users):
+        raise MisconfigurationException(
+            f"{name} must call its users user1, user2 and so on, or all by names without such a number, which then "
+            f"count in their order; got {', '.join(found)}."
+        )
+    order = sorted(found, key=lambda user: numbers[user] or 0) if numbered else list(found)
+    users = {user: found[user] for user in order[:num_users]}
     for user, tasks in users.items():
         for task in classes:
             chosen = tasks.get(task, [])
@@ -65,10 +74,15 @@ def read_preferences(
     return [{task: tuple(tasks[task]) for task in classes} for tasks in users.values()]
 
 
-def _users(found: Mapping[str, Any], num_users: int) -> dict[str, Any]:
-    names = [next((name for name in (f"user{k}", str(k)) if name in found), None) for k in range(1, num_users + 1)]
-    chosen = [name for name in names if name is not None]
-    return {name: found[name] for name in (chosen if len(chosen) == num_users else list(found)[:num_users])}
+def _from_one(numbers: Sequence[int | None], count: int) -> bool:
+    """Whether all are positive and different, and the first ``count`` are among them."""
+    return len(set(numbers)) == len(numbers) and {*range(1, count + 1)} <= {*numbers} and not {None, 0} & {*numbers}
+
+
+def _number(user: str) -> int | None:
+    """3 for user3, User3 or 3."""
+    found = re.fullmatch(r"(?:user)?\s*([0-9]+)", user.strip(), re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def draw_preferences(
@@ -95,8 +109,9 @@ def draw_preferences(
             raise MisconfigurationException(
                 f"No preferences can be drawn for {task!r}: {num_users} users × {count} preferred classes are "
                 f"{num_users * count} shares of {images} extra images, each user's of different classes, and the "
-                f"{len(scenes)} classes have room for {there}. Ask for fewer with extra_images=, preferred_classes= or "
-                "num_users=."
+                f"{len(scenes)} classes have room for {there}: they have "
+                f"{', '.join(str(len(extra[scene])) for scene in scenes)} extra images. Ask for fewer with "
+                "extra_images=, preferred_classes= or num_users=."
             )
         generator = torch.Generator().manual_seed(derive_seed(seed, "preferences", task))
         for user in range(num_users):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -62,10 +63,10 @@ class SceneDataModule(TaskIncrementalDataModule):
     Args:
         data_dir: Folder with ``Images/<class>/<file>``, ``TrainImages.txt`` and ``TestImages.txt``.
         num_users: How many persons there are.
-        tasks: Supercategories, in order.
+        tasks: Supercategories, in order, one or several.
         supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
-        iterations: Seeds of allocations of images to the persons. Each person is one user of this datamodule for each:
-            ``user1``, or where there are several, ``user1-draw1``, ``user1-draw2``, …
+        iterations: Seeds of allocations of images to the persons, one or several. Each person is one user of this
+            datamodule for each: ``user1``, or where there are several, ``user1-draw1``, ``user1-draw2``, …
         image_size: Side of the images.
         augment: Whether training sees random parts of the stored images, every second one mirrored.
         mean: Of each channel, in [0, 1], which is subtracted; by default ImageNet's.
@@ -90,9 +91,9 @@ class SceneDataModule(TaskIncrementalDataModule):
         data_dir: str | os.PathLike[str],
         num_users: int,
         *,
-        tasks: Sequence[str],
+        tasks: Sequence[str] | str,
         supercategories: str | os.PathLike[str] | None,
-        iterations: Sequence[int],
+        iterations: Sequence[int] | int,
         image_size: int,
         augment: bool,
         mean: Sequence[float],
@@ -107,18 +108,18 @@ class SceneDataModule(TaskIncrementalDataModule):
         seed: int,
         split_seed: int,
     ) -> None:
-        for name, value in (("num_users", num_users), ("image_size", image_size)):
-            if value < 1:
-                raise MisconfigurationException(f"{name} must be at least 1; got {value}.")
-        fits = all(0 <= value <= 1 for value in mean) and all(value > 0 for value in deviation)
-        if len(mean) != 3 or len(deviation) != 3 or not fits:
+        num_users, image_size = whole("num_users", num_users, 1), whole("image_size", image_size, 1)
+        split_seed = whole("split_seed", split_seed)
+        if not _are_three(mean, 0, 1) or not _are_three(deviation, sys.float_info.min, sys.float_info.max):
             raise MisconfigurationException(
                 "mean and deviation must have one number for each of the three channels, of images in [0, 1]: means in "
-                f"[0, 1], positive deviations; got {list(mean)} and {list(deviation)}."
+                f"[0, 1], positive deviations; got {mean} and {deviation}."
             )
-        iterations = [index(iteration) for iteration in iterations]
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        draws = iterations if isinstance(iterations, Iterable) else [iterations]
+        iterations = [whole("iterations", iteration) for iteration in draws]
         if not iterations or len(set(iterations)) != len(iterations):
-            raise MisconfigurationException(f"iterations must be at least one, each once; got {list(iterations)}.")
+            raise MisconfigurationException(f"iterations must be at least one, each once; got {iterations}.")
         self.supercategories = read_supercategories(
             None if supercategories is None else Path(supercategories).expanduser()
         )
@@ -247,3 +248,26 @@ class SceneDataModule(TaskIncrementalDataModule):
         if self.augment and seed is not None:
             images = random_crops(images, seed)
         return standardise(images, self.mean, self.deviation)
+
+
+def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
+    """The value of an option that must be a whole number.
+
+    Raises:
+        MisconfigurationException: If it is none, or less than ``least``.
+    """
+    try:
+        number = index(value)
+    except TypeError as error:
+        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.") from error
+    if least is not None and number < least:
+        raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
+    return number
+
+
+def _are_three(values: Sequence[float], least: float, most: float) -> bool:
+    """Whether they are three numbers in a range."""
+    try:
+        return len(values) == 3 and all(least <= value <= most for value in values)
+    except TypeError:
+        return False

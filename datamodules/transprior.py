@@ -19,7 +19,7 @@ from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize
 from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
 from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
-from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool, whole
 from pl_personalize.functional.seeding import derive_seed
 
 DistortAt = Literal["resized", "reference"]
@@ -77,9 +77,9 @@ class TransPriorDataModule(SceneDataModule):
         extra_images: int = 1000,
         severity: int = 3,
         distort_at: DistortAt = "resized",
-        tasks: Sequence[str] = TASKS,
+        tasks: Sequence[str] | str = TASKS,
         supercategories: str | Path | None = None,
-        iterations: Sequence[int] = (1,),
+        iterations: Sequence[int] | int = (1,),
         image_size: int = 224,
         augment: bool = False,
         mean: Sequence[float] = MEAN,
@@ -94,14 +94,13 @@ class TransPriorDataModule(SceneDataModule):
         seed: int = 0,
         split_seed: int = 27,
     ) -> None:
-        if num_users > len(distortions.DISTORTIONS):
+        if whole("num_users", num_users) > len(distortions.DISTORTIONS):
             raise MisconfigurationException(
                 f"There are {len(distortions.DISTORTIONS)} distortions, one for each user; got num_users={num_users}."
             )
-        if severity not in range(1, 6) or extra_images < 0:
-            raise MisconfigurationException(
-                f"severity must be 1, 2, 3, 4 or 5, and extra_images not negative; got {severity} and {extra_images}."
-            )
+        severity = whole("severity", severity)
+        if severity not in range(1, 6):
+            raise MisconfigurationException(f"severity must be 1, 2, 3, 4 or 5; got {severity}.")
         if distort_at not in get_args(DistortAt):
             raise MisconfigurationException(f"distort_at must be 'resized' or 'reference'; got {distort_at!r}.")
         super().__init__(
@@ -124,7 +123,8 @@ class TransPriorDataModule(SceneDataModule):
             seed=seed,
             split_seed=split_seed,
         )
-        self.extra_images, self.severity, self.distort_at = extra_images, severity, distort_at
+        self.extra_images = whole("extra_images", extra_images, 0)
+        self.severity, self.distort_at = severity, distort_at
 
     def distortion_of(self, user: int | str) -> str:
         """The name of a user's distortion."""
@@ -151,8 +151,8 @@ class TransPriorDataModule(SceneDataModule):
 
     @override
     def pool_of(self, person: int) -> UserPool:
-        name, version = distortions.DISTORTIONS[person], distortions.opencv_version()
-        depends = name, version, self.severity, self.distort_at, self.split_seed, person
+        name, versions = distortions.DISTORTIONS[person], (np.__version__, distortions.opencv_version())
+        depends = name, *versions, self.severity, self.distort_at, self.split_seed, person
         return UserPool(f"user{person + 1}", partial(self.read_distorted, person=person), depends)
 
     def read_distorted(self, path: Path, person: int) -> NDArray[np.uint8]:

@@ -141,6 +141,8 @@ def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> 
     }
     options = {name: value for name, value in chosen.items() if name not in {"config", *data_options}}
     try:
-        compare(datamodule(**data_options), benchmark, decisive, **options)
+        data = datamodule(**data_options)
+        one_or_several = {"tasks": list(data.tasks), "iterations": list(data.iterations)}
+        compare(data, benchmark, decisive | one_or_several, **options)
     except (ArtifactError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")

@@ -81,7 +81,7 @@ def test_preferences_are_drawn_by_their_own_seed(scenes):
 
 def test_preferences_of_a_file(scenes, tmp_path):
     chosen = {"home": ["attic", "cellar"], "leisure": ["gym", "bar"], "public": ["tram", "church"]}
-    stored = {str(k): chosen | {"store": ["mall", "deli"]} for k in range(3)}
+    stored = {str(k): chosen | {"store": ["mall", "deli"]} for k in (1, 2, 3)}
     path = tmp_path / "preferences.json"
     path.write_text(json.dumps(stored))
     data = catprior(scenes, preferences=path)

@@ -216,13 +216,17 @@ def equalise(levels):
     return table[levels]
 
 
-@pytest.mark.parametrize(("severity", "seed"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 16), (3, 28)])
-def test_water(image, severity, seed):
-    image = np.tile(image, (3, 5, 1))
+@pytest.mark.parametrize(
+    ("severity", "seed", "far"),
+    [(1, 0, False), (1, 37, True), (2, 0, False), (2, 1, False), (3, 16, False), (3, 28, False)],
+)
+def test_water(image, severity, seed, far):
+    image = np.tile(image, (3, 5, 1)) if not far else np.resize(image, (400, 400, 3))
     liquid, _ = liquid_on(image, severity, seed)
     assert (liquid.max() > 1) == (severity == 3)  # where 8 bits would wrap round
     depth = np.floor(255 * np.minimum(liquid, 1)).astype(np.uint8)
     to_edge = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, 5).astype(float)
+    assert (to_edge.max() > 20) == far
     relief = ndimage.uniform_filter(to_edge.clip(0, 20), 3, mode="mirror").astype(np.float32)
     kernel = [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]
     relief = ndimage.correlate(equalise(relief.astype(np.uint8)), kernel, mode="mirror").clip(0, 255)

@@ -189,6 +189,13 @@ def test_another_type_or_shape_is_refused(image, message):
         distort(image, "contrast", seed=0)
 
 
+@pytest.mark.parametrize("severity", [1, 3])
+def test_elastic_refuses_an_image_that_is_too_large_for_opencv(severity):
+    assert distort(np.zeros((32_766, 3, 3), np.uint8), "elastic", severity=severity, seed=0).shape == (32_766, 3, 3)
+    with pytest.raises(ValueError, match=r"elastic takes images of up to 32766 pixels .*; got 3×32767"):
+        distort(np.zeros((3, 32_767, 3), np.uint8), "elastic", severity=severity, seed=0)
+
+
 def test_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed must not be negative; got -1"):
         distort(smooth_image(), "contrast", seed=-1)

@@ -123,9 +123,28 @@ def test_mapped_images_may_be_written_to_without_changing_the_file(folder, cache
 def test_what_an_interruption_leaves_is_written_anew(folder, cache, error):
     with pytest.raises(error):
         ImageStore(folder, 4, cache).pool("some", FILES, Reader(fail_at="17.png", error=error))
-    assert ".npy" not in contents(cache)
+    assert contents(cache) == [".lock"]  # a full disk is not kept full
     assert torch.equal(ImageStore(folder, 4, cache).pool("some", FILES, Reader()), expected())
-    assert ".partial" not in contents(cache)
+
+
+def test_what_a_killed_process_leaves_is_written_anew(folder, cache):
+    ImageStore(folder, 4, cache).pool("some", FILES, Reader())
+    (path,) = cache.glob("*.npy")
+    path.rename(path.with_suffix(".partial")).write_bytes(b"half")
+    assert torch.equal(ImageStore(folder, 4, cache).pool("some", FILES, Reader()), expected())
+    assert contents(cache) == [".lock", ".npy"]
+
+
+def test_after_an_error_the_rest_is_not_decoded(folder):
+    reader = Reader(fail_at="0.png", error=ValueError)
+
+    def slow(path):
+        time.sleep(0.002)
+        return reader(path)
+
+    with pytest.raises(ValueError, match="broken"):
+        ImageStore(folder, 4).pool("some", [FILES[0], *FILES[1:] * 50], slow)
+    assert len(reader.read) < 200
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another array"])

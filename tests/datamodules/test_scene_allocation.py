@@ -46,6 +46,17 @@ def preferred(task, num_users=5):
     return [chosen[task] for chosen in read_preferences(None, FOUR, num_users, 3)]
 
 
+def test_an_image_that_is_in_two_pools_is_noticed():
+    pools = listing()
+    twice = dict(pools.extra)
+    twice["bathroom"] = (*pools.test["bathroom"][:3], *twice["bathroom"])
+    broken = pools._replace(extra=twice)
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+        catprior_files(broken, CLASSES["home"], [("bathroom", "bedroom", "closet")] * 5, 70, 0)
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+        transprior_files(broken, ("bathroom",), len(twice["bathroom"]), 0)
+
+
 def of(names, kind):
     return [name for name in names if f"/{kind}" in name]
 

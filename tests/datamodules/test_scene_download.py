@@ -10,9 +10,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scene_files import COUNTS, SIZE, TABLE, catprior, write_scenes, write_table
 
+from pl_personalize.datamodules import scene_download
 from pl_personalize.datamodules import scenes as scenes_module
 from pl_personalize.datamodules.scene_download import MIT_INDOOR, SceneArchive, fetch
 
@@ -116,6 +118,26 @@ def test_a_checksum_is_checked_if_it_is_given(archive, served, tmp_path):
     shutil.rmtree(tmp_path / "b" / "Images")
     with pytest.raises(MisconfigurationException, match=r"scenes\.tar has not the MD5 0+; delete it"):
         fetch(archive, tmp_path / "b", "0" * 32)
+
+
+def test_a_datamodule_checks_the_checksum(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes_module, "MIT_INDOOR", archive)
+    write_table(tmp_path / "supercategories.csv", TABLE)
+    with pytest.raises(MisconfigurationException, match=r"scenes\.tar cannot be fetched: .*corrupted"):
+        catprior(tmp_path, download=True, archive_md5="0" * 32).prepare_data()
+
+
+def test_two_processes_do_not_fetch_at_once(archive, tmp_path, monkeypatch):
+    held = []
+
+    class Lock(FileLock):
+        def acquire(self, *args, **kwargs):
+            held.append(self.lock_file)
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(scene_download, "FileLock", Lock)
+    fetch(archive, tmp_path)
+    assert held
 
 
 def test_an_address_without_an_answer_is_named(archive, tmp_path):

@@ -40,10 +40,22 @@ def test_users_are_found_by_name(tmp_path, prefix):
     assert [chosen["home"] for chosen in found] == [("cellar", "attic"), ("bath", "attic")]
 
 
+@pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"], ["1", "user1"], ["user2", "ann"], ["User1", "3"]])
+def test_names_that_leave_open_who_is_who_are_refused(tmp_path, names):
+    with pytest.raises(MisconfigurationException, match=f"must call its users user1, .*; got {', '.join(names)}"):
+        read_preferences(stored(tmp_path, dict.fromkeys(names, ANN)), CLASSES, 2, 2)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    path = stored(tmp_path, "\ufeff" + json.dumps({"USER 1": ANN}))
+    assert read_preferences(path, CLASSES, 1, 2)[0]["home"] == ("bath", "attic")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"are of 0 users, and num_users=1\. Give .*preferences=1"),
+        ("[" * 100_000, "cannot be read from .*preferences.json"),
+        ({}, r"0 user\(s\), but num_users=1\. Give .*preferences=1"),
         ({"ann": ANN | {"home": ["bath"]}}, r"user 'ann' prefers in 'home' \['bath'\], not 2 different classes"),
         ({"ann": ANN | {"home": ["bath", "bath"]}}, r"not 2 different classes \(preferred_classes=2\)"),
         ({"ann": {"home": ["bath", "attic"]}}, r"prefers in 'store' \[\], not 2 different"),
@@ -85,7 +97,7 @@ def test_drawing_succeeds_whenever_it_is_possible(seed):
 def test_drawing_is_refused_with_the_arithmetic():
     with pytest.raises(
         MisconfigurationException,
-        match=r"for 'home': 4 users × 2 preferred classes are 8 shares of 10 extra .* 3 classes have room for 7\.",
+        match=r"for .home.: 4 users × 2 preferred classes are 8 shares of 10 extra .* room for 7: they have 40, 20, 19 extra",
     ):
         draw_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -9,6 +10,7 @@ from PIL import Image
 from scene_files import COUNTS, SIZE, TABLE, catprior, names_of, transprior, write_table
 from torch import Tensor
 
+from pl_personalize.datamodules.image_store import ImageStore
 from pl_personalize.datamodules.scene_transforms import standardise
 
 TASKS = ("home", "leisure", "public", "store")
@@ -259,7 +261,12 @@ def test_setup_decodes_what_the_stage_needs(scenes):
         ),
         ({"tasks": ["home", "home"]}, "tasks must be supercategories"),
         ({"tasks": []}, r"got \[\]"),
-        ({"extra_images": -1}, "extra_images not negative"),
+        ({"extra_images": -1}, "extra_images must be at least 0; got -1"),
+        ({"extra_images": 3.0}, r"extra_images must be a whole number; got 3\.0"),
+        ({"num_users": 2.0}, r"num_users must be a whole number; got 2\.0"),
+        ({"image_size": 8.0}, r"image_size must be a whole number; got 8\.0"),
+        ({"split_seed": "x"}, "split_seed must be a whole number; got 'x'"),
+        ({"iterations": [1.5]}, r"iterations must be a whole number; got 1\.5"),
         ({"supercategories": "none.csv"}, r"cannot be read from none\.csv"),
     ],
 )
@@ -267,6 +274,48 @@ def test_setup_decodes_what_the_stage_needs(scenes):
 def test_options_out_of_range_are_refused(scenes, make, options, message):
     with pytest.raises(MisconfigurationException, match=message):
         make(scenes, **options)
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_every_option_arrives(scenes, make):
+    options = {
+        "num_users": 2, "tasks": ("store", "home"), "iterations": (4, 7), "image_size": 6, "augment": True,
+        "mean": (0.1, 0.2, 0.3), "deviation": (1.0, 2.0, 3.0), "download": True, "archive_md5": "0" * 32,
+        "batch_size": 3, "eval_batch_size": 9, "seed": 11, "split_seed": 12, "extra_images": 2,
+    }  # fmt: skip
+    data = make(scenes, task="home", user="user2-draw4", cache_dir=scenes / "cache", **options)
+    assert {name: getattr(data, name) for name in options} == options
+    assert (data.task, data.user, data._store.cache_dir) == ("home", "user2-draw4", scenes / "cache")
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_numpys_integers_and_single_values_will_do(scenes, tmp_path, make):
+    numbers = {"num_users": 2, "image_size": 6, "extra_images": 2, "split_seed": 5}
+    plain = make(scenes, tasks=["home"], iterations=[3], **numbers)
+    other = make(
+        scenes, tasks="home", iterations=np.int64(3), cache_dir=tmp_path,
+        **{name: np.int64(value) for name, value in numbers.items()},
+    )  # fmt: skip
+    assert other.user_files(1, 0) == plain.user_files(1, 0)
+    assert torch.equal(other.user_split(1, 0)[0].images[:], plain.user_split(1, 0)[0].images[:])
+
+
+def test_preferences_are_a_file_or_a_whole_number(scenes):
+    assert catprior(scenes, preferences=np.int64(1)).preferences() == catprior(scenes, preferences=1).preferences()
+    with pytest.raises(MisconfigurationException, match=r"if it is no file, must be a whole number; got \{"):
+        catprior(scenes, preferences={})
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+def test_pools_are_in_sorted_order(scenes, make, monkeypatch, plain_distortions):
+    asked = []
+    pool = ImageStore.pool
+    monkeypatch.setattr(ImageStore, "pool", lambda self, n, files, *o: asked.append(files) or pool(self, n, files, *o))
+    data = make(scenes)
+    data.server_split(0)
+    data.user_split(0, 0)
+    assert len(asked) == 2  # in the order of a set, another process would decode them again
+    assert all(files == sorted(files) and len(files) > 10 for files in asked)
 
 
 def refused(folder, message, make=catprior, **options):
@@ -309,7 +358,19 @@ def test_a_missing_list_alone_is_named(copy):
 
 def test_a_list_that_names_a_missing_image_is_refused(copy):
     (copy / "Images" / "gym" / "00_train.png").unlink()
-    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png', which is not in .*Images \(1 such lines of 140\)")
+    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png', which is not in .*Images \(of 140 lines, 1\)")
+
+
+@pytest.mark.parametrize("written", ["GYM/00_train.PNG", "gym\\00_train.png"])
+def test_a_list_that_writes_a_name_otherwise_is_told_how_it_is_written(copy, written):
+    (copy / "TrainImages.txt").write_text(written)
+    refused(copy, r"which is not in .*Images, where it is 'gym/00_train\.png' \(of 1 lines, 1\)")
+
+
+@pytest.mark.parametrize("name", ["TrainImages.txt", "TestImages.txt"])
+def test_an_empty_list_is_refused(copy, name):
+    (copy / name).write_text("\ufeff\n")
+    refused(copy, rf"The list .*{name} is empty; it needs a line <class>/<file>")
 
 
 def test_an_image_in_both_lists_is_refused(copy):
@@ -327,6 +388,11 @@ def test_an_image_twice_in_a_list_is_refused(copy):
 def test_a_class_without_a_supercategory_is_refused(copy):
     shutil.copytree(copy / "Images" / "gym", copy / "Images" / "zoo")
     refused(copy, r"the class\(es\) 'zoo' have no supercategory; name them in the table")
+
+
+def test_a_class_that_the_table_writes_otherwise_is_refused_with_its_name(copy):
+    table = {scene.title() if scene == "gym" else scene: task for scene, task in TABLE.items()}
+    refused(copy, "'gym' have no supercategory, where it is 'Gym'", supercategories=write_table(copy / "t.csv", table))
 
 
 def test_a_table_with_an_unknown_class_is_refused(copy):
