@@ -100,6 +100,10 @@ class TaskIncrementalDataModule(LightningDataModule):
         """
         return images
 
+    def about_user(self, user: int | str) -> str:
+        """What makes a user different, in a few words for results and figures; here nothing."""
+        return ""
+
     # Where we are
 
     @property

@@ -110,6 +110,12 @@ class CatPriorDataModule(SceneDataModule):
         else:
             self._preferences_seed = whole("preferences, if it is no file,", preferences)
 
+    @override
+    def about_user(self, user: int | str) -> str:
+        """The preferred classes."""
+        chosen = self.preferences()[self.person_of(user)]
+        return "; ".join(f"{task}: {', '.join(chosen[task])}" for task in self.tasks)
+
     def preferences(self) -> Preferences:
         """For each person and task, the preferred classes."""
         if "preferences" not in self._shared:

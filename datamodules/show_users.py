@@ -11,6 +11,7 @@ import torch
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
 
 _INCHES = 1.2
+_ROOM = 20  # letters beside a row
 
 
 def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[str], images_per_user: int = 8) -> Path:
@@ -48,7 +49,8 @@ def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[st
                 scene = datamodule.classes[task][int(labels[turn])]
                 axis.set_title(f"{datamodule.tasks[task]}: {scene}", fontsize=6)
                 axis.imshow(_viewable(images[turn]), cmap="gray", vmin=0, vmax=1)
-        axes[0].set_ylabel(user)
+        about = datamodule.about_user(user)
+        axes[0].set_ylabel(f"{user}\n{about}" if 0 < len(about) <= _ROOM else user)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)

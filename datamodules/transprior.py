@@ -126,6 +126,11 @@ class TransPriorDataModule(SceneDataModule):
         self.extra_images = whole("extra_images", extra_images, 0)
         self.severity, self.distort_at = severity, distort_at
 
+    @override
+    def about_user(self, user: int | str) -> str:
+        """The distortion."""
+        return self.distortion_of(user)
+
     def distortion_of(self, user: int | str) -> str:
         """The name of a user's distortion."""
         return distortions.DISTORTIONS[self.person_of(user)]

@@ -46,7 +46,11 @@ def main(ours: Path, theirs: Path, user: str = ALL_USERS) -> None:
         user: Whose figures to compare.
     """
     try:
-        lines = compare(read_csv(ours), read_csv(theirs), user)
+        tables = read_csv(ours), read_csv(theirs)
+        benchmarks = [sorted({row.benchmark for row in rows}) for rows in tables]
+        if benchmarks[0] != benchmarks[1]:
+            sys.exit(f"error: {ours} is of {', '.join(benchmarks[0])}, and {theirs} of {', '.join(benchmarks[1])}.")
+        lines = compare(*tables, user)
     except ArtifactError as error:
         sys.exit(f"error: {error}")
     if len(lines) == 1:

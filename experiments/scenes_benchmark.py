@@ -128,7 +128,7 @@ def network_maker(
 
 def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> None:
     """Take the options of the command line: those of the datamodule, and those of :func:`compare`."""
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description.partition("\n\n    python")[0])  # which would lose its line breaks
     parser.add_argument("--config", action="config", help="Path to a configuration file.")
     parser.add_class_arguments(datamodule, skip=ELSEWHERE)
     parser.add_function_arguments(compare, skip={"data", "benchmark", "data_options"})

@@ -307,7 +307,8 @@ class _Plan:
                 if tuple(expert[source].shape) != shape:
                     raise ValueError(
                         f"{source!r} has shape {tuple(expert[source].shape)} in expert {k + 1} and {shape} in expert "
-                        f"{len(self.experts)}; only experts of one architecture can be merged."
+                        f"{len(self.experts)}; only experts of one architecture can be merged. Of models with other "
+                        "heads, merge the state dicts of what they have in common, such as expert.body.state_dict()."
                     )
             for k, importance in enumerate(self.importances or ()):
                 if source not in importance:

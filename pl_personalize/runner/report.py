@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pl_personalize.runner.expert_run import ExpertRun
-from pl_personalize.runner.figures import draw_matrices, draw_methods
+from pl_personalize.runner.figures import draw_matrices, draw_methods, lowest_accuracy
 from pl_personalize.runner.following import versions
 from pl_personalize.runner.methods import METHODS, Variant
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.results import (
     ALL_USERS,
+    MANY_USERS,
     ResultRow,
     adaptation_table,
     legend,
@@ -51,10 +53,11 @@ def report(
     if max(map(len, by_method.values())) > 1:
         best = {key: mark for labels in by_method.values() for key, mark in marks(rows, comparisons, labels).items()}
         users = sorted(dict.fromkeys(row.user for row in rows), key=lambda user: user != ALL_USERS)
-        table = "\n\n".join(adaptation_table(rows, user, best) for user in users)
+        tables = [adaptation_table(rows, user, best) for user in users]
     else:
         labels = [label for name in competitors for label in by_method[name]]
-        table = results_table(rows, marks(rows, comparisons, labels), paper)
+        tables = [results_table(rows, marks(rows, comparisons, labels), paper)]
+    shown = tables if len(tables) <= MANY_USERS else tables[:1]  # the rest is in results.md
     text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
     write_csv(path / "results.csv", rows)
@@ -65,11 +68,12 @@ def report(
         stale.unlink()
     if experts := experts_table(runs):
         text = f"{text}\n\n{experts}"
-    write_markdown(path / "results.md", title, table, _with_comparisons(text, comparisons), {**options, **versions()})
+    everything = _with_comparisons("\n\n".join(filter(None, [text, users_table(runs)])), comparisons)
+    write_markdown(path / "results.md", title, "\n\n".join(tables), everything, {**options, **versions()})
     draw_methods(path / "figures" / "methods.png", title, rows)
     _draw_means(path / "figures", runs)
 
-    print(f"\n{table}\n\n{text}\n")
+    print("\n" + "\n\n".join([*shown, text]) + "\n")
     print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
     if comparisons:
         print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")
@@ -88,7 +92,8 @@ def report(
     segments = [name for stage in stages if stage is not None for name in stage.result["folders"]]
     offline = [name for name in segments if name.startswith("offline")]
     if offline:
-        print("To W&B:      wandb sync " + " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline))
+        folders = " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline)
+        print(f"To W&B:      python -m wandb sync {folders}")
 
 
 def experts_table(runs: Sequence[ServerRun]) -> str:
@@ -105,6 +110,13 @@ def experts_table(runs: Sequence[ServerRun]) -> str:
         "Accuracy of the experts, in percent, on the server's validation images, which chose the epoch:\n\n"
         + markdown_table(lines)
     )
+
+
+def users_table(runs: Sequence[ServerRun]) -> str:
+    """What makes each user different; empty where the benchmark does not say."""
+    data = runs[0].data
+    about = [[user, data.about_user(user)] for user in data.users]
+    return "Users:\n\n" + markdown_table([["user", "is"], *about]) if any(what for _, what in about) else ""
 
 
 def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
@@ -133,8 +145,16 @@ def _draw_means(folder: Path, runs: Sequence[ServerRun]) -> None:
     for run in runs:
         for variant in run.variants:
             groups.setdefault(variant, []).append(run)
-    for variant, group in groups.items():
-        users, tasks = group[0].data.users, group[0].data.tasks
-        means = {user: torch.stack([run.matrix(variant, user) for run in group]).mean(0) for user in users}
+    means = {variant: _means(variant, group) for variant, group in groups.items()}
+    low = lowest_accuracy(matrix for by_user in means.values() for matrix in by_user.values())
+    for variant, by_user in means.items():
+        group, path = groups[variant], folder / f"matrix-{variant.label}.png"
         of_seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        draw_matrices(folder / f"matrix-{variant.label}.png", f"{variant.label}: accuracy, {of_seeds}", means, tasks)
+        if len(by_user) > MANY_USERS:
+            by_user = {ALL_USERS: torch.stack(list(by_user.values())).mean(0)}
+        draw_matrices(path, f"{variant.label}: accuracy, {of_seeds}", by_user, group[0].data.tasks, low)
+
+
+def _means(variant: Variant, runs: Sequence[ServerRun]) -> dict[str, Tensor]:
+    """For each user the accuracy matrix, mean over seeds."""
+    return {user: torch.stack([run.matrix(variant, user) for run in runs]).mean(0) for user in runs[0].data.users}

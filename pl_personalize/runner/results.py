@@ -20,6 +20,7 @@ from pl_personalize.runner.paper import PaperResult
 
 ALL_USERS = "all"
 FEWEST_SEEDS = 3  # that methods are told apart by
+MANY_USERS = 10  # more are too many for columns, colours and heat maps
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def results_table(
     marks: Mapping[tuple[str, str], str] | None = None,
     paper: Mapping[str, PaperResult] | None = None,
 ) -> str:
-    """The results as a Markdown table, methods by users.
+    """The results as a Markdown table, methods by users; where there are many users, users by methods.
 
     Args:
         rows: The results.
@@ -166,6 +167,9 @@ def results_table(
             found_there = paper.get(line[0])
             lost = "n/a" if found_there is None or found_there.forgetting is None else f"{found_there.forgetting:.1f}"
             line.append("" if found_there is None else f"{found_there.avg_acc:.1f} ({lost})")
+    if len(users) > MANY_USERS:
+        lines = [list(column) for column in zip(*lines, strict=True)]
+        lines[0][0] = "user"
     return markdown_table(lines)
 
 

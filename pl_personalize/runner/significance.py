@@ -158,6 +158,8 @@ def marks(
 ) -> dict[tuple[str, str], str]:
     """For each user the best of some competitors (``*``), and those that are significantly below it (``↓``).
 
+    Where all are equal, there is no best.
+
     What has no mark may be as good as the best, or worse: that so few seeds do not say.
 
     Args:
@@ -173,7 +175,10 @@ def marks(
     for user in dict.fromkeys(comparison.user for comparison in of_these):
         means = {label: mean(r.avg_acc for r in rows if (r.label, r.user) == (label, user)) for label in labels}
         best = max(means, key=means.__getitem__)
-        found[best, user] = "*"
+        tied = [label for label in labels if math.isclose(means[label], means[best], abs_tol=1e-9)]
+        if len(tied) == len(labels):  # nothing is best
+            continue
+        found |= {(label, user): "*" for label in tied}
         for one in of_these:
             if one.user == user and best in (one.method, one.other) and one.significant:
                 found[one.other if one.method == best else one.method, user] = "↓"

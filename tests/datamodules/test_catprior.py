@@ -79,6 +79,12 @@ def test_preferences_are_drawn_by_their_own_seed(scenes):
     assert len({str(catprior(scenes, preferences=seed).preferences()) for seed in range(5)}) > 1
 
 
+def test_what_makes_a_user_different(scenes):
+    data = catprior(scenes, iterations=[1, 2], tasks=["home", "store"])
+    first = data.preferences()[0]
+    assert data.about_user("user1-draw2") == f"home: {', '.join(first['home'])}; store: {', '.join(first['store'])}"
+
+
 def test_preferences_of_a_file(scenes, tmp_path):
     chosen = {"home": ["attic", "cellar"], "leisure": ["gym", "bar"], "public": ["tram", "church"]}
     stored = {str(k): chosen | {"store": ["mall", "deli"]} for k in (1, 2, 3)}

@@ -41,6 +41,10 @@ def test_all_methods_see_standardised_images(scenes, tmp_path, make, methods, pl
     users = {row.user for row in rows}
     assert users == {"all", "user1-draw1", "user1-draw2", "user2-draw1", "user2-draw2"}
     assert all(0 <= row.avg_acc <= 100 for row in rows)
+    lines = (tmp_path / "results.md").read_text().partition("Users:")[2].splitlines()
+    for user in data.users:
+        (line,) = (line for line in lines if line.startswith(f"| {user} "))
+        assert line.split("|")[2].strip() == data.about_user(user) != ""
 
 
 class Crash(Callback):

@@ -32,15 +32,15 @@ def test_a_row_for_each_user_with_images_of_all_tasks_in_turn(scenes, tmp_path, 
     assert Image.open(path).width > Image.open(path).height
 
 
-def test_rows_and_images_say_whose_and_what_they_are(scenes, tmp_path, monkeypatch):
+def test_rows_and_images_say_whose_and_what_they_are(scenes, tmp_path, monkeypatch, plain_distortions):
     from matplotlib.figure import Figure
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
-    data = catprior(scenes)
+    data = transprior(scenes)
     show_users(data, tmp_path / "users.png", images_per_user=2)
     rows = [figures[0].axes[k : k + 2] for k in (0, 2, 4)]
-    assert [row[0].get_ylabel().partition("\n")[0] for row in rows] == list(data.users)
+    assert [row[0].get_ylabel() for row in rows] == ["user1\nspatter", "user2\nelastic", "user3\nsaturation"]
     for user, row in enumerate(rows):
         labels = [data.user_split(user, task)[0].labels[0] for task in (0, 1)]
         expected = [f"{data.tasks[task]}: {data.classes[task][int(label)]}" for task, label in enumerate(labels)]

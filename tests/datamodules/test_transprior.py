@@ -127,6 +127,10 @@ def test_distorted_images_are_kept_apart_on_disk(scenes, tmp_path, plain_distort
     assert counts == [2, 3, 4, 5]
 
 
+def test_what_makes_a_user_different(scenes):
+    assert transprior(scenes, iterations=[1, 2]).about_user("user2-draw1") == "elastic"
+
+
 def test_other_versions_decode_again(scenes, tmp_path, plain_distortions, monkeypatch):
     def load():
         transprior(scenes, cache_dir=tmp_path / "cache").user_split(1, 0)

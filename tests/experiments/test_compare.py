@@ -44,5 +44,8 @@ def test_tables_without_a_method_in_common_are_refused(tmp_path, monkeypatch):
     ours = table(tmp_path / "results.csv", {"Experts": [99.0, 98.0]})
     with pytest.raises(SystemExit, match="have no method in common, of which the first has two seeds"):
         compare(monkeypatch, ours, REFERENCE)
+    other = write_csv(tmp_path / "other.csv", [ResultRow("Digits", "MLP", "MAS-IMM", "none", "all", 1, 90.0, 0.5)])
+    with pytest.raises(SystemExit, match=r"other\.csv is of Digits, and .*code\.csv of Numbers"):
+        compare(monkeypatch, other, REFERENCE)
     with pytest.raises(SystemExit, match=r"none\.csv cannot be read"):
         compare(monkeypatch, tmp_path / "none.csv", REFERENCE)

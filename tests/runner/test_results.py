@@ -71,6 +71,16 @@ def test_marks_and_the_papers_figures_stand_in_the_table():
     assert lines[3].endswith("|             |")
 
 
+def test_many_users_are_the_rows_of_the_table():
+    users = [f"user{k}" for k in range(1, 12)]
+    rows = [row(method, user) for method in ("MAS-RACL", "FIM-RACL") for user in users]
+    lines = results_table(rows, {("MAS-RACL", "user2"): "*"}, {"MAS-RACL": PaperResult(84.01, -0.22)}).splitlines()
+    assert lines[0] == "| user   | MAS-RACL      | FIM-RACL    |"
+    assert lines[3] == "| user2  | 62.5 (25.0) * | 62.5 (25.0) |"
+    assert lines[-1] == "| paper  | 84.0 (-0.2)   |             |"
+    assert len(lines) == 2 + 11 + 1
+
+
 def test_no_two_users_have_one_title():
     users = ["user1", "1", "scan", "user scan", "user", "all"]
     titles = ["user1", "user 1", "user scan", "user user scan", "user user", "all users"]
@@ -99,6 +109,51 @@ def test_another_file_is_refused(tmp_path, content):
         (tmp_path / "results.csv").write_text(content)
     with pytest.raises(ArtifactError, match=r"results\.csv cannot be read as a table of results"):
         read_csv(tmp_path / "results.csv")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *o, **k: drawn.append(self) or savefig(self, *o, **k))
+    return drawn
+
+
+def fits(figure):
+    """Whether nothing is cut off."""
+    renderer = figure.canvas.get_renderer()
+    box, inside = figure.get_tightbbox(renderer), figure.bbox_inches
+    return box.x0 >= inside.x0 and box.y0 >= inside.y0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
+
+
+LONG = "A benchmark of a rather long name, timm:tf_efficientnet_lite0"
+
+
+@pytest.mark.parametrize("adaptations", [["none"], ["last", "average", "expert", "recalibrate", "AdaBN", "AdaBN-S"]])
+@pytest.mark.parametrize("methods", [["MAS-RACL"], ["MAS-RACL", "FIM-RACL", "MAS-IMM", "FIM-IMM", "LwF", "FT"]])
+@pytest.mark.parametrize("num_users", [1, 10, 50])
+def test_bars_and_their_legend_are_not_cut_off(tmp_path, figures, adaptations, methods, num_users):
+    rows = [
+        result_row(MATRIX, method=m, user=f"user{k}", seed=1, adaptation=a, **NAMES)
+        for m in methods for a in adaptations for k in range(num_users)
+    ]  # fmt: skip
+    draw_methods(tmp_path / "methods.png", LONG, with_means_over_users(rows))
+    assert fits(figures[0])
+    assert figures[0].get_figwidth() < 30
+    bars = sum(patch.get_width() > 0 for patch in figures[0].axes[0].patches)
+    per_method = 6 if len(adaptations) > 1 else 1 if num_users == 50 else num_users
+    assert bars == len(methods) * per_method
+
+
+def test_heat_maps_stand_five_in_a_row_in_common_colours(tmp_path, figures):
+    matrices = {f"user{k}": MATRIX for k in range(8)}
+    draw_matrices(tmp_path / "matrix.png", LONG, matrices, ["0-1", "2-3"], low=30)
+    maps = [axis for axis in figures[0].axes if axis.images]
+    assert len(maps) == 8
+    assert [axis.get_subplotspec().colspan.start for axis in maps] == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert {axis.images[0].get_clim() for axis in maps} == {(30, 100)}
+    assert fits(figures[0])
 
 
 def test_figures_are_drawn(tmp_path):

@@ -52,10 +52,19 @@ def test_the_best_and_what_is_significantly_below_it_are_marked():
         ("C", "u"): "*",
         ("B", "u"): "↓",
         ("A", "v"): "*",
+        ("C", "v"): "*",  # they tie
         ("B", "v"): "↓",
         ("C", "all"): "*",
         ("B", "all"): "↓",
     }
+
+
+def test_all_that_are_equally_good_are_the_best():
+    table = {(m, "u"): [90.0, 91.0, 92.0] for m in "AB"} | {("C", "u"): [80.0, 81.5, 82.1]}
+    found = marks(rows(table), compare(rows(table)), list("ABC"))
+    assert (found["A", "u"], found["B", "u"], found["C", "u"]) == ("*", "*", "↓")
+    equal = rows({key: values for key, values in table.items() if key[0] != "C"})
+    assert marks(equal, compare(equal), ["A", "B"]) == {}
 
 
 def test_a_seed_that_one_method_lacks_is_no_pair():
