@@ -80,8 +80,8 @@ def _from_one(numbers: Sequence[int | None], count: int) -> bool:
 
 
 def _number(user: str) -> int | None:
-    """3 for user3, User3 or 3."""
-    found = re.fullmatch(r"(?:user)?\s*([0-9]+)", user.strip(), re.IGNORECASE)
+    """3 for user3, User_3, 3 or user3-draw1."""
+    found = re.fullmatch(r"(?:user)?[\s_-]*([0-9]{1,9})(?:-draw[0-9]+)?", user.strip(), re.IGNORECASE)
     return int(found[1]) if found else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -34,6 +33,7 @@ from pl_personalize.datamodules.scene_folder import (
 from pl_personalize.datamodules.scene_transforms import random_crops, standardise
 
 TASKS = ("home", "leisure", "public", "store")
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 class UserPool(NamedTuple):
@@ -110,7 +110,7 @@ class SceneDataModule(TaskIncrementalDataModule):
     ) -> None:
         num_users, image_size = whole("num_users", num_users, 1), whole("image_size", image_size, 1)
         split_seed = whole("split_seed", split_seed)
-        if not _are_three(mean, 0, 1) or not _are_three(deviation, sys.float_info.min, sys.float_info.max):
+        if not _are_three(mean, 0, 1) or not _are_three(deviation, _FLOAT32.tiny, _FLOAT32.max):
             raise MisconfigurationException(
                 "mean and deviation must have one number for each of the three channels, of images in [0, 1]: means in "
                 f"[0, 1], positive deviations; got {mean} and {deviation}."

@@ -17,7 +17,8 @@ _ROOM = 20  # letters beside a row
 def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[str], images_per_user: int = 8) -> Path:
     """Draw a row of adapt images for each user, of all tasks in turn; it needs matplotlib.
 
-    Users who have the same images get the same ones, so that what makes them different can be seen.
+    Users who have the same images get the same ones, so that what makes them different can be seen. Beside the row
+    stands the user, and what :meth:`~TaskIncrementalDataModule.about_user` says if it is short.
 
     Args:
         datamodule: The benchmark.

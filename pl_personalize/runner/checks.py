@@ -36,6 +36,7 @@ from pl_personalize.runner.results import ALL_USERS
 def check_options(
     datamodule: TaskIncrementalDataModule,
     methods: Sequence[str],
+    models: str,
     seeds: Sequence[int],
     training: TrainingOptions,
     importance: ImportanceOptions,
@@ -61,6 +62,7 @@ def check_options(
     if "wandb" not in loggers and wandb.mode != "disabled" and (wandb.artifacts or wandb.images_of):
         raise MisconfigurationException("wandb.artifacts and wandb.images_of need 'wandb' among the loggers.")
     known: list[tuple[str, Sequence[str], Sequence[str]]] = [
+        ("models", [models], get_args(TestedModels)),
         ("methods", methods, list(METHODS)),
         ("loggers", loggers, get_args(LoggerName)),
         ("wandb.artifacts", wandb.artifacts, get_args(ArtifactName)),
@@ -142,7 +144,7 @@ def check_body(network: TaskNetwork, methods: Sequence[MethodName]) -> None:
 
 
 def choose_adaptations(
-    chosen: Sequence[AdaptationName] | None,
+    chosen: Sequence[AdaptationName] | AdaptationName | None,
     network: TaskNetwork,
     methods: Sequence[MethodName],
     models: TestedModels = "all",
@@ -156,6 +158,8 @@ def choose_adaptations(
     layers = batchnorm_layers(network.body)
     if chosen is None:
         return ["AdaBN"] if layers else ["none"]
+    if isinstance(chosen, str):
+        chosen = [chosen]
     known: list[str] = [name for name in ADAPTATIONS if (name == "none") != bool(layers)]
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
         what = (

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pl_personalize.runner.results import ALL_USERS, MANY_USERS, ResultRow, user_title
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _DPI = 130
 _MAPS_IN_A_ROW = 5
+_LONG_NAME = 8  # letters, beside which another has no room
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -39,7 +41,7 @@ def lowest_accuracy(matrices: Iterable[Tensor]) -> float:
 def draw_matrices(
     path: Path, title: str, matrices: Mapping[str, Tensor], tasks: Sequence[str], low: float | None = None
 ) -> Path:
-    """Accuracy matrices as heat maps side by side, five in a row.
+    """Accuracy matrices as heat maps side by side, five in a row; of many users their mean.
 
     Args:
         path: The PNG to write.
@@ -48,6 +50,8 @@ def draw_matrices(
         tasks: Names of the tasks.
         low: The accuracy with the darkest colour, in percent; by default :func:`lowest_accuracy` of these.
     """
+    if len(matrices) >= MANY_USERS:
+        matrices = {ALL_USERS: torch.stack(list(matrices.values())).mean(0)}
     columns = min(_MAPS_IN_A_ROW, len(matrices))
     rows = math.ceil(len(matrices) / columns)
     figure = _new_figure(1.2 + (0.62 * len(tasks) + 1.2) * columns, 0.6 + (1 + 0.5 * len(tasks)) * rows)
@@ -65,7 +69,8 @@ def draw_matrices(
                 colour = "black" if value > low + 0.6 * (100 - low) else "white"
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
         axis.set_title(user_title(user), fontsize=10)
-        axis.set_xticks(range(len(tasks)), tasks)
+        turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, tasks)) > _LONG_NAME else {}
+        axis.set_xticks(range(len(tasks)), tasks, **turned)
         axis.set_yticks(range(len(tested)), [f"{t + 1}" for t in tested])
         axis.set_xlabel("task")
     for axis in axes[::columns]:
@@ -90,7 +95,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
     methods = list(dict.fromkeys(row.method for row in rows))
     adaptations = list(dict.fromkeys(row.adaptation for row in rows))
     users = [user for user in dict.fromkeys(row.user for row in rows) if user != ALL_USERS]
-    by_adaptation, by_user = len(adaptations) > 1, len(adaptations) == 1 and len(users) <= MANY_USERS
+    by_adaptation, by_user = len(adaptations) > 1, len(adaptations) == 1 and len(users) < MANY_USERS
     bars = {user_title(u): (adaptations[0], u) for u in users} if by_user else {a: (a, ALL_USERS) for a in adaptations}
     longest = max(map(len, bars))
     width = max(5.0, 1.5 + max(0.9, 0.22 * len(bars)) * len(methods))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pl_personalize.importance import Importance
-from pl_personalize.runner.figures import draw_matrices
+from pl_personalize.runner.figures import draw_matrices, lowest_accuracy
 from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow, result_row, with_means_over_users
@@ -135,12 +135,14 @@ class Following:
             tracker.log_importance(owner, task + 1, Importance.load(path))
         matrices: dict[tuple[str, str], Tensor] = {}
         matrices |= {(v.label, user): run.matrix(v, user) for v in run.variants for user in run.data.users}
+        low = lowest_accuracy(matrices.values())
         figures = [
             draw_matrices(
                 run.folder.path / "figures" / run.name / f"matrix-{variant.label}.png",
                 f"{variant.label}, seed {run.seed}",
                 {user: matrices[variant.label, user] for user in run.data.users},
                 run.data.tasks,
+                low,
             )
             for variant in run.variants
         ]

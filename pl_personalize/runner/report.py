@@ -57,7 +57,9 @@ def report(
     else:
         labels = [label for name in competitors for label in by_method[name]]
         tables = [results_table(rows, marks(rows, comparisons, labels), paper)]
-    shown = tables if len(tables) <= MANY_USERS else tables[:1]  # the rest is in results.md
+    shown = tables
+    if len(tables) > MANY_USERS:
+        shown = [tables[0], f"By user: {path / 'results.md'}"]
     text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
     write_csv(path / "results.csv", rows)
@@ -115,7 +117,7 @@ def experts_table(runs: Sequence[ServerRun]) -> str:
 def users_table(runs: Sequence[ServerRun]) -> str:
     """What makes each user different; empty where the benchmark does not say."""
     data = runs[0].data
-    about = [[user, data.about_user(user)] for user in data.users]
+    about = [[user, str(data.about_user(user))] for user in data.users]
     return "Users:\n\n" + markdown_table([["user", "is"], *about]) if any(what for _, what in about) else ""
 
 
@@ -150,8 +152,6 @@ def _draw_means(folder: Path, runs: Sequence[ServerRun]) -> None:
     for variant, by_user in means.items():
         group, path = groups[variant], folder / f"matrix-{variant.label}.png"
         of_seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        if len(by_user) > MANY_USERS:
-            by_user = {ALL_USERS: torch.stack(list(by_user.values())).mean(0)}
         draw_matrices(path, f"{variant.label}: accuracy, {of_seeds}", by_user, group[0].data.tasks, low)
 
 

@@ -20,7 +20,7 @@ from pl_personalize.runner.paper import PaperResult
 
 ALL_USERS = "all"
 FEWEST_SEEDS = 3  # that methods are told apart by
-MANY_USERS = 10  # more are too many for columns, colours and heat maps
+MANY_USERS = 10  # as many as that, and more, are too many for columns, colours and heat maps
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def results_table(
             found_there = paper.get(line[0])
             lost = "n/a" if found_there is None or found_there.forgetting is None else f"{found_there.forgetting:.1f}"
             line.append("" if found_there is None else f"{found_there.avg_acc:.1f} ({lost})")
-    if len(users) > MANY_USERS:
+    if len([user for user in users if user != ALL_USERS]) >= MANY_USERS:
         lines = [list(column) for column in zip(*lines, strict=True)]
         lines[0][0] = "user"
     return markdown_table(lines)
@@ -210,6 +210,7 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
         |---|-----|
         | 1 | 200 |
     """
+    lines = [[" ".join(c.split()).replace("|", "\\|") for c in line] for line in lines]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = ["| " + " | ".join(c.ljust(width) for c, width in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

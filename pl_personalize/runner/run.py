@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
 from pl_personalize.datamodules import TaskIncrementalDataModule
@@ -62,7 +65,7 @@ def run_experiment(
     *,
     methods: Sequence[str] | str = MERGES_AND_BOUNDS,
     seeds: Sequence[int] | int = (1, 2, 3),
-    adaptations: Sequence[AdaptationName] | None = None,
+    adaptations: Sequence[AdaptationName] | AdaptationName | None = None,
     models: TestedModels = "all",
     training: TrainingOptions = TRAINING,
     importance: ImportanceOptions = IMPORTANCE,
@@ -90,8 +93,8 @@ def run_experiment(
             ``mean-IMM``; the methods ``MAS``, ``EWC``, ``LwF``, ``Finetune``, which train one model through all tasks;
             ``FT``, experts trained further on the user's labelled images; the bounds ``Experts``, ``Joint``.
         seeds: One or several, of initial parameters and of the order of the data.
-        adaptations: Of batch norm, for networks that have it, under which methods are tested: ``last``, ``average``,
-            ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
+        adaptations: Of batch norm, for networks that have it, under which methods are tested, one or several: ``last``,
+            ``average``, ``expert``, ``reference``, ``recalibrate``, ``AdaBN``, ``AdaBN-S``; by default ``AdaBN``.
         models: What is tested of a sequence of models: ``all``, or ``last``: only the one after the last task, which
             has no forgetting, and takes a fraction of the time.
         training: How models are trained.
@@ -115,13 +118,15 @@ def run_experiment(
         MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
     names = [methods] if isinstance(methods, str) else methods
-    seeds = [seeds] if isinstance(seeds, int) else seeds
+    seeds = _whole_numbers(seeds)
     loggers = [loggers] if isinstance(loggers, str) else loggers
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
-    output_dir = output_dir or Path("runs") / benchmark.lower()
+    output_dir = output_dir or Path("runs") / re.sub(r"\W+", "-", benchmark.lower())
     with _quiet_lightning():
-        check_options(datamodule, names, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb)
+        check_options(
+            datamodule, names, models, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb
+        )
     chosen = cast("Sequence[MethodName]", names)  # as was just checked
     with torch.random.fork_rng(devices=[]):
         network = make_network(2)
@@ -176,6 +181,14 @@ def run_experiment(
             seconds["the rest"] = time.perf_counter() - start - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     return rows
+
+
+def _whole_numbers(seeds: Sequence[int] | int) -> list[int]:
+    several = seeds if isinstance(seeds, Iterable) else [seeds]
+    try:
+        return [index(seed) for seed in several]
+    except TypeError as error:
+        raise MisconfigurationException(f"seeds must be whole numbers; got {seeds!r}.") from error
 
 
 @contextmanager

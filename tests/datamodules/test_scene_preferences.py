@@ -32,7 +32,7 @@ def test_the_first_users_of_a_file_count(tmp_path):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("prefix", ["user", ""])
+@pytest.mark.parametrize("prefix", ["user", "", "USER_", "user-"])
 def test_users_are_found_by_name(tmp_path, prefix):
     path = stored(tmp_path, {f"{prefix}{k}": ANN | {"home": [["cellar", "attic"], ["bath", "attic"]][k == 2]}
                              for k in (1, 10, 11, 2)})  # fmt: skip

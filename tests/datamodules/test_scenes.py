@@ -132,8 +132,12 @@ def test_another_mean_and_deviation(scenes):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mean": [0.5]}, {"mean": [124, 117, 104]}, {"deviation": [1.0, 1.0]}, {"deviation": [1.0, 0.0, 1.0]}]
-)
+    "options",
+    [
+        {"mean": [0.5]}, {"mean": [124, 117, 104]}, {"mean": "abc"}, {"deviation": [1.0, 1.0]},
+        {"deviation": [1.0, 0.0, 1.0]}, {"deviation": [1e-300] * 3}, {"deviation": [float("inf")] * 3},
+    ],
+)  # fmt: skip
 def test_a_mean_or_deviation_that_does_not_fit_is_refused(scenes, options):
     with pytest.raises(MisconfigurationException, match="three channels"):
         catprior(scenes, **options)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -214,6 +215,9 @@ def test_trained_batch_norm_is_trained(tmp_path):
         ({"network": with_norm, "adaptation": AdaptationOptions(prior_samples=-1)}, "prior_samples must be 0 or more"),
         ({"network": with_norm, "adaptations": ["average"], "methods": ["Experts"]}, "for Experts, which is no merge"),
         ({"loggers": ["csv", "csv"]}, "loggers must be each once"),
+        ({"models": "own"}, "models: there is no 'own'. There are all, last"),
+        ({"seeds": "12"}, "seeds must be whole numbers; got "),
+        ({"seeds": [1.5]}, r"seeds must be whole numbers; got \[1\.5\]"),
         ({"trainer": TrainerOptions(accelerator="abacus")}, "trainer: .*abacus"),
         ({"trainer": TrainerOptions(accelerator="cpu", log_every_n_steps=0)}, "log_every_n_steps must be at least 1"),
         ({"training": TrainingOptions(momentum=1.5)}, r"momentum must be in \[0, 1\); got 1.5"),
@@ -237,6 +241,16 @@ def frozen(classes):
     network = plain(classes)
     network.body.requires_grad_(False)
     return network
+
+
+def test_numpys_integers_are_seeds(tmp_path):
+    rows = call(tmp_path, seeds=np.arange(1, 3))
+    assert {row.seed for row in rows} == {1, 2}
+    assert all(type(row.seed) is int for row in rows)
+
+
+def test_one_adaptation_needs_no_list(tmp_path):
+    assert {row.adaptation for row in call(tmp_path, network=with_norm, adaptations="last")} == {"last"}
 
 
 @pytest.mark.parametrize("method", ["MAS-RACL", "FIM-IMM", "MAS", "EWC"])
