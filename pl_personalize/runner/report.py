@@ -118,7 +118,7 @@ def users_table(runs: Sequence[ServerRun]) -> str:
     """What makes each user different; empty where the benchmark does not say."""
     data = runs[0].data
     about = [[user, str(data.about_user(user))] for user in data.users]
-    return "Users:\n\n" + markdown_table([["user", "is"], *about]) if any(what for _, what in about) else ""
+    return "Users:\n\n" + markdown_table([["user", "about"], *about]) if any(what for _, what in about) else ""
 
 
 def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
