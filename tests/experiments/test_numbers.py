@@ -154,7 +154,7 @@ def test_there_is_a_run_for_each_server_method_and_seed(tracked):
     assert set(runs["IMM", 1].run.tags) == {"Numbers", "MLP 8", "IMM", "FIM-RACL", "MAS-IMM"}
     (command,) = [line for line in output.splitlines() if line.startswith("To W&B:")]
     folders = [str(runs[key].folder) for key in (("IMM", 1), ("Joint", 1), ("IMM", 2), ("Joint", 2))]
-    assert command.removeprefix("To W&B:").split() == ["wandb", "sync", *folders]
+    assert command.removeprefix("To W&B:").split() == ["python", "-m", "wandb", "sync", *folders]
 
 
 def test_a_run_has_its_configuration(tracked):
