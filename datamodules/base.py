@@ -6,7 +6,7 @@ import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, SupportsIndex
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -51,7 +51,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: What the order of training data depends on.
 
     Raises:
-        MisconfigurationException: If a task or user is not there, or a batch size is not positive.
+        MisconfigurationException: If a task or user is not there, a batch size or the seed is no whole number, or a batch
+            size is not positive.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -69,12 +70,10 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise MisconfigurationException(f"{name} must be at least 1; got {size}.")
         self.tasks, self.users = tuple(tasks), tuple(users)
         self.classes = tuple(tuple(names) for names in classes)
-        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.eval_batch_size, self.seed = whole("eval_batch_size", eval_batch_size, 1), whole("seed", seed)
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._server: dict[int, tuple[LabelledImages, LabelledImages]] = {}
         self._user: dict[tuple[int, int], tuple[LabelledImages, LabelledImages]] = {}
@@ -318,3 +317,18 @@ def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[
 def _select(data: LabelledImages, index: Tensor) -> LabelledImages:
     images = data.images.select(index) if isinstance(data.images, ImageRows) else data.images[index]
     return LabelledImages(images, data.labels[index])
+
+
+def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
+    """The value of an option that must be a whole number.
+
+    Raises:
+        MisconfigurationException: If it is none, or less than ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.") from error
+    if least is not None and number < least:
+        raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
+    return number

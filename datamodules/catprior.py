@@ -8,11 +8,12 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from pl_personalize.datamodules.base import whole
 from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
 from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scene_preferences import Preferences, draw_preferences, read_preferences
 from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
-from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, whole
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule
 
 
 class CatPriorDataModule(SceneDataModule):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.scene_folder import LISTS, Names, Pools, some
+from pl_personalize.datamodules.scene_folder import LISTS, Names, Pools
 from pl_personalize.datamodules.scene_preferences import Preferences
+from pl_personalize.functional.names import some
 from pl_personalize.functional.seeding import derive_seed
 
 
@@ -114,18 +115,15 @@ def check_catprior(pools: Pools, classes: Mapping[str, Names], preferences: Pref
     }
     there = {scene: len(pools.extra[scene]) for scene in wanted}
     if short := [scene for scene, times in wanted.items() if times * extra_images > there[scene]]:
-        listed = some(
-            [
-                f"{scene!r}: wanted by {wanted[scene]} user(s) × {extra_images} = {wanted[scene] * extra_images}, "
-                f"there are {there[scene]}"
-                for scene in short
-            ],
-            "; ",
+        needs = (
+            f"{scene!r}: wanted by {wanted[scene]} user(s) × {extra_images} = {wanted[scene] * extra_images}, "
+            f"there are {there[scene]}"
+            for scene in short
         )
         most = min(there[scene] // times for scene, times in wanted.items() if times)
         raise MisconfigurationException(
-            f"There are too few extra images (those of no list). {listed}. Ask for fewer with extra_images= (at most "
-            f"{most} with these preferences), or let other classes be preferred (preferences=)."
+            f"There are too few extra images (those of no list). {some(needs, '; ')}. Ask for fewer with "
+            f"extra_images= (at most {most} with these preferences), or let other classes be preferred (preferences=)."
         )
 
 
@@ -139,7 +137,7 @@ def check_transprior(pools: Pools, classes: Mapping[str, Names], extra_images: i
     if few := [scene for scenes in classes.values() for scene in scenes if len(pools.test[scene]) < 2]:
         raise MisconfigurationException(
             f"Each class needs at least 2 test images, one for adapt and one for eval; in {LISTS[1]} there are fewer "
-            f"of {some([repr(scene) for scene in few])}."
+            f"of {some(map(repr, few))}."
         )
     there = {task: sum(len(pools.extra[scene]) for scene in scenes) for task, scenes in classes.items()}
     if any(count < extra_images for count in there.values()):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.datamodules.image_files import is_image
+from pl_personalize.functional.names import some
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
 Names = tuple[str, ...]
@@ -73,7 +74,7 @@ def _read_list(path: Path, known: set[str]) -> set[str]:
         raise MisconfigurationException(f"The list {path} is empty; it needs a line <class>/<file> for each image.")
     if missing := [line for line in lines if line not in known]:
         raise MisconfigurationException(
-            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'}{_meant(missing[0], known)} (of "
+            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'}{_otherwise(missing[0], known)} (of "
             f"{len(lines)} lines, {len(missing)}). Complete the images, or remove the lines."
         )
     if len(set(lines)) != len(lines):
@@ -129,8 +130,8 @@ def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Name
     """
     if without := sorted(set(pools.train) - set(table)):
         raise MisconfigurationException(
-            f"In {images}, {_the_classes(without)} have no supercategory{_meant(without[0], table)}; name them in the "
-            "table (supercategories=), or remove their folders."
+            f"In {images}, {_the_classes(without)} have no supercategory{_otherwise(without[0], table)}; name them in "
+            "the table (supercategories=), or remove their folders."
         )
     if unknown := sorted(set(table) - set(pools.train)):
         raise MisconfigurationException(
@@ -141,21 +142,11 @@ def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Name
         raise MisconfigurationException(f"{_the_classes(empty)} have no image in {LISTS[0]}; each class needs one.")
 
 
-def some(found: Sequence[str], separator: str = ", ") -> str:
-    """The first five, and how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c", "d", "e", "f", "g"])
-        'a, b, c, d, e and 2 more'
-    """
-    return separator.join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-
-
 def _the_classes(names: Sequence[str]) -> str:
-    return f"the class(es) {some([repr(name) for name in names])}"
+    return f"the class(es) {some(map(repr, names))}"
 
 
-def _meant(name: str, there: Collection[str]) -> str:
+def _otherwise(name: str, there: Collection[str]) -> str:
     """What differs from a name in its case or slashes alone, if there is something."""
 
     def plain(one: str) -> str:

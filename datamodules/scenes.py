@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule
+from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, whole
 from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
 from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
@@ -248,21 +247,6 @@ class SceneDataModule(TaskIncrementalDataModule):
         if self.augment and seed is not None:
             images = random_crops(images, seed)
         return standardise(images, self.mean, self.deviation)
-
-
-def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
-    """The value of an option that must be a whole number.
-
-    Raises:
-        MisconfigurationException: If it is none, or less than ``least``.
-    """
-    try:
-        number = index(value)
-    except TypeError as error:
-        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.") from error
-    if least is not None and number < least:
-        raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
-    return number
 
 
 def _are_three(values: Sequence[float], least: float, most: float) -> bool:

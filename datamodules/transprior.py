@@ -15,11 +15,12 @@ from PIL import Image
 from typing_extensions import override
 
 from pl_personalize.datamodules import distortions
+from pl_personalize.datamodules.base import whole
 from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
 from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
 from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
-from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool, whole
+from pl_personalize.datamodules.scenes import TASKS, SceneDataModule, UserPool
 from pl_personalize.functional.seeding import derive_seed
 
 DistortAt = Literal["resized", "reference"]

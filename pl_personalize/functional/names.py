@@ -1,4 +1,4 @@
-"""Names of parameters in messages."""
+"""Names in messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 _SHOWN = 5
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], separator: str = ", ") -> str:
     """The first of some names, and how many more there are.
 
     Example:
@@ -19,7 +19,7 @@ def some(names: Iterable[str]) -> str:
     """
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more if names else "none"
+    return separator.join(names[:_SHOWN]) + more if names else "none"
 
 
 def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:

@@ -13,15 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from operator import index
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
 from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.datamodules.base import whole
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep, load_all
 from pl_personalize.runner.expert_run import ExpertRun
@@ -118,7 +117,7 @@ def run_experiment(
         MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
     names = [methods] if isinstance(methods, str) else methods
-    seeds = _whole_numbers(seeds)
+    seeds = [whole("A seed", seed) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
     loggers = [loggers] if isinstance(loggers, str) else loggers
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
@@ -181,14 +180,6 @@ def run_experiment(
             seconds["the rest"] = time.perf_counter() - start - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     return rows
-
-
-def _whole_numbers(seeds: Sequence[int] | int) -> list[int]:
-    several = seeds if isinstance(seeds, Iterable) else [seeds]
-    try:
-        return [index(seed) for seed in several]
-    except TypeError as error:
-        raise MisconfigurationException(f"seeds must be whole numbers; got {seeds!r}.") from error
 
 
 @contextmanager
