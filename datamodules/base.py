@@ -51,8 +51,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: What the order of training data depends on.
 
     Raises:
-        MisconfigurationException: If a task or user is not there, a batch size or the seed is no whole number, or a batch
-            size is not positive.
+        MisconfigurationException: If a task or user is not there, a batch size or the seed is no whole number, or a
+            batch size is not positive.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
