@@ -1,6 +1,7 @@
 """What every test can rely on: no network, one thread, no writing into the home folder, and no state left behind."""
 
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -115,6 +117,15 @@ def leak_guard() -> Iterator[None]:
             + "\n  ".join(changes),
             pytrace=False,
         )
+
+
+@pytest.fixture(autouse=True)
+def own_draws(leak_guard: None) -> None:
+    """What a test draws depends on no other test, in whichever order and process they run."""
+    seed = int(os.environ.get("PL_PERSONALIZE_TEST_SEED", "0"))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture

@@ -194,6 +194,23 @@ def test_other_layers_and_their_paths(name: str, kind: str) -> None:
         assert is_beside or {path} == expected, parameter
 
 
+@pytest.mark.parametrize("kind", ["mas", "fisher"])
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_bias_that_a_norm_takes_away_has_its_closed_form(groups: int, size: int, kind: str) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), convolution, nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)
+    )
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(4, 3, size, size)
+
+    found = estimate_importance(nn.Sequential(*model, *head), [x], kind)  # type: ignore[arg-type]
+
+    assert set(found.paths.values()) == {"closed form"}  # what is left of its gradient is rounding, on every path
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
 def test_compiled_modules_are_computed_as_they_are_written(how: str) -> None:
     torch.manual_seed(0)

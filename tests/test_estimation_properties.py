@@ -19,34 +19,44 @@ ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.PReLU, nn.GELU, lambda: nn.ReLU(inplace=True
 
 
 @st.composite
+def convolutions(draw, image):
+    """One with options that an image of this size allows."""
+    channels, size = image.shape[1], min(image.shape[2:])
+    width, groups = draw(st.sampled_from([2, 4])), draw(st.sampled_from([1, 2]))
+    stride = draw(st.sampled_from([1, 2]))
+    if draw(st.booleans()):
+        return nn.ConvTranspose2d(channels, width, draw(st.sampled_from([1, 2, 3])), stride=stride, groups=groups)
+    padding = draw(st.sampled_from([1, min(2, size)]))  # a circular one goes around once at most
+    dilation = draw(st.sampled_from([1, 2]))
+    kernels = [kernel for kernel in (1, 2, 3) if dilation * (kernel - 1) < size + 2 * padding]
+    return nn.Conv2d(
+        channels,
+        width,
+        draw(st.sampled_from(kernels)),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "replicate", "circular"])),
+    )
+
+
+@st.composite
 def image_networks(draw):
     """Convolutions with all that they may have, norms, pooling, a head."""
-    channels, layers = 2, []
+    shape, layers = (2, 6, 5), []
+    image = torch.zeros(1, *shape)
     for _ in range(draw(st.integers(1, 3))):
-        groups = draw(st.sampled_from([1, 2]))
-        width = draw(st.sampled_from([2, 4]))
-        kernel = draw(st.sampled_from([1, 2, 3]))
-        layers.append(
-            nn.Conv2d(
-                channels,
-                width,
-                kernel,
-                stride=draw(st.sampled_from([1, 2])),
-                padding=draw(st.sampled_from([1, 2])),
-                dilation=draw(st.sampled_from([1, 2])),
-                groups=groups,
-                bias=draw(st.booleans()),
-                padding_mode=draw(st.sampled_from(["zeros", "replicate", "circular"])),
-            )
-            if draw(st.booleans())
-            else nn.ConvTranspose2d(channels, width, kernel, stride=draw(st.sampled_from([1, 2])), groups=groups)
-        )
-        channels = width
-        norm = draw(st.sampled_from([None, nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c), nn.InstanceNorm2d]))
-        layers += [] if norm is None else [norm(channels)]
+        layers.append(draw(convolutions(image)))
+        image = layers[-1](image)
+        # Of a single position, PyTorch refuses to take these statistics.
+        norms = [None, nn.BatchNorm2d] + [lambda c: nn.GroupNorm(2, c), nn.InstanceNorm2d] * (image[0, 0].numel() > 1)
+        norm = draw(st.sampled_from(norms))
+        layers += [] if norm is None else [norm(image.shape[1])]
         layers.append(draw(st.sampled_from(ACTIVATIONS))())
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * channels, 3)]
-    return nn.Sequential(*layers), (2, 6, 5)
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * image.shape[1], 3)]
+    return nn.Sequential(*layers), shape
 
 
 class Sequence(nn.Module):
@@ -93,6 +103,7 @@ def settings_of(draw, networks):
 
 
 def check(case):
+    """Compare with the reference; returns what has a gradient and no closed form."""
     network, x, dtype, kind, size = case
     labels = torch.arange(len(x)) % 3
     reference, options = KINDS[kind]
@@ -105,20 +116,23 @@ def check(case):
     for name, value in right.items():
         error = float((found[name].double() - value).norm())
         assert error <= TOLERANCES[dtype] * max(float(value.norm()), floor), name
-    return found
+    # Where a gradient is rounding and nothing else, as that of a norm's weight behind a dead ReLU, paths may differ.
+    sizes = {name: float(value.norm()) ** (1.0 if kind == "mas" else 0.5) for name, value in right.items()}
+    vague = {name.rpartition(".")[0] for name, size in sizes.items() if size <= 1e-8 * max(sizes.values())}
+    return {
+        name for name, path in found.paths.items() if path != "closed form" and name.rpartition(".")[0] not in vague
+    }
 
 
 @settings(max_examples=60)
 @given(settings_of(image_networks()))
 def test_convolutional_networks(case):
-    found = check(case)
-    slow = {name for name, path in found.paths.items() if path != "closed form"}
-    assert not slow
+    assert not check(case)
 
 
 @settings(max_examples=30)
 @given(settings_of(sequence_networks()))
 def test_transformers(case):
-    found = check(case)
+    slow = check(case)
     if case[0].batch_first:  # else linear layers and norms see the batch in their second dimension
-        assert not {name for name, path in found.paths.items() if path != "closed form"}
+        assert not slow

@@ -105,6 +105,11 @@ class GradientTape:
         layers: Layers that own at least one of them.
         power: 1 (absolute values) or 2 (squares).
         max_scratch_bytes: Per-sample gradients are held for as many samples at a time as fit.
+
+    Attributes:
+        sums: The sums, by parameter name.
+        bias_terms: While it is learning, how large the numbers are that a bias's gradient is the sum of: their absolute
+            values summed over the positions of a sample, the mean over entries, the largest of the samples.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class GradientTape:
 
     def reset(self) -> None:
         """Begin to sum anew."""
+        self.bias_terms: dict[str, float] = {}
         for name, (shape, dtype, device) in self._shapes.items():
             if name in self.sums and self.sums[name].shape == shape:
                 self.sums[name].zero_()
@@ -296,6 +302,8 @@ class GradientTape:
         if use.x is not None and use.x._version != use.version:
             raise TapeError(use.layer, "its input was modified in place after it was used")
         use.grad = grad.movedim(use.batch_dim, 0)
+        if self.is_learning and "bias" in (owned := self.owned(use.layer)):
+            self._note_terms(owned["bias"][1], self._own[use.layer]["bias"], use.grad)
         # Rules that call autograd themselves wait for the end of this backward pass.
         alone = all(self._use_counts[key] == 1 for key, _ in self.owned(use.layer).values())
         if alone and self.rules[use.layer] is not VJP_RULE:
@@ -303,6 +311,11 @@ class GradientTape:
             use.grad = None
             if self._is_last_backward:
                 use.x = None
+
+    def _note_terms(self, name: str, bias: nn.Parameter, grad: Tensor) -> None:
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        totals = torch.linalg.vector_norm(grad.reshape(len(grad), -1), 1, dim=1, dtype=dtype)
+        self.bias_terms[name] = self.bias_terms.get(name, 0.0) + float(totals.max()) / max(1, bias.numel())
 
     def _groups_by_shared_parameters(self) -> list[list[LayerUse]]:
         """The uses that still wait, in groups that have no parameter in common with each other."""

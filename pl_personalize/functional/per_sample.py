@@ -323,7 +323,9 @@ class PerSamplePowerSums:
         loops = [name for name, path in self.paths.items() if path == "loop"]
 
         def beyond(errors: Mapping[str, float]) -> list[str]:
-            return beyond_rounding(errors, sizes, counts, direction.dtype, self._power, exhausted=loops)
+            return beyond_rounding(
+                errors, sizes, counts, direction.dtype, self._power, terms=self._tape.bias_terms, exhausted=loops
+            )
 
         if wrong := beyond({name: found[name].distance(right[name]) for name in sizes}):
             return wrong

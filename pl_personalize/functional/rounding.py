@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -13,12 +14,15 @@ def beyond_rounding(
     counts: Mapping[str, int],
     dtype: torch.dtype,
     power: int,
+    *,
+    terms: Mapping[str, float] = MappingProxyType({}),
     exhausted: Collection[str] = (),
 ) -> list[str]:
     """The parameters whose errors rounding does not explain.
 
     Where a true gradient is zero, rounding leaves something of the size of the others times the precision: of those of
-    the same module, or at worst of the network.
+    the same module, or at worst of the network; or of the numbers that cancel in its sum, as in that of the bias of a
+    convolution before an instance norm.
 
     Args:
         errors: Norms of the differences, by parameter name.
@@ -26,6 +30,7 @@ def beyond_rounding(
         counts: Numbers of entries.
         dtype: In which they were computed.
         power: 1 where absolute values were summed, 2 for squares.
+        terms: Sums of the absolute values of the numbers whose sum an entry of a gradient is, the mean over entries.
         exhausted: Names for which there is no other way left; they are allowed more.
     """
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
@@ -38,7 +43,9 @@ def beyond_rounding(
     far_unit = 1e-3 * unit if dtype == torch.float32 else unit
     wrong = []
     for name, error in errors.items():
-        near = unit**power * largest[_module_of(name)]
+        left = unit * terms.get(name, 0.0)
+        cancelled = left if power == 1 else left * (left + 2 * means[name] ** 0.5)  # |(g + left)² - g²|
+        near = max(unit**power * largest[_module_of(name)], cancelled)
         far = (1e-6 if name in exhausted else far_unit) ** power * max(means.values())
         if not error <= tolerance * sizes[name] + max(near, far) * roots[name]:
             wrong.append(name)
