@@ -323,12 +323,14 @@ def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
     """The value of an option that must be a whole number.
 
     Raises:
-        MisconfigurationException: If it is none, or less than ``least``.
+        MisconfigurationException: If it is none, or less than ``least``. True and False are none.
     """
     try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.") from error
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.")
     if least is not None and number < least:
         raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
     return number

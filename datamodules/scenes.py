@@ -114,7 +114,7 @@ class SceneDataModule(TaskIncrementalDataModule):
                 "mean and deviation must have one number for each of the three channels, of images in [0, 1]: means in "
                 f"[0, 1], positive deviations; got {mean} and {deviation}."
             )
-        tasks = [tasks] if isinstance(tasks, str) else tasks
+        tasks = [tasks] if isinstance(tasks, str) else list(tasks)
         draws = iterations if isinstance(iterations, Iterable) else [iterations]
         iterations = [whole("iterations", iteration) for iteration in draws]
         if not iterations or len(set(iterations)) != len(iterations):

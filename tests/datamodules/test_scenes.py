@@ -271,6 +271,7 @@ def test_setup_decodes_what_the_stage_needs(scenes):
         ({"image_size": 8.0}, r"image_size must be a whole number; got 8\.0"),
         ({"split_seed": "x"}, "split_seed must be a whole number; got 'x'"),
         ({"iterations": [1.5]}, r"iterations must be a whole number; got 1\.5"),
+        ({"num_users": True}, "num_users must be a whole number; got True"),
         ({"supercategories": "none.csv"}, r"cannot be read from none\.csv"),
     ],
 )
@@ -296,6 +297,8 @@ def test_every_option_arrives(scenes, make):
 def test_numpys_integers_and_single_values_will_do(scenes, tmp_path, make):
     numbers = {"num_users": 2, "image_size": 6, "extra_images": 2, "split_seed": 5}
     plain = make(scenes, tasks=["home"], iterations=[3], **numbers)
+    arrays = make(scenes, tasks=np.array(["home"]), iterations=np.array([3]), **numbers)
+    assert (arrays.tasks, arrays.iterations) == (("home",), (3,))
     other = make(
         scenes, tasks="home", iterations=np.int64(3), cache_dir=tmp_path,
         **{name: np.int64(value) for name, value in numbers.items()},
@@ -306,8 +309,9 @@ def test_numpys_integers_and_single_values_will_do(scenes, tmp_path, make):
 
 def test_preferences_are_a_file_or_a_whole_number(scenes):
     assert catprior(scenes, preferences=np.int64(1)).preferences() == catprior(scenes, preferences=1).preferences()
-    with pytest.raises(MisconfigurationException, match=r"if it is no file, must be a whole number; got \{"):
-        catprior(scenes, preferences={})
+    for neither in ({}, True):
+        with pytest.raises(MisconfigurationException, match="if it is no file, must be a whole number; got "):
+            catprior(scenes, preferences=neither)
 
 
 @pytest.mark.parametrize("make", [catprior, transprior])
