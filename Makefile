@@ -2,6 +2,7 @@
 #
 #   make test PYTHON=python3.12                         another interpreter (for a new .venv)
 #   make test PYTEST_ARGS="-k merge -m 'not slow'"      some of the tests
+#   PL_PERSONALIZE_TEST_SEED=7 make test                with other random numbers
 
 PYTHON ?= python3
 PYTEST_ARGS ?=

@@ -121,7 +121,7 @@ def leak_guard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_draws(leak_guard: None) -> None:
-    """What a test draws depends on no other test, in whichever order and process they run."""
+    """What a test itself draws depends on no other test, in whichever order and process they run."""
     seed = int(os.environ.get("PL_PERSONALIZE_TEST_SEED", "0"))
     random.seed(seed)
     np.random.seed(seed)

@@ -116,12 +116,12 @@ def check(case):
     for name, value in right.items():
         error = float((found[name].double() - value).norm())
         assert error <= TOLERANCES[dtype] * max(float(value.norm()), floor), name
-    # Where a gradient is rounding and nothing else, as that of a norm's weight behind a dead ReLU, paths may differ.
+    # Where a gradient is rounding and nothing else, as that of a norm's weight behind a dead ReLU, its layer may be
+    # slow. Of a bias that a norm takes away, it is known how much rounding leaves.
+    slow = {name for name, path in found.paths.items() if path != "closed form"}
     sizes = {name: float(value.norm()) ** (1.0 if kind == "mas" else 0.5) for name, value in right.items()}
-    vague = {name.rpartition(".")[0] for name, size in sizes.items() if size <= 1e-8 * max(sizes.values())}
-    return {
-        name for name, path in found.paths.items() if path != "closed form" and name.rpartition(".")[0] not in vague
-    }
+    vague = {name for name in slow if sizes[name] <= 1e-8 * max(sizes.values()) and not name.endswith("bias")}
+    return {name for name in slow if not any(name.rpartition(".")[0] == of.rpartition(".")[0] for of in vague)}
 
 
 @settings(max_examples=60)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pl_personalize.functional.attention import split_attention
 from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import LayerRule, add_power_sums_, find_layer_rule
+from pl_personalize.functional.rounding import rounding_of_sums
 from pl_personalize.functional.sample_copies import Place, SampleCopies
 
 
@@ -108,8 +109,9 @@ class GradientTape:
 
     Attributes:
         sums: The sums, by parameter name.
-        bias_terms: While it is learning, how large the numbers are that a bias's gradient is the sum of: their absolute
-            values summed over the positions of a sample, the mean over entries, the largest of the samples.
+        bias_rounding: While it is learning, how much of an entry of a bias's gradient may be rounding, by parameter
+            name: see :func:`~pl_personalize.functional.rounding.rounding_of_sums`. Of the sample that has most, added
+            up over the uses of the bias.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class GradientTape:
 
     def reset(self) -> None:
         """Begin to sum anew."""
-        self.bias_terms: dict[str, float] = {}
+        self.bias_rounding: dict[str, float] = {}
         for name, (shape, dtype, device) in self._shapes.items():
             if name in self.sums and self.sums[name].shape == shape:
                 self.sums[name].zero_()
@@ -303,7 +305,8 @@ class GradientTape:
             raise TapeError(use.layer, "its input was modified in place after it was used")
         use.grad = grad.movedim(use.batch_dim, 0)
         if self.is_learning and "bias" in (owned := self.owned(use.layer)):
-            self._note_terms(owned["bias"][1], self._own[use.layer]["bias"], use.grad)
+            name, entries = owned["bias"][1], self._own[use.layer]["bias"].numel()
+            self.bias_rounding[name] = self.bias_rounding.get(name, 0.0) + rounding_of_sums(use.grad, entries)
         # Rules that call autograd themselves wait for the end of this backward pass.
         alone = all(self._use_counts[key] == 1 for key, _ in self.owned(use.layer).values())
         if alone and self.rules[use.layer] is not VJP_RULE:
@@ -311,11 +314,6 @@ class GradientTape:
             use.grad = None
             if self._is_last_backward:
                 use.x = None
-
-    def _note_terms(self, name: str, bias: nn.Parameter, grad: Tensor) -> None:
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        totals = torch.linalg.vector_norm(grad.reshape(len(grad), -1), 1, dim=1, dtype=dtype)
-        self.bias_terms[name] = self.bias_terms.get(name, 0.0) + float(totals.max()) / max(1, bias.numel())
 
     def _groups_by_shared_parameters(self) -> list[list[LayerUse]]:
         """The uses that still wait, in groups that have no parameter in common with each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -295,7 +295,8 @@ class PerSamplePowerSums:
         sizes = dict.fromkeys(found, 0.0)
 
         def take(name: str, gradient: Tensor) -> None:
-            sizes[name] = max(sizes[name], right[name].add(gradient, self._power))
+            size = right[name].add(gradient, self._power)
+            sizes[name] = max(sizes[name], size) if isfinite(size) else inf  # max() would pass a NaN over
 
         def take_alone(name: str, gradient: Tensor) -> None:
             alone[name].add(gradient, self._power)
@@ -324,7 +325,7 @@ class PerSamplePowerSums:
 
         def beyond(errors: Mapping[str, float]) -> list[str]:
             return beyond_rounding(
-                errors, sizes, counts, direction.dtype, self._power, terms=self._tape.bias_terms, exhausted=loops
+                errors, sizes, counts, direction.dtype, self._power, left=self._tape.bias_rounding, exhausted=loops
             )
 
         if wrong := beyond({name: found[name].distance(right[name]) for name in sizes}):
