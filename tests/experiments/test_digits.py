@@ -91,6 +91,7 @@ def test_a_second_call_does_nothing_again(finished):
     assert "wandb sync" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_results(finished, tmp_path):
     folder, _ = finished
     # The process dies, as by SIGKILL, when the third expert is about to be trained.
@@ -155,6 +156,7 @@ def test_a_wrong_option_is_refused_at_once(tmp_path, monkeypatch, capsys, global
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_wandb_can_be_tracked_later(tmp_path):
     assert "wandb sync" not in run(tmp_path / "run", "--wandb.mode", "disabled").stdout
     tracked = run(tmp_path / "run")

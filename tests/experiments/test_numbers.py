@@ -70,6 +70,7 @@ def small_seeds(config):
     return ["--seeds", str(config["seeds"][:2])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("numbers") and "sweep" not in name])
 def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_path, monkeypatch, capsys, global_state):
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
@@ -109,6 +110,7 @@ def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, globa
     assert (folder / "figures" / "adabn-images.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_network_of_torchvision(data_dir, tmp_path, monkeypatch, capsys, global_state):
     torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=7).state_dict(), tmp_path / "weights.pth")
     sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
@@ -208,6 +210,7 @@ def test_no_image_of_a_user_is_logged_by_itself(data_dir, tmp_path, monkeypatch,
     assert {artifact.type for artifact in run.artifacts} == {"run_table"}
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_as_its_agent_would_start_it(data_dir, tmp_path):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
