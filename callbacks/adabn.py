@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -17,16 +18,16 @@ from typing_extensions import override
 from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.artifacts import tensor_checksum
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
-from pl_personalize.callbacks.estimation_callback import (
-    EstimationCallback,
-    Stage,
-    as_list,
+from pl_personalize.callbacks.estimation_callback import EstimationCallback, Stage
+from pl_personalize.callbacks.module_contexts import (
+    all_reduce_of,
     best_checkpoint,
     best_weights,
     buffers_of_rank_zero,
-    sum_over_ranks,
+    on_its_device,
+    without_logging,
 )
-from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
+from pl_personalize.callbacks.pass_over_data import as_list
 from pl_personalize.functional.batchnorm_pass import Forward
 
 
@@ -77,10 +78,11 @@ class AdaBN(EstimationCallback):
     """
 
     folder = "batchnorm"
+    reads_again = True  # for the last weights, the best ones, and layer by layer
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | None = None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
         exact: bool = False,
         prior_samples: float = 0,
@@ -103,10 +105,15 @@ class AdaBN(EstimationCallback):
             "prior_samples": prior_samples,
             "max_scratch_mb": max_scratch_mb,
         }
-        self.statistics: BatchNormStatistics | None = None
         self._known: dict[str, BatchNormStatistics] = {}  # what fit found, by the weights that it belongs to
         self._before: dict[str, BatchNormStatistics] = {}  # what there was before, which a prior means
         self._of_last_weights: BatchNormStatistics | None = None
+
+    @property
+    def statistics(self) -> BatchNormStatistics | None:
+        """What was written, or used last; ``None`` before."""
+        found: BatchNormStatistics | None = self.result(BatchNormStatistics.load)
+        return found
 
     @property
     @override
@@ -125,88 +132,92 @@ class AdaBN(EstimationCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate over two samples, so that what cannot work fails now and not after the training."""
-        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
-            return
-        given = self.dataloader is not None and not isinstance(self.dataloader, str)
-        # Of a named stage nothing is set up yet: two training samples have to do.
-        loaders = self.given_dataloaders() if given else as_list(trainer.train_dataloader)
-        if loaders and can_be_read_again(loaders[0]):
-            batches = two_samples(PassOverData(trainer, loaders[:1], [1]))
-            self._estimate(trainer, pl_module, batches, exact=False, prior_samples=1)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate the statistics of the present and of the best weights, and write those that were asked for."""
-        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
-            return
-        data = self.pass_over(trainer, _lists_of_streams(self.fit_dataloaders(trainer, pl_module)))
-        self._of_last_weights = statistics = self._estimate(trainer, pl_module, data)
-        self._known = {str(statistics.fingerprint): statistics}
-        if self.weights == "best" and best_checkpoint(trainer):
-            with best_weights(trainer, pl_module, wanted=True):
-                known = self._known.get(self._fingerprint(pl_module))
-                statistics = known or self._estimate(trainer, pl_module, data)
-            self._known[str(statistics.fingerprint)] = statistics
-        self._write(trainer, statistics)
+        if self.should_estimate(trainer, pl_module) and self._has_layers(pl_module):
+            few = {"exact": False, "prior_samples": 1}
+            self.try_out(trainer, pl_module, lambda batches: self._estimate(trainer, pl_module, batches, few))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adapt the model in memory, now that every checkpoint is written."""
-        if self._of_last_weights is not None:
+        """Estimate the statistics of the present and of the best weights, and write those that were asked for.
+
+        After every ``on_train_end``, those of the module and the strategy included: weights may be averaged there.
+        """
+        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
+            return
+        with on_its_device(trainer, pl_module):
+            data = self.fit_pass(trainer, pl_module)
+            self._of_last_weights = statistics = self._estimate(trainer, pl_module, data)
+            self._known = {str(statistics.fingerprint): statistics}
+            if self.weights == "best" and best_checkpoint(trainer):
+                with best_weights(trainer, pl_module, wanted=True):
+                    known = self._known.get(self._fingerprint(pl_module))
+                    statistics = known or self._estimate(trainer, pl_module, data)
+                self._known[str(statistics.fingerprint)] = statistics
+        self._write(trainer, statistics)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adapt the model in memory, now that every checkpoint is written and every other callback has seen it."""
+        if stage == "fit" and self._of_last_weights is not None:
             self._of_last_weights.apply(self._part(pl_module))
-            self._of_last_weights = None
+        self._of_last_weights = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for ``test``, in a run of ``validate``; not in the validation of a ``fit``."""
+        if trainer.state.fn == "validate":
+            self._adapt(trainer, pl_module, "val")
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the statistics that belong to the weights at hand, which a checkpoint may have brought."""
-        if self.dataloader == "test":
-            self._adapt(trainer, pl_module, as_list(trainer.test_dataloaders), trainer.num_test_batches)
-        else:
-            self._adapt(trainer, pl_module, [] if self.dataloader is None else None)
+        self._adapt(trainer, pl_module, "test")
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the statistics that belong to the weights at hand, or adapt to what is predicted."""
-        if self.dataloader in (None, "predict"):
-            self._adapt(trainer, pl_module, as_list(trainer.predict_dataloaders), trainer.num_predict_batches)
-        else:
-            self._adapt(trainer, pl_module)
+        self._adapt(trainer, pl_module, "predict")
 
-    def _adapt(
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
+            return
+        found = self._known.get(self._fingerprint(pl_module)) or self._estimate_in(trainer, pl_module, stage)
+        if found is None:
+            rank_zero_warn(
+                "AdaBN has no statistics for the weights at hand, so they are used as they are. Statistics of the "
+                "best checkpoint fit test(ckpt_path='best'); with data to adapt to, AdaBN(dataloader), they are "
+                "estimated when a test starts; those of an earlier run are found below its dirpath=."
+            )
+            return
+        self._result, self._mark = found, self._slot.mark
+        found.apply(self._part(pl_module))
+
+    def _estimate_in(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> BatchNormStatistics | None:
+        """Statistics of the data of the running stage or of those that were chosen, else those of an earlier run."""
+        if self.dataloader == stage or (self.dataloader is None and stage == "predict"):
+            if stage == "predict":
+                refuse_dropped_samplers(trainer)
+            loaders = as_list(getattr(trainer, f"{stage}_dataloaders"))
+            data = self.pass_over(trainer, loaders, getattr(trainer, f"num_{stage}_batches"))
+        elif self.dataloader is None:
+            return self._written(trainer, pl_module)
+        else:
+            data = self.chosen_pass(trainer, pl_module)
+        self.refuse_unwritable(trainer)
+        found = self._estimate(trainer, pl_module, data)
+        self._write(trainer, found)
+        return found
+
+    def _estimate(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        loaders: Sequence[Iterable[Any]] | None = None,
-        limits: Sequence[float] | None = None,
-    ) -> None:
-        if not self.should_estimate(trainer, pl_module) or not self._has_layers(pl_module):
-            return
-        found = self._known.get(self._fingerprint(pl_module))
-        if found is None:
-            if loaders is None:
-                loaders = self.chosen_dataloaders(trainer, pl_module)
-            if not loaders:
-                found = self._written(trainer, pl_module)
-            if not loaders and found is None:
-                rank_zero_warn(
-                    "AdaBN has no statistics for the weights at hand, so they are used as they are. Statistics of the "
-                    "best checkpoint fit test(ckpt_path='best'); with data to adapt to, AdaBN(dataloader), they are "
-                    "estimated when a test starts; those of an earlier run are found below its dirpath=."
-                )
-                return
-            if found is None:
-                data = self.pass_over(trainer, _lists_of_streams(loaders), limits)
-                found = self._estimate(trainer, pl_module, data)
-                self._write(trainer, found)
-        self.statistics = found
-        found.apply(self._part(pl_module))
-
-    def _estimate(
-        self, trainer: Trainer, pl_module: LightningModule, data: Iterable[Any], **changed: Any
+        data: Iterable[Any],
+        changed: Mapping[str, Any] = MappingProxyType({}),
     ) -> BatchNormStatistics:
         fingerprint = self._fingerprint(pl_module)
         try:
-            with buffers_of_rank_zero(trainer, pl_module):
+            with buffers_of_rank_zero(trainer, pl_module), without_logging(pl_module):
                 before = self._before.setdefault(fingerprint, BatchNormStatistics.of(self._part(pl_module)))
                 before.apply(self._part(pl_module))  # not what an earlier run has adapted
                 found = estimate_batchnorm(
@@ -215,8 +226,8 @@ class AdaBN(EstimationCallback):
                     module=self.module,
                     forward=self.forward,
                     progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
-                    all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
-                    **self._options | changed,
+                    all_reduce=all_reduce_of(trainer),
+                    **self._options | dict(changed),
                 )
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
@@ -224,10 +235,7 @@ class AdaBN(EstimationCallback):
         return found
 
     def _write(self, trainer: Trainer, statistics: BatchNormStatistics) -> None:
-        self.statistics = statistics
-        self.path = str(trainer.strategy.broadcast(str(self.resolve_path(trainer))))
-        if trainer.is_global_zero:
-            statistics.save(self.path)
+        self.finish(trainer, statistics)
         trainer.strategy.barrier("batchnorm")
 
     def _written(self, trainer: Trainer, pl_module: LightningModule) -> BatchNormStatistics | None:
@@ -256,8 +264,3 @@ class AdaBN(EstimationCallback):
         if not found:
             rank_zero_warn(f"{type(pl_module).__name__} has no batch-norm layers: {type(self).__name__} does nothing.")
         return found
-
-
-def _lists_of_streams(loaders: Sequence[Iterable[Any]]) -> list[Iterable[Any]]:
-    """What can be read once as a list, which can be read again."""
-    return [list(loader) if isinstance(loader, Iterator) else loader for loader in loaders]

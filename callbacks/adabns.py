@@ -16,9 +16,10 @@ from typing_extensions import override
 
 from pl_personalize.adaptation import adapt_batchnorm, check_adaptation
 from pl_personalize.batchnorm import batchnorm_layers
-from pl_personalize.callbacks.estimation_callback import as_list, no_limits, sum_over_ranks
-from pl_personalize.callbacks.pass_over_data import PassOverData
-from pl_personalize.callbacks.sharding import refuse_sharded_parameters
+from pl_personalize.callbacks.estimation_callback import train_limits
+from pl_personalize.callbacks.module_contexts import all_reduce_of, without_logging
+from pl_personalize.callbacks.pass_over_data import PassOverData, as_list
+from pl_personalize.callbacks.requirements import check_trainer, is_resumed
 from pl_personalize.functional.batchnorm_pass import Forward
 
 
@@ -74,7 +75,12 @@ class AdaBNS(BaseFinetuning):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, then freeze."""
-        refuse_sharded_parameters(self, trainer)
+        check_trainer(self, trainer, pl_module)
+        if any(isinstance(other, AdaBNS) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "Two AdaBNS in one Trainer would each freeze the layers that the other trains. Use one, with module= "
+                "naming a part that has all of these layers."
+            )
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # else there may be no layers yet
             super().setup(trainer, pl_module, stage)
 
@@ -120,17 +126,18 @@ class AdaBNS(BaseFinetuning):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adapt the statistics; a run that is resumed has them from its checkpoint."""
         self._fix()  # a run that is resumed within an epoch does not come to its start
-        if not self._layers or self.statistics != "adapt" or trainer.ckpt_path is not None:
+        if not self._layers or self.statistics != "adapt" or is_resumed(trainer):
             return
         loaders = as_list(trainer.train_dataloader)
         try:
-            adapt_batchnorm(
-                pl_module,
-                PassOverData(trainer, loaders, no_limits(trainer, loaders)),
-                module=self.module,
-                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
-                **self._options,
-            )
+            with without_logging(pl_module):
+                adapt_batchnorm(
+                    pl_module,
+                    PassOverData(trainer, loaders, train_limits(trainer, loaders)),
+                    module=self.module,
+                    all_reduce=all_reduce_of(trainer),
+                    **self._options,
+                )
         except ValueError as error:
             raise MisconfigurationException(f"AdaBNS on {type(pl_module).__name__}: {error}") from error
 

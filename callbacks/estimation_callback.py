@@ -1,40 +1,43 @@
-"""What callbacks have in common that estimate something over data of their choice."""
+"""Base class of callbacks that estimate something over data of the user's choice."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from uuid import uuid4
 
-import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pl_personalize.callbacks.pass_over_data import PassOverData
-from pl_personalize.callbacks.sharding import refuse_sharded_parameters
+from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, can_be_read_again, two_samples
+from pl_personalize.callbacks.requirements import check_trainer
+from pl_personalize.callbacks.result_slot import ResultSlot
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class EstimationCallback(Callback):
-    """Finds its data and the weights to use, and says where the result is written; see the subclasses."""
+    """Finds its data, and writes its result, which other processes can find; see the subclasses."""
 
     folder: ClassVar[str]
     """Where files are by default, below the logger's folder."""
+    reads_again: ClassVar[bool] = False
+    """Whether the data of a pass are read more than once, so that those of an iterator must be kept."""
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None,
         *,
         weights: Literal["best", "last"],
         module: str | None,
@@ -43,16 +46,29 @@ class EstimationCallback(Callback):
         filename: str | None,
     ) -> None:
         super().__init__()
-        if isinstance(dataloader, str) and dataloader not in _SETUP_STAGES:
+        self._stages = _stages(dataloader)
+        if unknown := [stage for stage in self._stages if stage not in _SETUP_STAGES]:
             raise MisconfigurationException(
-                f"dataloader must be an iterable of batches or one of {', '.join(_SETUP_STAGES)}; got {dataloader!r}."
+                f"dataloader must be an iterable of batches or one of {', '.join(_SETUP_STAGES)}; got {unknown[0]!r}."
+            )
+        if isinstance(dataloader, CombinedLoader) and dataloader._mode != "sequential":
+            raise MisconfigurationException(
+                f"dataloader=CombinedLoader(mode={dataloader._mode!r}) has batches of several loaders at once, which "
+                "are not of one number of samples. Pass a list of the loaders, or mode='sequential'."
             )
         if weights not in ("best", "last"):
             raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
         self.dataloader, self.weights, self.module, self.forward = dataloader, weights, module, forward
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.filename = filename
-        self.path: str | None = None
+        self._slot = ResultSlot()
+        self._result: Any = None
+        self._mark: str | None = None  # of the run that the result is of
+
+    @property
+    def path(self) -> str | None:
+        """File of the last result; ``None`` if none was written."""
+        return self._slot.path
 
     @property
     def default_filename(self) -> str:
@@ -71,40 +87,85 @@ class EstimationCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any training."""
-        refuse_sharded_parameters(self, trainer)
+        check_trainer(self, trainer, pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and isinstance(other, EstimationCallback) and self._same_file(other):
                 raise MisconfigurationException(
                     f"Two callbacks would write the same file, {self.target[1]}.safetensors. Set filename= for one."
                 )
-        if isinstance(self.dataloader, str) and stage == "fit":
-            self._hook_owner(trainer, pl_module, self.dataloader)
+        if stage == "fit":
+            for name in self._stages:
+                self._hook_owner(trainer, pl_module, name)
+            if self.dataloader is None and trainer.limit_train_batches == 0:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} has no data: limit_train_batches=0. Pass them, dataloader=."
+                )
 
     # For subclasses
 
     def pass_over(
         self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float] | None = None
     ) -> PassOverData:
-        """The data, in order, each sample once, divided among processes."""
+        """The batches of the loaders, divided among processes."""
+        limits = trial_limits(trainer, loaders) if limits is None else limits
         try:
-            return PassOverData(trainer, loaders, no_limits(trainer, loaders) if limits is None else limits)
+            return PassOverData(trainer, loaders, limits, again=self.reads_again)
         except MisconfigurationException as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
-    def fit_dataloaders(self, trainer: Trainer, pl_module: LightningModule) -> list[Iterable[Any]]:
-        """The data that were chosen; those of the training if none were."""
+    def fit_pass(self, trainer: Trainer, pl_module: LightningModule) -> PassOverData:
+        """The data that were chosen; the training's if none were."""
         if self.dataloader is None:
-            return as_list(trainer.train_dataloader)
-        return self.chosen_dataloaders(trainer, pl_module)
+            loaders = as_list(trainer.train_dataloader)
+            return self.pass_over(trainer, loaders, train_limits(trainer, loaders))
+        return self.chosen_pass(trainer, pl_module)
 
-    def chosen_dataloaders(self, trainer: Trainer, pl_module: LightningModule) -> list[Iterable[Any]]:
+    def try_out(
+        self, trainer: Trainer, pl_module: LightningModule, estimate: Callable[[Iterable[Any]], object]
+    ) -> None:
+        """Estimate over two samples of each loader, so that what cannot work fails before the training.
+
+        Raises:
+            MisconfigurationException: If it does not work, or the data are not such as the pass will see.
+        """
+        # Of a named stage nothing is set up yet: two training samples have to do.
+        loaders = self.given_dataloaders() if self.is_given else as_list(trainer.train_dataloader)
+        if not self._stages:
+            self.pass_over(trainer, loaders)
+        if self.dataloader is None and len(loaders) > 1:
+            self._refuse_hooks_of_combined_batches(trainer, pl_module)
+        self.refuse_unwritable(trainer)
+        if not (loaders := [loader for loader in loaders if can_be_read_again(loader)]):
+            return
+        try:
+            estimate(two_samples(PassOverData(trainer, loaders, [1] * len(loaders))))
+        except Exception as error:  # whatever a module's forward makes of data that are not its own
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            each = " Each of the dataloaders is read by itself: a batch is of one of them." if len(loaders) > 1 else ""
+            raise MisconfigurationException(
+                f"{type(self).__name__} on {type(pl_module).__name__}: {what}{each}"
+            ) from error
+
+    def chosen_pass(self, trainer: Trainer, pl_module: LightningModule) -> PassOverData:
         """The data that were passed or named."""
-        if not isinstance(self.dataloader, str):
-            return self.given_dataloaders()
-        owner = self._hook_owner(trainer, pl_module, self.dataloader)
-        if isinstance(owner, LightningDataModule):
-            owner.setup(_SETUP_STAGES[self.dataloader])
-        return as_list(getattr(owner, f"{self.dataloader}_dataloader")())
+        if self.is_given:
+            return self.pass_over(trainer, self.given_dataloaders())
+        loaders: list[Iterable[Any]] = []
+        limits: list[float] = []
+        for stage in self._stages:
+            owner = self._hook_owner(trainer, pl_module, stage)
+            if isinstance(owner, LightningDataModule):
+                owner.setup(_SETUP_STAGES[stage])
+            found = as_list(getattr(owner, f"{stage}_dataloader")())
+            limit = getattr(trainer, f"limit_{stage}_batches")
+            loaders += found
+            limits += stream_limits(trainer, found, limit if isinstance(limit, int) else inf)
+        return self.pass_over(trainer, loaders, limits)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the data themselves were passed."""
+        return self.dataloader is not None and not self._stages
 
     def given_dataloaders(self) -> list[Iterable[Any]]:
         """What was passed: one iterable of batches, or several DataLoaders."""
@@ -114,7 +175,39 @@ class EstimationCallback(Callback):
             and len(given) > 0
             and all(isinstance(loader, DataLoader) for loader in given)
         )
-        return list(given) if several else [given]
+        return as_list(given) if several or isinstance(given, CombinedLoader) else [given]
+
+    def result(self, load: Callable[[str], Any]) -> Any:
+        """The last result, read from its file where another process made it; ``None`` before the first."""
+        if self._mark != self._slot.mark and self.path is not None:
+            self._result, self._mark = load(self.path), self._slot.mark
+        return self._result
+
+    def finish(self, trainer: Trainer, result: Any) -> None:
+        """Keep a result and write its file, but for a trial run (``fast_dev_run``), which leaves no file behind.
+
+        Raises:
+            MisconfigurationException: If the file cannot be written.
+        """
+        self._result, problem = result, ""
+        if is_trial(trainer):
+            rank_zero_info(f"{type(self).__name__} writes no file in a trial run (fast_dev_run).")
+            self._mark = uuid4().hex
+            self._slot.write(self._mark, None)
+            return
+        mark, path = trainer.strategy.broadcast((uuid4().hex, str(self.resolve_path(trainer))))
+        if trainer.is_global_zero:
+            try:
+                result.save(path)
+            except OSError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot write {path} ({problem}). The result is in memory, as an attribute of "
+                "the callback, whose save() writes it elsewhere; for the next run set dirpath=."
+            )
+        self._mark = mark
+        self._slot.write(mark, path)
 
     def resolve_path(self, trainer: Trainer) -> Path:
         """Where the file is written; the same on all ranks once rank zero's is broadcast."""
@@ -127,6 +220,35 @@ class EstimationCallback(Callback):
                 folder = Path(save_dir, str(logger.name), version)
             folder = folder / self.folder
         return folder / f"{self.target[1]}.safetensors"
+
+    def refuse_unwritable(self, trainer: Trainer) -> None:
+        """Refuse a file that cannot be written, before there is anything to write.
+
+        Raises:
+            MisconfigurationException: If its folder cannot be made or written to.
+        """
+        if is_trial(trainer):
+            return
+        problem = ""
+        if trainer.is_global_zero:
+            path = self.resolve_path(trainer)
+            there = next(parent for parent in path.parents if os.path.exists(parent))
+            if not os.path.isdir(there):
+                problem = f"{path}: {there} is no folder"
+            elif os.path.isdir(path) or not os.access(there, os.W_OK | os.X_OK):
+                problem = f"{path}: {'it is a folder' if os.path.isdir(path) else f'{there} is not writable'}"
+        if problem := trainer.strategy.broadcast(problem):
+            raise MisconfigurationException(f"{type(self).__name__} cannot write {problem}. Set dirpath=.")
+
+    def _refuse_hooks_of_combined_batches(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
+            for hook in _TRANSFER_HOOKS:
+                if owner is not None and is_overridden(hook, owner):
+                    raise MisconfigurationException(
+                        f"In training {type(owner).__name__}.{hook} sees batches of several dataloaders at once; "
+                        f"{type(self).__name__} reads one dataloader after the other. Say which data it takes, "
+                        "dataloader=."
+                    )
 
     def _same_file(self, other: EstimationCallback) -> bool:
         same_folder = self.dirpath == other.dirpath and (self.dirpath is not None or self.folder == other.folder)
@@ -148,66 +270,34 @@ class EstimationCallback(Callback):
         )
 
 
-def as_list(loaders: Any) -> list[Iterable[Any]]:
-    """One or several dataloaders as a list."""
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+def _stages(dataloader: Any) -> list[str]:
+    """The stages that are named instead of data."""
+    if isinstance(dataloader, str):
+        return [dataloader]
+    several = isinstance(dataloader, list | tuple) and all(isinstance(item, str) for item in dataloader)
+    return list(dataloader) if several else []
 
 
-def no_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]]) -> list[float]:
+def is_trial(trainer: Trainer) -> bool:
+    """Whether the Trainer only tries its code out (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def trial_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]]) -> list[float]:
     """All batches of each loader, but for a trial run (``fast_dev_run``)."""
     return [int(getattr(trainer, "fast_dev_run", False)) or inf] * len(loaders)
 
 
-def sum_over_ranks(trainer: Trainer, total: Tensor) -> Tensor:
-    """The sum over processes, on each of them."""
-    summed: Tensor = trainer.strategy.reduce(total, reduce_op="sum")
-    return summed
+def train_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]]) -> list[float]:
+    """All batches of each train loader; of one without a length, which may be endless, as many as training takes."""
+    steps = inf if trainer.max_steps < 0 else trainer.max_steps * trainer.accumulate_grad_batches
+    taken = trainer.fit_loop.total_batch_idx + 1
+    return stream_limits(trainer, loaders, min(trainer.num_training_batches, steps, taken or inf))
 
 
-@contextmanager
-def buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The same buffers on all ranks inside: DDP synchronises batch-norm statistics only when a forward starts."""
-    buffers = list(pl_module.buffers()) if trainer.world_size > 1 else []
-    with kept(buffers):
-        with torch.no_grad():
-            for buffer in buffers:
-                buffer.copy_(trainer.strategy.broadcast(buffer))
-        yield
-
-
-@contextmanager
-def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What the tensors hold is put back at the end."""
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-
-
-@contextmanager
-def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) -> Iterator[None]:
-    """The weights of the best checkpoint inside, the present ones after."""
-    path = best_checkpoint(trainer) if wanted else ""
-    if not path:
-        yield
-        return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # after training, a file that cannot be read must not cost the whole result
-        rank_zero_warn(f"The best checkpoint {path} cannot be loaded ({error}); the result is of the last weights.")
-        yield
-        return
-    with kept([*pl_module.parameters(), *pl_module.buffers()]):
-        pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-        yield
-
-
-def best_checkpoint(trainer: Trainer) -> str:
-    """The best checkpoint of a ModelCheckpoint that monitors a metric; empty if there is none."""
-    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-    return next((c.best_model_path for c in checkpoints if c.best_model_path), "")
+def stream_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: float) -> list[float]:
+    """All batches of each loader; of one without a length at most ``limit``."""
+    return [
+        min(trial, limit) if sized_len(loader) is None else trial
+        for loader, trial in zip(loaders, trial_limits(trainer, loaders), strict=True)
+    ]

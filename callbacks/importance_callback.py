@@ -1,4 +1,4 @@
-"""What the importance callbacks have in common."""
+"""Base class of the importance callbacks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.callbacks.estimation_callback import (
-    EstimationCallback,
-    Stage,
-    as_list,
+from pl_personalize.callbacks.estimation_callback import EstimationCallback, Stage
+from pl_personalize.callbacks.module_contexts import (
+    all_reduce_of,
     best_weights,
     buffers_of_rank_zero,
-    sum_over_ranks,
+    on_its_device,
+    without_logging,
 )
-from pl_personalize.callbacks.pass_over_data import PassOverData, can_be_read_again, two_samples
+from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_dropped_samplers
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
 from pl_personalize.functional.per_sample import Forward
 from pl_personalize.functional.seeding import derive_seed
@@ -41,7 +41,7 @@ class ImportanceCallback(EstimationCallback):
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | None = None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
         weights: Literal["best", "last"] = "best",
         module: str | None = None,
@@ -64,9 +64,23 @@ class ImportanceCallback(EstimationCallback):
             "generator": generator,
             "draws": draws,
         }
-        self.importance: Importance | None = None
         self._own_generator: torch.Generator | None = None
         self._predicts = False  # whether this predict run has batches
+
+    @property
+    def importance(self) -> Importance:
+        """The last result.
+
+        Raises:
+            MisconfigurationException: If there is none yet.
+        """
+        found: Importance | None = self.result(Importance.load)
+        if found is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no importances yet: they are estimated when fit ends, or over the data of "
+                "a predict run. A trial run (fast_dev_run) in spawned processes leaves none."
+            )
+        return found
 
     @property
     @override
@@ -92,48 +106,41 @@ class ImportanceCallback(EstimationCallback):
         self._predicts = True
         self._check_options(pl_module)
         if self.should_estimate(trainer, pl_module):
+            if not self.is_given:
+                refuse_dropped_samplers(trainer)
             self.pass_over(trainer, self._predicted(trainer))
+            self.refuse_unwritable(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate over two samples, so that what cannot work fails now and not after the training."""
-        if not self.should_estimate(trainer, pl_module):
-            return
-        # Of a named stage nothing is set up yet: two training samples have to do.
-        loaders = self.given_dataloaders() if self._is_given else as_list(trainer.train_dataloader)
-        if not isinstance(self.dataloader, str):
-            self.pass_over(trainer, loaders)
-        if not loaders or not can_be_read_again(loaders[0]):
-            return
-        try:
-            estimate_importance(
-                pl_module,
-                two_samples(PassOverData(trainer, loaders[:1], [1])),
-                self.kind,
-                module=self.module,
-                forward=self.forward,
-                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
-                **self._options | {"generator": None},
+        if self.should_estimate(trainer, pl_module):
+            self.try_out(
+                trainer, pl_module, lambda batches: self._estimate(trainer, pl_module, batches, {"generator": None})
             )
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate with the best or the last weights, and write the file."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate with the best or the last weights, and write the file.
+
+        After every ``on_train_end``, those of the module and the strategy included: weights may be averaged there. A
+        run without a step, such as one that is resumed after its end, comes here, too.
+        """
         if not self.should_estimate(trainer, pl_module):
             return
-        loaders = self.fit_dataloaders(trainer, pl_module)
-        with best_weights(trainer, pl_module, wanted=self.weights == "best"):
-            self._estimate(trainer, pl_module, loaders)
+        with (
+            on_its_device(trainer, pl_module),
+            best_weights(trainer, pl_module, wanted=self.weights == "best"),
+        ):
+            self._estimate_and_write(trainer, pl_module, self.fit_pass(trainer, pl_module))
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate over the data that was predicted, with the weights that predicted it, and write the file."""
-        if not self.should_estimate(trainer, pl_module):
-            return
-        limits = None if self._is_given else trainer.num_predict_batches
-        self._estimate(trainer, pl_module, self._predicted(trainer), limits)
+        if self.should_estimate(trainer, pl_module):
+            limits = None if self.is_given else trainer.num_predict_batches
+            data = self.pass_over(trainer, self._predicted(trainer), limits)
+            self._estimate_and_write(trainer, pl_module, data)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -144,14 +151,9 @@ class ImportanceCallback(EstimationCallback):
                 "limit_predict_batches=0); importances need at least one sample."
             )
 
-    @property
-    def _is_given(self) -> bool:
-        """Whether the data themselves were passed."""
-        return self.dataloader is not None and not isinstance(self.dataloader, str)
-
     def _predicted(self, trainer: Trainer) -> list[Iterable[Any]]:
         """The data of a ``predict`` run, unless others were passed."""
-        return self.given_dataloaders() if self._is_given else as_list(trainer.predict_dataloaders)
+        return self.given_dataloaders() if self.is_given else as_list(trainer.predict_dataloaders)
 
     def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
         """Source of this process's labels: independent of those of other processes, which have other samples."""
@@ -175,30 +177,32 @@ class ImportanceCallback(EstimationCallback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        loaders: Sequence[Iterable[Any]],
-        limits: Sequence[float] | None = None,
-    ) -> None:
-        strategy = trainer.strategy
-        data = self.pass_over(trainer, loaders, limits)
-        with buffers_of_rank_zero(trainer, pl_module):
-            importance = estimate_importance(
+        batches: Iterable[Any],
+        changed: dict[str, Any],
+        *,
+        progress: bool = False,
+    ) -> Importance:
+        with buffers_of_rank_zero(trainer, pl_module), without_logging(pl_module):
+            return estimate_importance(
                 pl_module,
-                data,
+                batches,
                 self.kind,
                 module=self.module,
                 forward=self.forward,
-                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
-                all_reduce=None if trainer.world_size == 1 else lambda total: sum_over_ranks(trainer, total),
-                **self._options | {"generator": self._generator(trainer, pl_module)},
+                progress=progress,
+                all_reduce=all_reduce_of(trainer),
+                **self._options | changed,
             )
-        self.importance = importance
-        path = self.resolve_path(trainer)
-        self.path = str(strategy.broadcast(str(path)))
+
+    def _estimate_and_write(self, trainer: Trainer, pl_module: LightningModule, data: PassOverData) -> None:
+        generator = self._generator(trainer, pl_module)
+        progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        importance = self._estimate(trainer, pl_module, data, {"generator": generator}, progress=progress)
+        self.finish(trainer, importance)
         if trainer.is_global_zero:
-            importance.save(self.path)
             for logger in trainer.loggers:
                 _log_summary(logger, importance, trainer.global_step)
-        strategy.barrier("importance")
+        trainer.strategy.barrier("importance")
 
 
 def _log_summary(logger: Logger, importance: Importance, step: int) -> None:

@@ -24,7 +24,7 @@ from pl_personalize.callbacks.penalty_sources import (
     read_anchor,
     sum_of_importances,
 )
-from pl_personalize.callbacks.sharding import refuse_sharded_parameters
+from pl_personalize.callbacks.requirements import check_trainer, is_resumed
 from pl_personalize.estimation import below, named_parameters
 from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.penalties import add_penalty_gradient_, quadratic_penalty
@@ -98,6 +98,7 @@ class ParameterPenalty(Callback):
         self._total: dict[str, Tensor] | None = None  # the sum of the importances
         self._given: dict[str, Tensor] = {}  # the anchor's entries
         self._start: dict[str, Tensor] | None = None  # the parameters when fit began
+        self._begins_here = False  # whether nothing but this fit says where the parameters are pulled to
         self._pulled: list[nn.Parameter] = []
         self._anchors: list[Tensor] = []
         self._importances: list[Tensor] | None = None
@@ -114,7 +115,7 @@ class ParameterPenalty(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the files, and refuse what cannot work before any training."""
-        refuse_sharded_parameters(self, trainer)
+        check_trainer(self, trainer, pl_module)
         if stage != "fit":
             return
         self._start = None  # another run's
@@ -140,11 +141,7 @@ class ParameterPenalty(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring anchor and importances to the parameters' devices and types, once."""
         chosen = self._choose_parameters(pl_module)
-        if self.anchor is None and self._start is None and chosen and trainer.ckpt_path is not None:
-            rank_zero_warn(
-                f"The checkpoint {trainer.ckpt_path} says nothing of where {type(self).__name__}'s run began, so the "
-                "parameters are pulled to what they are in it. Pass anchor= to pull them elsewhere."
-            )
+        self._begins_here = self.anchor is None and self._start is None and bool(chosen)
         anchors = self._anchor_of(chosen) or {name: p.detach() for name, p in chosen.items()}
         placed = {name: torch.empty_like(p).copy_(anchors[name]) for name, p in chosen.items()}
         self._pulled, self._anchors = list(chosen.values()), list(placed.values())
@@ -160,6 +157,15 @@ class ParameterPenalty(Callback):
         optimised = {id(p) for optimizer in trainer.optimizers for p in _parameters(optimizer)}
         if self._pulled and not any(id(p) in optimised for p in self._pulled):
             rank_zero_warn(f"No optimiser has any of the parameters that {type(self).__name__} is to pull.")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where a run that is resumed does not know where it began."""
+        if self._begins_here and is_resumed(trainer):
+            rank_zero_warn(
+                f"The checkpoint that the run is resumed from says nothing of where {type(self).__name__}'s run began, "
+                "so the parameters are pulled to what they are in it. Pass anchor= to pull them elsewhere."
+            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

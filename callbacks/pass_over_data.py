@@ -1,77 +1,93 @@
-"""The data of a pass that a callback makes on its own: in order, each sample once, divided among processes."""
+"""Passes that callbacks make over a user's data: the batches that the user's loaders yield, divided among processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from math import inf
+from types import NoneType
 from typing import Any
 
+from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch import Trainer
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from pl_personalize.functional.batches import batch_size, slice_batch
 
 
 class PassOverData:
-    """Several loaders one after the other, each sample once; each batch is brought to the device as by the Trainer.
+    """The batches of several loaders, one loader after the other, each batch on its device as the Trainer brings it.
+
+    A loader is read as it is: its class, its samplers, its workers. What can be copied of its position (samplers and
+    generators) is read from a copy, so that training draws the same batches with and without the pass.
+
+    Among several processes the samples are divided, none of them twice: a loader with a ``DistributedSampler`` has its
+    own share in each process, less the repetitions that fill it up; the batches of any other are those that rank zero
+    draws, every n-th for one process.
 
     Args:
-        trainer: Whose processes share the data.
+        trainer: Whose processes share the data, and whose hooks prepare a batch.
         loaders: Where the data come from.
         limits: Batches to take from each loader; infinity for all.
+        again: Whether the data are read more than once, so that what an iterator yields is kept.
 
     Raises:
         MisconfigurationException: If a loader cannot be divided among several processes.
     """
 
-    def __init__(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float]) -> None:
-        self._trainer = trainer
+    def __init__(
+        self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float], *, again: bool = False
+    ) -> None:
+        self._trainer, self._again = trainer, again
         self._limits = [None if limit == inf else int(limit) for limit in limits]
-        self._loaders = [_unrepeated(loader, trainer) for loader in loaders]
+        self._loaders = [_share(loader, trainer) for loader in loaders]
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self._trainer
-        for batch in chain.from_iterable(
-            islice(iter(loader), limit) for loader, limit in zip(self._loaders, self._limits, strict=True)
-        ):
-            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        for index, (loader, limit) in enumerate(zip(self._loaders, self._limits, strict=True)):
+            if self._again and isinstance(loader, Iterator):
+                loader = self._loaders[index] = list(islice(loader, limit))
+            for batch in islice(loader, limit):
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
+                yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
 
     def __len__(self) -> int:
-        return sum(len(loader) for loader in self._loaders)  # type: ignore[arg-type, misc]
+        lengths = (len(loader) for loader in self._loaders)  # type: ignore[arg-type]
+        return sum(n if limit is None else min(n, limit) for n, limit in zip(lengths, self._limits, strict=True))
 
 
-def _unrepeated(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
-    """The loader's data in order, each sample once, over all ranks; other iterables as they are."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if trainer.world_size > 1:
+def as_list(loaders: Any) -> list[Iterable[Any]]:
+    """The loaders in a loader, or in any nesting of lists and dicts of loaders, in order."""
+    if isinstance(loaders, CombinedLoader):
+        return list(loaders.flattened)
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [loader for part in loaders for loader in as_list(part)]
+    return [loaders]
+
+
+def refuse_dropped_samplers(trainer: Trainer) -> None:
+    """Refuse predict loaders whose batch sampler has a sampler of its own, which Lightning replaces by all samples.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
+    for given, used in zip(
+        as_list(trainer.predict_loop._data_source.dataloader()), as_list(trainer.predict_dataloaders), strict=False
+    ):
+        wanted, taken = (getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in (given, used))
+        if isinstance(taken, SequentialSampler) and not isinstance(wanted, SequentialSampler | NoneType):
             raise MisconfigurationException(
-                f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes; give a DataLoader "
-                "with a map-style dataset."
+                f"Lightning predicts all samples where a loader has a {type(wanted).__name__} inside a "
+                f"{type(given.batch_sampler).__name__}. Pass the sampler itself: DataLoader(…, sampler=, batch_size=)."
             )
-        return loader
-    dataset: Any = loader.dataset
-    if isinstance(sampler := _original_sampler(loader), SubsetRandomSampler):
-        dataset = Subset(dataset, sorted(sampler.indices))
-    by_batch = loader.batch_size is None and loader.batch_sampler is None  # the dataset's items are batches
-    return DataLoader(
-        dataset,
-        batch_size=None if by_batch else loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
-        sampler=range(trainer.global_rank, len(dataset), trainer.world_size),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-    )
-
-
-def _original_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler below those that Lightning puts around it for prediction and for several processes."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    while (inner := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:
-        sampler = inner
-    return sampler
 
 
 def can_be_read_again(loader: Iterable[Any]) -> bool:
@@ -83,3 +99,60 @@ def two_samples(batches: Iterable[Any]) -> Iterator[Any]:
     """The first two samples of each batch, to try something out."""
     for batch in batches:
         yield slice_batch(batch, batch_size(batch), slice(0, 2))
+
+
+def _share(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
+    """What this process reads of a loader."""
+    if trainer.world_size == 1:
+        return _copy(loader, trainer) if isinstance(loader, DataLoader) else loader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise _not_divisible(loader, trainer, "give a DataLoader with a map-style dataset")
+    copied = _copy(loader, trainer)
+    batch_sampler = copied.batch_sampler
+    sampler: Any = copied.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        indices = _unrepeated(sampler, trainer)
+        if batch_sampler is None:
+            return _with(copied, sampler=indices)
+        batch_sampler = copy.copy(batch_sampler)
+        batch_sampler.sampler = indices  # type: ignore[attr-defined]
+        return _with(copied, batch_sampler=batch_sampler)
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise _not_divisible(loader, trainer, "it has an __iter__ of its own; give it a DistributedSampler")
+    name = "sampler" if batch_sampler is None else "batch_sampler"
+    drawn = list(getattr(copied, name)) if trainer.global_rank == 0 else None
+    return _with(copied, **{name: trainer.strategy.broadcast(drawn)[trainer.global_rank :: trainer.world_size]})
+
+
+def _not_divisible(loader: Iterable[Any], trainer: Trainer, advice: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes: {advice}."
+    )
+
+
+def _copy(loader: DataLoader[Any], trainer: Trainer) -> DataLoader[Any]:
+    """A loader with the same data and samplers of its own, where these can be copied."""
+    names: Mapping[str, Any] = vars(loader)
+    position = {name: names[name] for name in ("sampler", "batch_sampler", "generator") if name in names}
+    if isinstance(wrapper := position.get("batch_sampler"), _IndexBatchSamplerWrapper):
+        position["batch_sampler"] = wrapper._batch_sampler  # it notes indices for Lightning's prediction loop alone
+    large = (loader.dataset, trainer, trainer.lightning_module, getattr(trainer, "datamodule", None))
+    with suppress(Exception):  # a sampler may hold anything, such as a file or a lock
+        position = copy.deepcopy(position, {id(shared): shared for shared in large})
+    return _with(loader, **position)
+
+
+def _with(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
+    """A shallow copy with other attributes; a DataLoader refuses to have some of them set."""
+    copied = copy.copy(loader)
+    vars(copied).update(changed, _iterator=None)
+    return copied
+
+
+def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]:
+    """This process's indices, without those that fill it up to the size of the others."""
+    share = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    if isinstance(sampler.dataset, _DatasetSamplerWrapper):  # around a user's sampler, which each process draws from
+        drawn = trainer.strategy.broadcast(list(sampler.dataset._sampler) if trainer.global_rank == 0 else None)
+        return list(drawn[sampler.rank :: sampler.num_replicas])
+    return list(islice(sampler, share))

@@ -64,7 +64,15 @@ class PlateauSchedule(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        return self._generate_state_key(
+            monitor=self.monitor, mode=self.mode, drop_after=self.drop_after, stop_after=self.stop_after
+        )
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew; the streak of a run that is resumed comes from its checkpoint."""
+        if stage == "fit":
+            self.best, self.stagnant = None, 0
 
     @override
     def state_dict(self) -> dict[str, Any]:

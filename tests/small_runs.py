@@ -73,7 +73,7 @@ class Data(LightningDataModule):
 
 
 def shuffled(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-    return DataLoader(dataset, batch_size=4, **({"shuffle": True, "drop_last": True} | options))
+    return DataLoader(dataset, batch_size=4, **({"shuffle": True} | options))
 
 
 def in_order(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:

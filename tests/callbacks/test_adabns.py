@@ -175,7 +175,7 @@ def test_the_result_is_that_of_a_plain_loop(tmp_path, statistics):
 def test_statistics_are_adapted_before_the_first_step_and_then_fixed(tmp_path):
     net = Net()
     expected = wanted(net)
-    net, watch = fitted(tmp_path, AdaBNS(), net=net, data=loader(shuffle=True, drop_last=True))
+    net, watch = fitted(tmp_path, AdaBNS(), net=net, data=loader())
     assert len(watch.states) == 6
     assert_same(running(watch.states[0]), expected)
     for state in [*watch.states, clone(net)]:

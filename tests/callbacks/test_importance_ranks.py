@@ -28,7 +28,7 @@ from small_runs import quiet_trainer
 from torch import Tensor
 
 from pl_personalize import Importance, estimate_importance
-from pl_personalize.callbacks import FisherImportance, MASImportance, sharding
+from pl_personalize.callbacks import FisherImportance, MASImportance, requirements
 
 KINDS = {
     "mas": ("mas", {}),
@@ -259,7 +259,7 @@ def test_a_users_own_kind_of_a_strategy_that_shards_is_refused(
 def test_a_trainer_whose_strategy_shards_is_stopped_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callback: type[Callback], name: str, run: str
 ) -> None:
-    monkeypatch.setattr(sharding, name, SingleDeviceStrategy)
+    monkeypatch.setattr(requirements, name, SingleDeviceStrategy)
     steps = ranks.Steps()
     trainer = quiet_trainer(tmp_path, callback(), steps)
 
