@@ -27,7 +27,7 @@ from pl_personalize.callbacks.module_contexts import (
     on_its_device,
     without_logging,
 )
-from pl_personalize.callbacks.pass_over_data import as_list
+from pl_personalize.callbacks.pass_over_data import as_list, refuse_dropped_samplers
 from pl_personalize.functional.batchnorm_pass import Forward
 
 
