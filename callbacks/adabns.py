@@ -72,6 +72,11 @@ class AdaBNS(BaseFinetuning):
         self._before: list[tuple[nn.Parameter, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(statistics=self.statistics, module=self.module)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, then freeze."""

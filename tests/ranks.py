@@ -22,7 +22,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import quiet_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from pl_personalize import Importance
 from pl_personalize.callbacks import FisherImportance, MASImportance
@@ -87,6 +95,11 @@ class Stream(IterableDataset[Any]):
         return iter([Rows()[row] for row in range(NUM_ROWS)])
 
 
+class Reversed(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return reversed(list(super().__iter__()))
+
+
 def mas(loader: Any = None, **options: Any) -> ImportanceCallback:
     return MASImportance(loader, **options)
 
@@ -130,7 +143,14 @@ FIT_CASES: dict[str, Case] = {
         for rows in (1, 2, 7, NUM_ROWS)
     },
     "train": Case(range(NUM_ROWS), mas),
-    "shuffled": Case(range(7), mas, loader_of(7, batch_size=3, shuffle=True, drop_last=True)),
+    "shuffled": Case(range(7), mas, loader_of(7, batch_size=3, shuffle=True)),
+    "sampler": Case(SUBSET, mas, loader_of(NUM_ROWS, batch_size=2, sampler=SUBSET)),
+    "batch-sampler": Case(SUBSET, mas, loader_of(NUM_ROWS, batch_size=1, batch_sampler=BatchSampler(SUBSET, 2, False))),
+    "drawn": Case(
+        range(NUM_ROWS),
+        mas,
+        loader_of(NUM_ROWS, sampler=WeightedRandomSampler([1.0] * NUM_ROWS, NUM_ROWS, replacement=False)),
+    ),
     "subset-sampler": Case(SUBSET, empirical, loader_of(NUM_ROWS, sampler=SubsetRandomSampler(SUBSET))),
     "subset": Case(SUBSET, mas, lambda: DataLoader(Subset(Rows(), SUBSET), batch_size=2)),
     "two-loaders": Case([*range(7), *range(2)], mas, lambda: [loader_of(7)(), loader_of(2)()]),
@@ -162,6 +182,11 @@ PREDICT_RUNS: dict[str, tuple[Callable[[], Any], int | None]] = {
     "predict": (loader_of(7, batch_size=3), None),
     "predict-subset": (loader_of(NUM_ROWS, batch_size=2, sampler=SubsetRandomSampler(SUBSET)), None),
     "predict-two": (lambda: [loader_of(7)(), loader_of(NUM_ROWS)()], None),
+    "predict-sampler": (loader_of(NUM_ROWS, batch_size=2, sampler=SUBSET), None),
+    "predict-drawn": (  # each process draws an order of its own
+        loader_of(NUM_ROWS, batch_size=3, sampler=WeightedRandomSampler([1.0] * NUM_ROWS, NUM_ROWS, replacement=False)),
+        None,
+    ),
     "predict-limit": (loader_of(NUM_ROWS, batch_size=1), 2),
 }
 # Data that cannot be divided among processes.
@@ -169,6 +194,7 @@ REFUSED: dict[str, Callable[[], Iterable[Any]]] = {
     "list": lambda: [next(iter(loader_of(NUM_ROWS)()))],
     "iterator": lambda: iter(loader_of(NUM_ROWS)()),
     "stream": lambda: DataLoader(Stream(), batch_size=4),
+    "own-iter": lambda: Reversed(Rows(), batch_size=4),
 }
 
 
@@ -176,6 +202,8 @@ def predicted_rows(run: str, num_ranks: int) -> list[int]:
     return {
         "predict": [*range(7)],
         "predict-subset": sorted(SUBSET),
+        "predict-sampler": SUBSET,
+        "predict-drawn": [*range(NUM_ROWS)],
         "predict-two": [*range(7), *range(NUM_ROWS)],
         "predict-limit": [*range(2 * num_ranks)],
     }[run]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import ROWS, Data, NoTraining, Rows, in_order, run_script, shuffled
 from small_runs import quiet_trainer as trainer
 from torch import nn
-from torch.utils.data import IterableDataset, SubsetRandomSampler
+from torch.utils.data import DistributedSampler, IterableDataset, SubsetRandomSampler
 
 from pl_personalize import ArtifactError, BatchNormStatistics, estimate_importance
 from pl_personalize.adaptation import estimate_batchnorm
@@ -920,7 +920,11 @@ class After(Callback):
         ]
         (FOLDER / f"{self.what}-{trainer.global_rank}.json").write_text(json.dumps(results))
 
-    on_fit_end = on_predict_end = note
+    def teardown(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self.note(trainer, pl_module)
+
+    on_predict_end = note
 
 
 def trainer(what, *callbacks, **options):
@@ -941,7 +945,7 @@ if __name__ == "__main__":
         AdaBN(loader, exact=True, filename="exact"),
         AdaBN(filename="train"),
     )
-    fit.fit(net, DataLoader(ROWS, batch_size=4, shuffle=True))
+    fit.fit(net, DataLoader(ROWS, batch_size=4))
     trainer("test", AdaBN(filename="train")).test(net, loader, verbose=False)
     trainer("predict", AdaBN(exact=True, filename="double"), precision="64-true").predict(net, loader)
 """
@@ -975,7 +979,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
     net.load_state_dict(ranks[0])
 
     loaded = {path.stem: BatchNormStatistics.load(path) for path in (tmp_path / "batchnorm").iterdir()}
-    shares = [*x[0::2].split(4), *x[1::2].split(4)]
+    samplers = [DistributedSampler(range(ROWS), num_replicas=2, rank=rank) for rank in (0, 1)]
+    shares = [
+        part for sampler, rows in zip(samplers, (12, 11), strict=True) for part in x[list(sampler)[:rows]].split(4)
+    ]
     assert_same(loaded["train"], estimate_batchnorm(net, shares), 1e-6)
     assert_identical(running(ranks[0]), loaded["train"])
     assert_same(loaded["exact"], one_train_batch(net, x), 1e-4)

@@ -800,7 +800,7 @@ class After(Callback):
         ]
         (FOLDER / f"{what}-{trainer.global_rank}.json").write_text(json.dumps(results))
 
-    def on_train_end(self, trainer, pl_module):
+    def on_fit_end(self, trainer, pl_module):
         self.note(trainer, pl_module, "fit")
 
     def on_predict_end(self, trainer, pl_module):

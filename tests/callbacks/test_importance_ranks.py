@@ -233,7 +233,7 @@ def test_data_that_cannot_be_divided_are_refused_on_each_rank(
 
 @pytest.mark.slow
 @each_group
-@pytest.mark.parametrize("data", ["list", "iterator", "stream"])
+@pytest.mark.parametrize("data", [*ranks.REFUSED])
 @pytest.mark.parametrize("run", ["fit", "predict"])
 def test_data_that_cannot_be_divided_are_refused_before_the_first_step(
     groups: dict[int, Group], num_ranks: int, run: str, data: str
