@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.image_files import is_image
+from pl_personalize.datamodules.image_files import files_below, is_class_folder, is_image
 from pl_personalize.functional.names import some
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
@@ -19,7 +19,10 @@ Names = tuple[str, ...]
 
 
 class Pools(NamedTuple):
-    """Names of images, ``class/file``, sorted, for each class: those of the two lists, and all others."""
+    """Names of images, ``class/file``, for each class: those of the two lists, and all others.
+
+    Sorted; a file in a subfolder of a class is ``class/folder/file``, and comes after those that are in none.
+    """
 
     train: Mapping[str, Names]
     test: Mapping[str, Names]
@@ -46,11 +49,11 @@ def read_pools(data_dir: Path) -> Pools:
             "that has them."
         )
     images = data_dir / "Images"
-    folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith("."))
-    there = {
-        name: sorted(f"{name}/{entry.name}" for entry in os.scandir(images / name) if entry.is_file())
-        for name in folders
-    }
+    try:
+        folders = sorted(entry.name for entry in os.scandir(images) if is_class_folder(entry))
+    except OSError as error:
+        raise MisconfigurationException(f"The folder {images} cannot be read: {error}.") from error
+    there = {folder: [f"{folder}/{name}" for name in files_below(images / folder)] for folder in folders}
     known = {name for names in there.values() for name in names}
     train, test = (_read_list(data_dir / name, known) for name in LISTS)
     if both := sorted(train & test):

@@ -1,6 +1,7 @@
 """What both benchmarks on scenes do: allocation on disk, loaders, memory and files, refusals."""
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -458,3 +459,40 @@ def test_every_class_folder_may_have_capitals_in_suffixes(copy):
     path = copy / "Images" / "attic" / "00_extra.png"
     path.rename(path.with_suffix(".PNG"))
     assert len(catprior(copy).pools().extra["attic"]) == COUNTS["extra"]
+
+
+def test_extra_images_may_have_every_suffix_and_be_in_subfolders(copy):
+    attic = copy / "Images" / "attic"
+    for k, name in enumerate(("a.jfif", "b.jpe", "c.avif", "d.jp2", "more/e.png", "more/f.gif")):
+        (attic / name).parent.mkdir(exist_ok=True)
+        shutil.copy(attic / "00_extra.png", attic / name)
+        assert len(catprior(copy).pools().extra["attic"]) == COUNTS["extra"] + k + 1
+    for name in ("._a.jfif", "more/.g.png", "@eaDir/h.png"):
+        (attic / name).parent.mkdir(exist_ok=True)
+        shutil.copy(attic / "00_extra.png", attic / name)
+    (copy / "Images" / "__MACOSX").mkdir()
+    assert catprior(copy).pools().extra["attic"][-2:] == ("attic/more/e.png", "attic/more/f.gif")
+
+
+def test_images_in_subfolders_may_be_listed_and_keep_their_class(copy):
+    (copy / "Images" / "gym" / "more").mkdir()
+    listed = (copy / "TrainImages.txt").read_text().split()
+    moved = [name.replace("gym/", "gym/more/") for name in listed]
+    for old, new in zip(listed, moved, strict=True):
+        (copy / "Images" / old).rename(copy / "Images" / new)
+    (copy / "TrainImages.txt").write_text("\n".join(moved))
+    data, before = catprior(copy), Counter(labels_of(catprior(copy).server_dataloader("leisure")))
+    assert before == {0: COUNTS["train"], 1: COUNTS["train"], 2: COUNTS["train"]}
+    names = data.server_files("leisure").train
+    labels = data.server_split("leisure")[0].labels
+    assert all(data.classes[1][label] == name.split("/")[0] for name, label in zip(names, labels, strict=True))
+
+
+def test_an_image_of_a_subfolder_is_distorted_by_its_own_seed(copy, plain_distortions):
+    for place in ("a", "b"):
+        (copy / "Images" / "gym" / place).mkdir()
+        shutil.copy(copy / "Images" / "gym" / "00_extra.png", copy / "Images" / "gym" / place / "00_extra.png")
+    data = transprior(copy)
+    images = [copy / "Images" / "gym" / place / "00_extra.png" for place in (".", "a", "b")]
+    seeds = [int(data.read_distorted(path, 0)[0, 0, 1]) for path in images]
+    assert len(set(seeds)) == 3
