@@ -20,6 +20,7 @@ from typing_extensions import override
 from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate, random_split
 from pl_personalize.datamodules.image_files import files_below, is_image, passed_over, read_rgb
 from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.functional.spelling import hint, written_otherwise
 
 IMAGE_SHAPE = (3, 28, 28)
 _Raw = tuple[Tensor, Tensor]  # uint8 (n, 1 or 3, height, width), and digits (n,)
@@ -207,10 +208,13 @@ def _check_folder(folder: Path) -> None:
     """See that a source that is no collection is a folder of digits."""
     missing = [part for part in ("train", "test") if not (folder / part).is_dir()]
     if missing:
+        there = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+        known = written_otherwise(str(folder), _COLLECTIONS)
+        meant = hint(missing[0], there) + ("" if known is None else f" (the collection is called {known!r})")
         raise MisconfigurationException(
             f"The source {str(folder)!r} was looked for in {folder.resolve()}, where there is no folder "
-            f"{' and no folder '.join(missing)}. Either make it, as train/<digit>/* and test/<digit>/*, or choose one "
-            f"of the collections {', '.join(_COLLECTIONS)}."
+            f"{' and no folder '.join(missing)}{meant}. Either make it, as train/<digit>/* and test/<digit>/*, or "
+            f"choose one of the collections {', '.join(_COLLECTIONS)}."
         )
 
 

@@ -1,5 +1,6 @@
 """What both benchmarks on scenes do: allocation on disk, loaders, memory and files, refusals."""
 
+import re
 import shutil
 from collections import Counter
 
@@ -496,3 +497,82 @@ def test_an_image_of_a_subfolder_is_distorted_by_its_own_seed(copy, plain_distor
     images = [copy / "Images" / "gym" / place / "00_extra.png" for place in (".", "a", "b")]
     seeds = [int(data.read_distorted(path, 0)[0, 0, 1]) for path in images]
     assert len(set(seeds)) == 3
+
+
+# Names in users' files
+
+BLANKS = [" ", "\t", "\u00a0", "\u3000", "\u200b"]
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_around_names_of_a_table_do_not_count(copy, make, blank):
+    lines = ["\ufeffscene_class" + blank + "," + blank + "supercategory", blank]
+    lines += [f"{blank}{scene}{blank},{blank}{of}{blank}" for scene, of in TABLE.items()]
+    (copy / "supercategories.csv").write_text("\n".join(lines))
+    data = make(copy)
+    data.prepare_data()
+    assert data.classes == make(copy, supercategories=write_table(copy / "plain.csv", TABLE)).classes
+    assert data.classes[0] == ("attic", "bath", "cellar")
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+@pytest.mark.parametrize("written", ["Home", "HOME", "ho me", "h\u00a0ome"])
+def test_a_supercategory_that_differs_in_case_or_blanks_from_a_task_is_refused(copy, make, written):
+    table = write_table(copy / "t.csv", TABLE | {"attic": written})
+    message = re.escape(f"has {written!r} beside the task 'home', for the class(es) 'attic'")
+    refused(copy, message, make, supercategories=table)
+    refused(copy, message, make, supercategories=table, tasks=["store", "home"])
+    make(copy, supercategories=table, tasks=["store", "leisure"]).prepare_data()
+
+
+def test_two_tasks_may_differ_in_case_if_both_are_asked_for(copy):
+    table = write_table(copy / "t.csv", TABLE | {"attic": "Home", "bar": "Home"})
+    data = catprior(copy, supercategories=table, tasks=["home", "Home"], extra_images=1)
+    assert data.classes == (("bath", "cellar"), ("attic", "bar"))
+
+
+def test_a_task_that_is_written_otherwise_is_told_how_it_is_written(scenes):
+    refused(scenes, r"got \['Home'\], where it is 'home'\.", tasks=["Home"])
+    refused(scenes, r"got \['home '\], where it is 'home'\.", tasks="home ")
+
+
+def test_a_class_that_is_there_twice_but_for_blanks_is_refused(copy):
+    (copy / "t.csv").write_text("scene_class,supercategory\nattic,home\nattic ,store\n")
+    refused(copy, "with each class once; got .*store", supercategories=copy / "t.csv")
+
+
+@pytest.mark.parametrize("written", ["Attic", "at tic", "ATTIC"])
+def test_a_class_of_the_table_that_its_folder_writes_otherwise_is_refused_with_both(copy, written):
+    (copy / "Images" / "attic").rename(copy / "Images" / "attic2")
+    (copy / "Images" / "attic2").rename(copy / "Images" / written)
+    for name in ("TrainImages.txt", "TestImages.txt"):
+        (copy / name).write_text((copy / name).read_text().replace("attic/", f"{written}/"))
+    refused(copy, rf"'{written}' have no supercategory, where it is 'attic'")
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_around_names_of_lists_do_not_count(copy, scene_names, blank):
+    before = catprior(copy).server_files("home")
+    for name in ("TrainImages.txt", "TestImages.txt"):
+        lines = (copy / name).read_text().split()
+        (copy / name).write_text("\ufeff" + "".join(f"{blank}{line}{blank}\r\n{blank}\n" for line in lines))
+    assert catprior(copy).server_files("home") == before
+
+
+def test_a_list_with_blanks_inside_names_is_told_how_they_are_written(copy):
+    (copy / "TrainImages.txt").write_text("gym / 00_train.png")
+    refused(copy, r"which is not in .*Images, where it is 'gym/00_train\.png'")
+
+
+def test_classes_of_no_task_are_named_once_for_a_table_of_ones_own(scenes, monkeypatch):
+    said = []
+    monkeypatch.setattr("pl_personalize.datamodules.scenes.rank_zero_info", said.append)
+    data = catprior(scenes, tasks=["home", "store"])
+    data.prepare_data()
+    data.view(user=1).prepare_data()
+    (message,) = said
+    assert "8 class(es) are left out" in message
+    assert "'leisure' (3), 'public' (3), 'work' (2)" in message
+    catprior(scenes, tasks=sorted(set(TABLE.values())), num_users=1).prepare_data()
+    assert len(said) == 1
