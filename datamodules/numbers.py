@@ -17,8 +17,9 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate, random_split
+from pl_personalize.datamodules.base import TaskIncrementalDataModule
 from pl_personalize.datamodules.image_files import files_below, is_image, passed_over, read_rgb
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, random_split
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.functional.spelling import hint, written_otherwise
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, whole
+from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
 from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
 from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
+from pl_personalize.datamodules.labelled_images import LabelledImages
 from pl_personalize.datamodules.scene_allocation import ServerFiles, UserFiles, server_files
 from pl_personalize.datamodules.scene_download import MIT_INDOOR, fetch
 from pl_personalize.datamodules.scene_folder import (
