@@ -11,7 +11,6 @@ little. Here are the correlations, for the experts of a finished run, of a file,
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +36,14 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_reference import load_experts
 
-from pl_personalize import ArtifactError, Importance
+from pl_personalize import Importance
 from pl_personalize.artifacts import read_json
 from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule, TaskIncrementalDataModule
 from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork, cnn_bn, mlp
 from pl_personalize.runner import ImportanceOptions, TrainingOptions
+from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.run_folder import writable_folder
 from pl_personalize.runner.trained import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
@@ -127,6 +128,7 @@ def main(
         options = read_json(run_dir / "manifest.json")["options"]
         data = data_of(options, run_dir)
         where, sets = str(run_dir), expert_sets(run_dir, options, data, seeds)
+    writable_folder(output_dir / "figures", "output_dir")
     data.prepare_data()
     data.eval_batch_size = batch_size if reduction == "batch" else 256
     if len(data.tasks) < 2:
@@ -254,7 +256,5 @@ def network_of(options: dict[str, Any], data: TaskIncrementalDataModule, task: i
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")
