@@ -184,6 +184,20 @@ class TaskIncrementalDataModule(LightningDataModule):
             self._server[index] = self._checked(self.load_server(index), "the server", index, ("train", "val"))
         return self._server[index]
 
+    def refuse_several_shapes(self) -> None:
+        """See that the server's images of all tasks can be in one batch.
+
+        Raises:
+            MisconfigurationException: If they are of several shapes.
+        """
+        shapes: dict[tuple[int, ...], str] = {}
+        for task in self.tasks:
+            for split in self.server_split(task):
+                shapes.setdefault(tuple(split.images.shape[1:]), task)
+        if len(shapes) > 1:
+            listed = ", ".join(f"{shape} in {task!r}" for shape, task in shapes.items())
+            raise MisconfigurationException(f"Images of all tasks together must be of one shape; got {listed}.")
+
     def user_split(self, user: int | str, task: int | str) -> tuple[LabelledImages, LabelledImages]:
         """A user's adapt and eval split of a task.
 
@@ -315,15 +329,12 @@ class TaskIncrementalDataModule(LightningDataModule):
     def _present_server_split(self, which: int) -> LabelledImages:
         if self._task is not None:
             return self.server_split(self._task)[which]
+        self.refuse_several_shapes()
         parts, offset = [], 0
         for task in range(len(self.tasks)):
             images, labels = self.server_split(task)[which]
             parts.append(LabelledImages(images, labels + offset))
             offset += self.num_classes(task)
-        shapes = {tuple(part.images.shape[1:]): name for part, name in zip(parts, self.tasks, strict=True)}
-        if len(shapes) > 1:
-            listed = ", ".join(f"{shape} in {name!r}" for shape, name in shapes.items())
-            raise MisconfigurationException(f"Images of all tasks together must be of one shape; got {listed}.")
         return concatenate(parts)
 
     def _need_user(self) -> int:

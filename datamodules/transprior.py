@@ -143,7 +143,7 @@ class TransPriorDataModule(SceneDataModule):
         for name in distortions.DISTORTIONS[: self.num_users]:
             try:
                 distortions.distort(np.zeros((8, 8, 3), np.uint8), name, severity=self.severity, seed=0)
-            except ModuleNotFoundError as error:
+            except ImportError as error:  # of a package that is missing, or that lacks a library of the system
                 raise MisconfigurationException(f"The distortion {name!r} cannot be made: {error}") from error
 
     @override

@@ -23,7 +23,8 @@ from pl_personalize.artifacts import ArtifactError
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import whole
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep, load_all
+from pl_personalize.runner.check_data import check_data
+from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep
 from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.following import Following, rows_of
 from pl_personalize.runner.joint_run import JointRun
@@ -162,7 +163,7 @@ def run_experiment(
         if not writable:
             _refuse_work(output_dir, total - done, [n for n in loggers if any(follow.due(n) for follow in following)])
         if done < total:
-            load_all(datamodule)
+            check_data(datamodule, network, chosen, trainer)
         else:
             print("Every stage was finished before.")
         pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
