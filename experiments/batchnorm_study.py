@@ -28,7 +28,7 @@ from pl_personalize.models import MultiHeadNetwork, cnn_bn
 from pl_personalize.modules.batchnorm_policy import statistics_names
 from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.results import markdown_table
-from pl_personalize.runner.run_folder import writable_folder
+from pl_personalize.runner.run_folder import check_writable
 from pl_personalize.runner.trained import open_expert
 
 Cells = dict[tuple[str, str, str], list[float]]  # by (row, column, user): one accuracy for each seed
@@ -69,7 +69,7 @@ def main(
     seeds = sorted(run_dir.glob("merged/IMM/seed*"), key=lambda path: int(path.name.removeprefix("seed")))
     if not seeds:
         raise MisconfigurationException(f"{run_dir} has no merged models.")
-    figures = writable_folder(run_dir / "figures", "run_dir")
+    check_writable(run_dir / "figures", "run_dir")
     by_number, by_size = Cells(), Cells()
     for folder in seeds:
         for user in data.users:
@@ -82,7 +82,7 @@ def main(
     print(f"{method}, {len(seeds)} seeds, mean ± standard deviation of the average accuracy in percent\n")
     print(f"Unlabelled images of a task, in batches of {data.batch_size}:\n\n{table('images', by_number)}\n")
     print(f"All images, in batches of some size:\n\n{table('batch size', by_size)}\n")
-    print(f"Figure: {draw(figures / 'adabn-images.png', by_number, method)}")
+    print(f"Figure: {draw(run_dir / 'figures' / 'adabn-images.png', by_number, method)}")
 
 
 def load(path: Path, data: NumbersDataModule) -> MultiHeadNetwork:

@@ -19,7 +19,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from pl_personalize import estimate_importance
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import writable_folder
+from pl_personalize.runner.run_folder import check_writable
 
 MIB = 2**20
 
@@ -44,7 +44,7 @@ def main(
         output_dir: Folder of the table, as CSV and Markdown.
     """
     check_networks(networks)
-    writable_folder(output_dir, "output_dir")
+    check_writable(output_dir, "output_dir")
     lines = [["network", "batch", "plain (MiB)", "MAS", "Fisher", "allowed", "per-sample gradients"]]
     for network in networks:
         parameters = sum(p.numel() * p.element_size() for p in make_network(network).parameters()) / MIB

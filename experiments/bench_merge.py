@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pl_personalize import Importance, merge
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import writable_folder
+from pl_personalize.runner.run_folder import check_writable
 
 MIB = 2**20
 StateDict = dict[str, Tensor]
@@ -47,7 +47,7 @@ def main(
         output_dir: Folder of the table, as CSV and Markdown.
     """
     check_networks(networks)
-    writable_folder(output_dir, "output_dir")
+    check_writable(output_dir, "output_dir")
     torch.set_num_threads(num_threads)
     lines = [["network", "memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]]
     notes = []

@@ -43,7 +43,7 @@ from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork, cnn_bn, mlp
 from pl_personalize.runner import ImportanceOptions, TrainingOptions
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import writable_folder
+from pl_personalize.runner.run_folder import check_writable
 from pl_personalize.runner.trained import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
@@ -128,7 +128,6 @@ def main(
         options = read_json(run_dir / "manifest.json")["options"]
         data = data_of(options, run_dir)
         where, sets = str(run_dir), expert_sets(run_dir, options, data, seeds)
-    writable_folder(output_dir / "figures", "output_dir")
     data.prepare_data()
     data.eval_batch_size = batch_size if reduction == "batch" else 256
     if len(data.tasks) < 2:
@@ -136,6 +135,7 @@ def main(
     user = data.users[-1] if fixed_user is None else data.users[data.user_index(fixed_user)]
     fixed = Images(user, 0 if fixed_task is None else data.task_index(fixed_task))
     importance = ImportanceOptions(reduction, fisher_draws)
+    check_writable(output_dir / "figures", "output_dir")
     rows: list[PairRow] = []
     shown: dict[ImportanceName, dict[Estimate, Importance]] = {}
     names = []

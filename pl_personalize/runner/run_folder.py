@@ -53,8 +53,8 @@ def refuse_folder(path: Path) -> None:
         raise ArtifactError(f"The folder {path} of a run cannot be read: {error}. {_WAY_OUT}") from error
 
 
-def writable_folder(path: Path, option: str) -> Path:
-    """A folder that is made if it is missing, and can be written.
+def check_writable(path: Path, option: str) -> None:
+    """See that files can be written to a folder, which may have to be made; nothing is left there.
 
     Args:
         path: The folder.
@@ -64,9 +64,8 @@ def writable_folder(path: Path, option: str) -> Path:
         ArtifactError: If it cannot be made or written.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
+        with tempfile.TemporaryFile(dir=next(one for one in (path, *path.absolute().parents) if one.exists())):
+            pass
     except OSError as error:
         raise ArtifactError(f"{option}: {path} cannot be made or written: {error}. Choose another folder.") from error
 

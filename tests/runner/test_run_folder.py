@@ -7,7 +7,7 @@ import pytest
 
 from pl_personalize import ArtifactError
 from pl_personalize.runner import run_folder
-from pl_personalize.runner.run_folder import RunFolder, refuse_folder, writable_folder
+from pl_personalize.runner.run_folder import RunFolder, check_writable, refuse_folder
 
 
 def test_a_finished_stage_is_there_when_the_folder_is_opened_again(tmp_path):
@@ -161,9 +161,9 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
-def test_a_folder_for_tables_is_made_or_refused_with_its_option(tmp_path):
-    assert writable_folder(tmp_path / "a" / "b", "output_dir").is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_a_folder_for_tables_can_be_made_or_is_refused_with_its_option(tmp_path):
+    check_writable(tmp_path / "a" / "b", "output_dir")
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "taken").touch()
     with pytest.raises(ArtifactError, match=r"output_dir: .*taken/b cannot be made or written"):
-        writable_folder(tmp_path / "taken" / "b", "output_dir")
+        check_writable(tmp_path / "taken" / "b", "output_dir")
