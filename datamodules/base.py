@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self, SupportsIndex
+from typing import Any, Literal, Self
 
-import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.datamodules.image_rows import ImageRows, join
+from pl_personalize.datamodules.arguments import distinct, index_of, whole
+from pl_personalize.datamodules.image_rows import ImageRows
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, labelled_images, random_split
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 
-
-class LabelledImages(NamedTuple):
-    """Images (n, channels, height, width), as they are stored, and their class in the task (n,), from 0."""
-
-    images: Tensor | ImageRows
-    labels: Tensor
+__all__ = ["LabelledImages", "TaskIncrementalDataModule", "concatenate", "random_split", "whole"]
 
 
 class TaskIncrementalDataModule(LightningDataModule):
@@ -51,8 +46,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: What the order of training data depends on.
 
     Raises:
-        MisconfigurationException: If a task or user is not there, a batch size or the seed is no whole number, or a
-            batch size is not positive.
+        MisconfigurationException: If a task or user is not there, names of tasks, users or of a task's classes are
+            none or not each once, a batch size or the seed is no whole number, or a batch size is not positive.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -70,8 +65,12 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tasks, self.users = tuple(tasks), tuple(users)
-        self.classes = tuple(tuple(names) for names in classes)
+        self.tasks, self.users = distinct("tasks", tuple(tasks)), distinct("users", users)
+        self.classes = tuple(distinct(f"classes of task {k}", names) for k, names in enumerate(classes))
+        if len(self.classes) != len(self.tasks):
+            raise MisconfigurationException(
+                f"classes must be one list for each of the {len(self.tasks)} tasks; got {len(self.classes)}."
+            )
         self.batch_size = whole("batch_size", batch_size, 1)
         self.eval_batch_size, self.seed = whole("eval_batch_size", eval_batch_size, 1), whole("seed", seed)
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -84,11 +83,15 @@ class TaskIncrementalDataModule(LightningDataModule):
 
     @abstractmethod
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The server's train and val split of a task."""
+        """The server's train and val split of a task.
+
+        Labels count from 0 within the task. What is returned is checked when it is used first: plain tuples, arrays and
+        labels of other types are taken, what would lose something or has no meaning is refused.
+        """
 
     @abstractmethod
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """A user's adapt and eval split of a task; no image in both."""
+        """A user's adapt and eval split of a task; no image in both. See :meth:`load_server`."""
 
     def transform(self, images: Tensor, seed: int | None = None) -> Tensor:
         """What every loader does with the stored images of a batch: here nothing.
@@ -104,6 +107,21 @@ class TaskIncrementalDataModule(LightningDataModule):
         return ""
 
     # Where we are
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer that uses this datamodule, if there is one."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
+            raise MisconfigurationException(
+                f"{type(self).__name__} is made for `lightning.pytorch`; the Trainer is from `pytorch_lightning`, "
+                "whose classes are not the same. "
+                "Change `import pytorch_lightning as pl` to `import lightning.pytorch as pl`."
+            )
+        self._trainer = trainer
 
     @property
     def task(self) -> str | None:
@@ -129,7 +147,7 @@ class TaskIncrementalDataModule(LightningDataModule):
         Raises:
             MisconfigurationException: If there is none.
         """
-        return _index(task, self.tasks, "task")
+        return index_of(task, self.tasks, "task")
 
     def user_index(self, user: int | str) -> int:
         """The number of a user, from 0, by number or name.
@@ -137,7 +155,7 @@ class TaskIncrementalDataModule(LightningDataModule):
         Raises:
             MisconfigurationException: If there is none.
         """
-        return _index(user, self.users, "user")
+        return index_of(user, self.users, "user")
 
     def num_classes(self, task: int | str | None = None) -> int:
         """Number of classes of a task, or of all."""
@@ -155,18 +173,64 @@ class TaskIncrementalDataModule(LightningDataModule):
     # Splits, each loaded once
 
     def server_split(self, task: int | str) -> tuple[LabelledImages, LabelledImages]:
-        """The server's train and val split of a task."""
+        """The server's train and val split of a task.
+
+        Raises:
+            MisconfigurationException: If :meth:`load_server` returned something else, labels are no classes of the task
+                or not as many as images, or an image has NaN or infinite values.
+        """
         index = self.task_index(task)
         if index not in self._server:
-            self._server[index] = self.load_server(index)
+            self._server[index] = self._checked(self.load_server(index), "the server", index, ("train", "val"))
         return self._server[index]
 
+    def refuse_several_shapes(self) -> None:
+        """See that the server's images of all tasks can be in one batch.
+
+        Raises:
+            MisconfigurationException: If they are of several shapes.
+        """
+        shapes: dict[tuple[int, ...], str] = {}
+        for task in self.tasks:
+            for split in self.server_split(task):
+                shapes.setdefault(tuple(split.images.shape[1:]), task)
+        if len(shapes) > 1:
+            listed = ", ".join(f"{shape} in {task!r}" for shape, task in shapes.items())
+            raise MisconfigurationException(f"Images of all tasks together must be of one shape; got {listed}.")
+
     def user_split(self, user: int | str, task: int | str) -> tuple[LabelledImages, LabelledImages]:
-        """A user's adapt and eval split of a task."""
+        """A user's adapt and eval split of a task.
+
+        Raises:
+            MisconfigurationException: As :meth:`server_split` does.
+        """
         key = self.user_index(user), self.task_index(task)
         if key not in self._user:
-            self._user[key] = self.load_user(*key)
+            owner = f"user {self.users[key[0]]!r}"
+            self._user[key] = self._checked(self.load_user(*key), owner, key[1], ("adapt", "eval"))
         return self._user[key]
+
+    def _checked(
+        self, found: Any, owner: str, task: int, names: tuple[str, str]
+    ) -> tuple[LabelledImages, LabelledImages]:
+        """What was loaded, in the types and forms that loaders, losses and accuracies take."""
+        who = type(self).__name__
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            many = f" of {len(found)}" if isinstance(found, tuple | list) else ""
+            raise MisconfigurationException(
+                f"{who}: {owner}, task {self.tasks[task]!r}: two splits were expected, {' and '.join(names)}, each "
+                f"LabelledImages(images, labels); got a {type(found).__name__}{many}."
+            )
+        splits = []
+        for name, split in zip(names, found, strict=True):
+            try:
+                offset = sum(map(len, self.classes[:task]))
+                splits.append(labelled_images(split, len(self.classes[task]), offset=offset))
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"{who}: {owner}, task {self.tasks[task]!r}, {name}: {error}"
+                ) from error
+        return splits[0], splits[1]
 
     @override
     def setup(self, stage: str) -> None:
@@ -265,6 +329,7 @@ class TaskIncrementalDataModule(LightningDataModule):
     def _present_server_split(self, which: int) -> LabelledImages:
         if self._task is not None:
             return self.server_split(self._task)[which]
+        self.refuse_several_shapes()
         parts, offset = [], 0
         for task in range(len(self.tasks)):
             images, labels = self.server_split(task)[which]
@@ -278,59 +343,3 @@ class TaskIncrementalDataModule(LightningDataModule):
                 f"No user was chosen: set user= to one of {', '.join(map(repr, self.users))}, or to its index."
             )
         return self._user_index
-
-
-def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
-    """Several sets as one, in order; tensors are copied, :class:`ImageRows` go on sharing their pools."""
-    labels, images = torch.cat([part.labels for part in parts]), [part.images for part in parts]
-    rows = [found for found in images if isinstance(found, ImageRows)]
-    tensors = [found for found in images if isinstance(found, Tensor)]
-    if rows and tensors:
-        raise TypeError("Images of all sets must be tensors, or of all ImageRows.")
-    return LabelledImages(join(rows) if rows else torch.cat(tensors), labels)
-
-
-def _index(value: int | str, names: Sequence[str], what: str) -> int:
-    if isinstance(value, str):
-        if value in names:
-            return names.index(value)
-    elif not isinstance(value, bool) and 0 <= operator.index(value) < len(names):
-        return operator.index(value)
-    raise MisconfigurationException(
-        f"There is no {what} {value!r}; there are {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
-    )
-
-
-def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[LabelledImages, LabelledImages]:
-    """Divide at random into floor(share * n) samples and the rest.
-
-    Args:
-        data: What to divide.
-        share: Of the first part.
-        seed: What the division depends on.
-    """
-    count = len(data.labels)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*seed)))
-    return _select(data, order[: int(share * count)]), _select(data, order[int(share * count) :])
-
-
-def _select(data: LabelledImages, index: Tensor) -> LabelledImages:
-    images = data.images.select(index) if isinstance(data.images, ImageRows) else data.images[index]
-    return LabelledImages(images, data.labels[index])
-
-
-def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
-    """The value of an option that must be a whole number.
-
-    Raises:
-        MisconfigurationException: If it is none, or less than ``least``. True and False are none.
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.")
-    if least is not None and number < least:
-        raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
-    return number

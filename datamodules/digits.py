@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate
+from pl_personalize.datamodules.base import TaskIncrementalDataModule
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate
 from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 16, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -16,11 +17,13 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, concatenate, random_split
+from pl_personalize.datamodules.base import TaskIncrementalDataModule
+from pl_personalize.datamodules.image_files import files_below, is_image, passed_over, read_rgb
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, random_split
 from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.functional.spelling import hint, written_otherwise
 
 IMAGE_SHAPE = (3, 28, 28)
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _Raw = tuple[Tensor, Tensor]  # uint8 (n, 1 or 3, height, width), and digits (n,)
 
 
@@ -35,7 +38,8 @@ class NumbersDataModule(TaskIncrementalDataModule):
     Args:
         data_dir: Folder of the collections that have names.
         sources: ``"svhn"``, ``"mnist"``, ``"usps"``, or the path of a folder with ``{train,test}/<digit>/*`` images,
-            which is named after the folder.
+            which is named after the folder. Every file of a digit that has an image's suffix and is not hidden is read,
+            also in subfolders.
         download: Fetch collections that are missing.
         max_per_source: Cap on the server's images of a task and source; ``None`` for all.
         task: See :class:`TaskIncrementalDataModule`.
@@ -167,41 +171,51 @@ def _standardise(images: Tensor, source: str) -> Tensor:
 
 
 def _read_folder(folder: Path) -> _Raw:
-    """``<digit>/*`` as RGB 32×32, in sorted order."""
-    images, digits = [], []
-    files = [sorted(p for p in (folder / str(d)).glob("*") if p.suffix.lower() in _SUFFIXES) for d in range(10)]
-    empty = [digit for digit, paths in enumerate(files) if not paths]
-    if 0 < len(empty) < 10:
-        raise MisconfigurationException(f"{folder.resolve()} has no images of the digits {empty}.")
-    for digit, paths in enumerate(files):
-        for path in paths:
-            try:
-                with Image.open(path) as opened:
-                    if opened.mode.startswith(("I", "F")):  # Pillow would clip its values at 255
-                        raise MisconfigurationException(f"{path} has more than 8 bits a channel; convert it to 8.")
-                    image = opened.convert("RGB")
-            except OSError as error:
-                raise MisconfigurationException(f"{path} cannot be read as an image: {error}") from error
-            size = (32, 32)
-            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
-            images.append(pil_to_tensor(image))
-            digits.append(digit)
-    if not images:
+    """``<digit>/*`` as RGB 32×32, in the order of :func:`files_below`."""
+    _refuse_misnamed(folder)
+    there = [files_below(folder / str(digit)) if (folder / str(digit)).is_dir() else [] for digit in range(10)]
+    files = [[name for name in names if is_image(name)] for names in there]
+    empty = [digit for digit, names in enumerate(files) if not names]
+    if len(empty) == 10:
         raise MisconfigurationException(
             f"No images were found in {folder.resolve()}; expected folders 0 to 9 with image files. A source is a path "
-            f"with train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}."
+            f"with train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}. "
+            f"{passed_over(chain.from_iterable(there))}"
         )
-    return torch.stack(images), torch.tensor(digits)
+    if empty:
+        others = passed_over(name for digit in empty for name in there[digit])
+        raise MisconfigurationException(f"{folder.resolve()} has no images of the digits {empty}. {others}")
+    images, size = [], (32, 32)
+    for digit, names in enumerate(files):
+        for name in names:
+            image = read_rgb(folder / str(digit) / name)
+            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+            images.append(pil_to_tensor(image))
+    return torch.stack(images), torch.tensor([digit for digit, names in enumerate(files) for _ in names])
+
+
+def _refuse_misnamed(folder: Path) -> None:
+    """Refuse folders that are called after a digit in another way, such as ``03``, whose images would be left out."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        digit = str(int(entry.name)) if entry.name.strip().isdecimal() else entry.name
+        if entry.is_dir() and digit != entry.name and 0 <= int(digit) <= 9:
+            raise MisconfigurationException(
+                f"{folder.resolve()} has a folder {entry.name!r}; images of that digit must be in {digit!r}. Rename it "
+                "or move its images."
+            )
 
 
 def _check_folder(folder: Path) -> None:
     """See that a source that is no collection is a folder of digits."""
     missing = [part for part in ("train", "test") if not (folder / part).is_dir()]
     if missing:
+        there = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+        known = written_otherwise(str(folder), _COLLECTIONS)
+        meant = hint(missing[0], there) + ("" if known is None else f" (the collection is called {known!r})")
         raise MisconfigurationException(
             f"The source {str(folder)!r} was looked for in {folder.resolve()}, where there is no folder "
-            f"{' and no folder '.join(missing)}. Either make it, as train/<digit>/* and test/<digit>/*, or choose one "
-            f"of the collections {', '.join(_COLLECTIONS)}."
+            f"{' and no folder '.join(missing)}{meant}. Either make it, as train/<digit>/* and test/<digit>/*, or "
+            f"choose one of the collections {', '.join(_COLLECTIONS)}."
         )
 
 

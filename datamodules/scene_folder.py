@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.image_files import is_image
+from pl_personalize.datamodules.image_files import files_below, is_class_folder, is_image
 from pl_personalize.functional.names import some
+from pl_personalize.functional.spelling import hint, trimmed, written_otherwise
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
 Names = tuple[str, ...]
 
 
 class Pools(NamedTuple):
-    """Names of images, ``class/file``, sorted, for each class: those of the two lists, and all others."""
+    """Names of images, ``class/file``, for each class: those of the two lists, and all others.
+
+    Sorted; a file in a subfolder of a class is ``class/folder/file``, and comes after those that are in none.
+    """
 
     train: Mapping[str, Names]
     test: Mapping[str, Names]
@@ -46,11 +50,11 @@ def read_pools(data_dir: Path) -> Pools:
             "that has them."
         )
     images = data_dir / "Images"
-    folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith("."))
-    there = {
-        name: sorted(f"{name}/{entry.name}" for entry in os.scandir(images / name) if entry.is_file())
-        for name in folders
-    }
+    try:
+        folders = sorted(entry.name for entry in os.scandir(images) if is_class_folder(entry))
+    except OSError as error:
+        raise MisconfigurationException(f"The folder {images} cannot be read: {error}.") from error
+    there = {folder: [f"{folder}/{name}" for name in files_below(images / folder)] for folder in folders}
     known = {name for names in there.values() for name in names}
     train, test = (_read_list(data_dir / name, known) for name in LISTS)
     if both := sorted(train & test):
@@ -69,12 +73,12 @@ def _read_list(path: Path, known: set[str]) -> set[str]:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The list {path} cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [name for name in map(trimmed, text.splitlines()) if name]
     if not lines:
         raise MisconfigurationException(f"The list {path} is empty; it needs a line <class>/<file> for each image.")
     if missing := [line for line in lines if line not in known]:
         raise MisconfigurationException(
-            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'}{_otherwise(missing[0], known)} (of "
+            f"{path} names {missing[0]!r}, which is not in {path.parent / 'Images'}{hint(missing[0], known)} (of "
             f"{len(lines)} lines, {len(missing)}). Complete the images, or remove the lines."
         )
     if len(set(lines)) != len(lines):
@@ -86,6 +90,8 @@ def _read_list(path: Path, known: set[str]) -> set[str]:
 def read_supercategories(path: Path | None) -> dict[str, str]:
     """The supercategory of each class, from a CSV file; by default that of MIT Indoor Scenes.
 
+    Blanks around names, of any kind, do not count.
+
     Raises:
         MisconfigurationException: If the file is missing, or is not such a table.
     """
@@ -94,9 +100,15 @@ def read_supercategories(path: Path | None) -> dict[str, str]:
         text = (packaged if path is None else path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The supercategories cannot be read from {path}: {error}") from error
-    rows = list(csv.DictReader(text.splitlines()))
+    lines = [line for line in text.splitlines() if trimmed(line)]
+    try:
+        header, *rows = csv.reader(lines, skipinitialspace=True) if lines else [[]]
+    except csv.Error as error:
+        raise MisconfigurationException(f"{path} cannot be read as a CSV file: {error}.") from error
+    columns = [trimmed(name) for name in header]
     table: dict[str, str] = {}
-    for row in rows:
+    for fields in rows:
+        row = dict(zip(columns, map(trimmed, fields), strict=False))
         scene, supercategory = row.get("scene_class"), row.get("supercategory")
         if not scene or not supercategory or scene in table:
             raise MisconfigurationException(
@@ -112,13 +124,22 @@ def classes_of_tasks(table: Mapping[str, str], tasks: Sequence[str]) -> list[Nam
     """The classes of each task, in alphabetical order.
 
     Raises:
-        MisconfigurationException: If a task is no supercategory, is there twice, or there is none.
+        MisconfigurationException: If a task is no supercategory, is there twice, or there is none; or if a
+            supercategory that is no task is one but for its case or blanks, so that its classes would be left out.
     """
     known = sorted(set(table.values()))
     if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(known):
+        meant = hint(next((str(task) for task in tasks if task not in known), ""), known)
         raise MisconfigurationException(
-            f"tasks must be supercategories, each at most once: {', '.join(known)}; got {list(tasks)}."
+            f"tasks must be supercategories, each at most once: {', '.join(known)}; got {list(tasks)}{meant}."
         )
+    for left_out in sorted(set(known) - set(tasks)):
+        if (task := written_otherwise(left_out, tasks)) is not None:
+            scenes = [scene for scene, of in table.items() if of == left_out]
+            raise MisconfigurationException(
+                f"The table of supercategories has {left_out!r} beside the task {task!r}, for {_the_classes(scenes)}. "
+                "If they are the same, write both alike; if not, give one another name."
+            )
     return [tuple(sorted(scene for scene, of in table.items() if of == task)) for task in tasks]
 
 
@@ -130,13 +151,13 @@ def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Name
     """
     if without := sorted(set(pools.train) - set(table)):
         raise MisconfigurationException(
-            f"In {images}, {_the_classes(without)} have no supercategory{_otherwise(without[0], table)}; name them in "
+            f"In {images}, {_the_classes(without)} have no supercategory{hint(without[0], table)}; name them in "
             "the table (supercategories=), or remove their folders."
         )
     if unknown := sorted(set(table) - set(pools.train)):
         raise MisconfigurationException(
-            f"The table of supercategories names {_the_classes(unknown)}, for which there is no folder in {images}; it "
-            "must be the table of these images (supercategories=)."
+            f"The table of supercategories names {_the_classes(unknown)}, for which there is no folder in "
+            f"{images}{hint(unknown[0], pools.train)}; it must be the table of these images (supercategories=)."
         )
     if empty := [scene for scenes in classes for scene in scenes if not pools.train[scene]]:
         raise MisconfigurationException(f"{_the_classes(empty)} have no image in {LISTS[0]}; each class needs one.")
@@ -144,13 +165,3 @@ def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Name
 
 def _the_classes(names: Sequence[str]) -> str:
     return f"the class(es) {some(map(repr, names))}"
-
-
-def _otherwise(name: str, there: Collection[str]) -> str:
-    """What differs from a name in its case or slashes alone, if there is something."""
-
-    def plain(one: str) -> str:
-        return one.replace("\\", "/").casefold()
-
-    found = next((one for one in sorted(there) if plain(one) == plain(name)), None)
-    return "" if found is None else f", where it is {found!r}"

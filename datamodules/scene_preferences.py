@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.datamodules.scene_folder import Names
 from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.functional.spelling import hint, trimmed, written_otherwise
 
 Preferences = list[dict[str, Names]]
 """For each user and task the preferred classes."""
@@ -28,7 +29,7 @@ def read_preferences(
     """Preferences from a JSON file ``{user: {task: [class, …]}}``; by default the paper's.
 
     Users are ``user1`` or ``1`` and so on, in any order; or all have names without such a number and count in the
-    order of the file.
+    order of the file. Blanks around names, of any kind, do not count.
 
     Args:
         path: The file.
@@ -42,7 +43,8 @@ def read_preferences(
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_preferences.json"
     name = "The paper's preferences" if path is None else str(path)
     try:
-        found: Any = json.loads((packaged if path is None else Path(path).expanduser()).read_text("utf-8-sig"))
+        text = (packaged if path is None else Path(path).expanduser()).read_text("utf-8-sig")
+        found: Any = _trimmed(json.loads(text, object_pairs_hook=_each_once))
     except (OSError, ValueError, RecursionError) as error:
         raise MisconfigurationException(f"The preferences cannot be read from {name}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tasks, dict) for tasks in found.values()):
@@ -65,13 +67,33 @@ def read_preferences(
             chosen = tasks.get(task, [])
             problem = None
             if not isinstance(chosen, list) or len(chosen) != count or len(set(map(str, chosen))) != count:
-                problem = f"{chosen!r}, not {count} different classes (preferred_classes={count})"
+                elsewhere = written_otherwise(task, tasks) if task not in tasks else None
+                written = "" if elsewhere is None else f"; it has {elsewhere!r}, which is written otherwise"
+                problem = f"{chosen!r}, not {count} different classes (preferred_classes={count}){written}"
             elif wrong := [scene for scene in chosen if home.get(str(scene)) != task]:
-                other = f"belongs to {home[wrong[0]]!r}" if str(wrong[0]) in home else "is in no task"
+                nowhere = f"is in no task{hint(str(wrong[0]), home)}"
+                other = f"belongs to {home[wrong[0]]!r}" if str(wrong[0]) in home else nowhere
                 problem = f"{wrong[0]!r}, which {other}"
             if problem is not None:
                 raise MisconfigurationException(f"{name}: user {user!r} prefers in {task!r} {problem}. {way_out}")
     return [{task: tuple(tasks[task]) for task in classes} for tasks in users.values()]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names, without blanks around them, are there once: of two, Python would take the last."""
+    names = [trimmed(name) for name, _ in pairs]
+    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+        raise ValueError(f"{twice[0]!r} is there twice in one object; leave one out.")
+    return dict(zip(names, (value for _, value in pairs), strict=True))
+
+
+def _trimmed(value: Any) -> Any:
+    """JSON without blanks around texts; names in objects are without them already."""
+    if isinstance(value, dict):
+        return {name: _trimmed(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_trimmed(inner) for inner in value]
+    return trimmed(value) if isinstance(value, str) else value
 
 
 def _from_one(numbers: Sequence[int | None], count: int) -> bool:

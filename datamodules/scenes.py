@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.datamodules.base import LabelledImages, TaskIncrementalDataModule, whole
+from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
 from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
 from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
+from pl_personalize.datamodules.labelled_images import LabelledImages
 from pl_personalize.datamodules.scene_allocation import ServerFiles, UserFiles, server_files
 from pl_personalize.datamodules.scene_download import MIT_INDOOR, fetch
 from pl_personalize.datamodules.scene_folder import (
@@ -122,6 +125,7 @@ class SceneDataModule(TaskIncrementalDataModule):
         self.supercategories = read_supercategories(
             None if supercategories is None else Path(supercategories).expanduser()
         )
+        self._own_table = supercategories is not None
         several = len(iterations) > 1
         self._draws = [(person, iteration) for person in range(num_users) for iteration in iterations]
         super().__init__(
@@ -174,12 +178,26 @@ class SceneDataModule(TaskIncrementalDataModule):
     def prepare_data(self) -> None:
         """Fetch the images if they are missing and it was asked for; see that there are enough for everybody.
 
+        Of a table of your own, it says which classes belong to no task and are left out.
+
         Raises:
             MisconfigurationException: If they are missing, do not fit the tables, or are too few.
         """
         if self.download:
             fetch(MIT_INDOOR, self.data_dir, self.archive_md5)
+        if self._own_table and "plan" not in self._shared:
+            self._say_what_is_left_out()
         self._plan()
+
+    def _say_what_is_left_out(self) -> None:
+        """Of a table of the user's own: in the packaged one, it is the published benchmark that leaves some out."""
+        left_out = Counter(of for of in self.supercategories.values() if of not in self.tasks)
+        if left_out:
+            listed = ", ".join(f"{name!r} ({count})" for name, count in sorted(left_out.items()))
+            rank_zero_info(
+                f"{left_out.total()} class(es) are left out: their supercategories are none of the tasks "
+                f"{', '.join(map(repr, self.tasks))}. These are {listed}."
+            )
 
     def pools(self) -> Pools:
         """The names of all images."""

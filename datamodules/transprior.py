@@ -143,7 +143,7 @@ class TransPriorDataModule(SceneDataModule):
         for name in distortions.DISTORTIONS[: self.num_users]:
             try:
                 distortions.distort(np.zeros((8, 8, 3), np.uint8), name, severity=self.severity, seed=0)
-            except ModuleNotFoundError as error:
+            except ImportError as error:  # of a package that is missing, or that lacks a library of the system
                 raise MisconfigurationException(f"The distortion {name!r} cannot be made: {error}") from error
 
     @override
@@ -166,7 +166,8 @@ class TransPriorDataModule(SceneDataModule):
         image = read_rgb(path)
         if self.distort_at == "resized":
             image = resize_shorter(image, self.image_size)
-        name, seed = distortions.DISTORTIONS[person], derive_seed(self.split_seed, person, path.parent.name, path.name)
+        name, folder = distortions.DISTORTIONS[person], path.parent.relative_to(self.data_dir / "Images").as_posix()
+        seed = derive_seed(self.split_seed, person, folder, path.name)
         try:
             distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
         except Exception as error:  # what OpenCV and Pillow raise at images of extreme sizes

@@ -6,7 +6,6 @@ python experiments/batchnorm_study.py --run_dir runs/numbers-bn
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +20,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pl_personalize import ArtifactError, BatchNormStatistics, adapt_batchnorm
+from pl_personalize import BatchNormStatistics, adapt_batchnorm
 from pl_personalize.artifacts import TensorFile, read_json
 from pl_personalize.datamodules import NumbersDataModule
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import MultiHeadNetwork, cnn_bn
 from pl_personalize.modules.batchnorm_policy import statistics_names
+from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.results import markdown_table
+from pl_personalize.runner.run_folder import check_writable
 from pl_personalize.runner.trained import open_expert
 
 Cells = dict[tuple[str, str, str], list[float]]  # by (row, column, user): one accuracy for each seed
@@ -68,6 +69,7 @@ def main(
     seeds = sorted(run_dir.glob("merged/IMM/seed*"), key=lambda path: int(path.name.removeprefix("seed")))
     if not seeds:
         raise MisconfigurationException(f"{run_dir} has no merged models.")
+    check_writable(run_dir / "figures", "run_dir")
     by_number, by_size = Cells(), Cells()
     for folder in seeds:
         for user in data.users:
@@ -217,7 +219,5 @@ def draw(path: Path, cells: Cells, method: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")

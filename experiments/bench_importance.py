@@ -25,6 +25,8 @@ from torch.func import functional_call, grad, vmap
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
 from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.run_folder import check_writable
 
 BATCH_SIZES = {"mlp": 256, "alexnet": 16, "vgg11": 8, "vgg11_bn": 8, "resnet18": 16, "vit_b_16": 4}
 TOO_LONG = {("vit_b_16", "vmap(grad)"), ("vit_b_16", "BackPACK")}
@@ -53,6 +55,7 @@ def main(
         output_dir: Folder of the table, as CSV and Markdown.
     """
     check_networks(networks)
+    check_writable(output_dir, "output_dir")
     torch.set_num_threads(num_threads)
     lines = [["network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives]]
     for name in networks:
@@ -186,4 +189,5 @@ def one_by_one(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_in_one_line():
+        auto_cli(main, as_positional=False)

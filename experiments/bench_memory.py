@@ -18,6 +18,8 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from pl_personalize import estimate_importance
+from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.run_folder import check_writable
 
 MIB = 2**20
 
@@ -42,6 +44,7 @@ def main(
         output_dir: Folder of the table, as CSV and Markdown.
     """
     check_networks(networks)
+    check_writable(output_dir, "output_dir")
     lines = [["network", "batch", "plain (MiB)", "MAS", "Fisher", "allowed", "per-sample gradients"]]
     for network in networks:
         parameters = sum(p.numel() * p.element_size() for p in make_network(network).parameters()) / MIB
@@ -87,4 +90,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--in-a-process"]:
         print(_measure(*json.loads(sys.argv[2])))
     else:
-        auto_cli(main, as_positional=False)
+        with errors_in_one_line():
+            auto_cli(main, as_positional=False)

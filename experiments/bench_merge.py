@@ -18,6 +18,8 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from pl_personalize import Importance, merge
+from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.run_folder import check_writable
 
 MIB = 2**20
 StateDict = dict[str, Tensor]
@@ -45,6 +47,7 @@ def main(
         output_dir: Folder of the table, as CSV and Markdown.
     """
     check_networks(networks)
+    check_writable(output_dir, "output_dir")
     torch.set_num_threads(num_threads)
     lines = [["network", "memory", "copy (GB/s)", "merge (GB/s)", "merge / copy", "merge (s)"]]
     notes = []
@@ -155,4 +158,5 @@ def resident(key: str) -> int:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_in_one_line():
+        auto_cli(main, as_positional=False)

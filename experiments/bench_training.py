@@ -26,6 +26,7 @@ from pl_personalize.datamodules.loader import tensor_loader
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.runner.checkpoints import Checkpoints
+from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
 from pl_personalize.runner.results import markdown_table
 
@@ -115,4 +116,5 @@ def main(rounds: PositiveInt = 7, steps: PositiveInt = 400, num_threads: Positiv
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_in_one_line():
+        auto_cli(main, as_positional=False)

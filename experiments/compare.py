@@ -14,6 +14,7 @@ from statistics import mean
 from jsonargparse import auto_cli
 
 from pl_personalize import ArtifactError
+from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.results import ALL_USERS, ResultRow, cell, markdown_table, read_csv
 from pl_personalize.runner.significance import LEVEL, one_more_test, welch_test
 
@@ -66,4 +67,5 @@ def main(ours: Path, theirs: Path, user: str = ALL_USERS) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with errors_in_one_line():
+        auto_cli(main)

@@ -9,7 +9,6 @@ Compares MAS-RACL, FIM-RACL, MAS-IMM, FIM-IMM and mean-IMM on scikit-learn's han
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,11 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize import ArtifactError
 from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 from pl_personalize.runner import TrainerOptions, TrainingOptions, run_experiment
+from pl_personalize.runner.command_line import errors_in_one_line
 
 TRAINING = TrainingOptions(epochs=20, lr=0.01)
 TRAINER = TrainerOptions(accelerator="cpu")
@@ -71,7 +70,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")

@@ -11,7 +11,6 @@ little. Here are the correlations, for the experts of a finished run, of a file,
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +36,14 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_reference import load_experts
 
-from pl_personalize import ArtifactError, Importance
+from pl_personalize import Importance
 from pl_personalize.artifacts import read_json
 from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule, TaskIncrementalDataModule
 from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork, cnn_bn, mlp
 from pl_personalize.runner import ImportanceOptions, TrainingOptions
+from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.run_folder import check_writable
 from pl_personalize.runner.trained import open_expert
 
 PAPER_SOURCES = ("svhn", "mnist")
@@ -134,6 +135,7 @@ def main(
     user = data.users[-1] if fixed_user is None else data.users[data.user_index(fixed_user)]
     fixed = Images(user, 0 if fixed_task is None else data.task_index(fixed_task))
     importance = ImportanceOptions(reduction, fisher_draws)
+    check_writable(output_dir / "figures", "output_dir")
     rows: list[PairRow] = []
     shown: dict[ImportanceName, dict[Estimate, Importance]] = {}
     names = []
@@ -254,7 +256,5 @@ def network_of(options: dict[str, Any], data: TaskIncrementalDataModule, task: i
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")

@@ -26,6 +26,7 @@ from pl_personalize.merging import merge_prefixes
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.runner import MERGING_METHODS, METHODS, MethodName
+from pl_personalize.runner.command_line import errors_in_one_line
 
 
 def load_experts(path: Path) -> list[TaskNetwork]:
@@ -122,4 +123,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with errors_in_one_line():
+        auto_cli(main, as_positional=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,12 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pl_personalize import ArtifactError
 from pl_personalize.datamodules import NumbersDataModule
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import TaskNetwork, check_backbone, cnn_bn, mlp
 from pl_personalize.models import backbone as published_network
 from pl_personalize.runner import TrainerOptions, paper_results, run_experiment
+from pl_personalize.runner.command_line import errors_in_one_line
 
 PAPER_SOURCES = ("svhn", "mnist")
 PAPER_HIDDEN = (100, 100)
@@ -154,7 +153,5 @@ def _enlarge(body: nn.Module, inputs: tuple[Tensor, ...], size: int) -> Tensor:
 
 def run() -> None:
     """Take the options of the command line."""
-    try:
+    with errors_in_one_line():
         auto_cli(main, as_positional=False)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +15,11 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pl_personalize import ArtifactError
 from pl_personalize.datamodules.scenes import SceneDataModule
 from pl_personalize.models import TaskNetwork, check_backbone
 from pl_personalize.models import backbone as published_network
 from pl_personalize.runner import TrainingOptions, paper_by_label, run_experiment
+from pl_personalize.runner.command_line import errors_in_one_line
 
 PAPER_BACKBONES = {"alexnet": "AlexNet", "vgg11": "VGG11", "vgg11_bn": "VGG11-BN"}
 ELSEWHERE = {"task", "user", "seed"}  # set by the runner
@@ -140,9 +139,7 @@ def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> 
         if name not in WITHOUT_EFFECT
     }
     options = {name: value for name, value in chosen.items() if name not in {"config", *data_options}}
-    try:
+    with errors_in_one_line():
         data = datamodule(**data_options)
         one_or_several = {"tasks": list(data.tasks), "iterations": list(data.iterations)}
         compare(data, benchmark, decisive | one_or_several, **options)
-    except (ArtifactError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")

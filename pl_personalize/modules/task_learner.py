@@ -15,10 +15,14 @@ from typing_extensions import override
 
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
 from pl_personalize.functional.batches import as_input
+from pl_personalize.functional.labels import class_labels
 from pl_personalize.functional.names import prefix_hint
 from pl_personalize.functional.penalties import add_l2_gradient_
 from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
+
+_IGNORED = -100
+"""A label that the cross-entropy of PyTorch passes over."""
 
 
 class TaskLearner(LightningModule):
@@ -30,6 +34,9 @@ class TaskLearner(LightningModule):
 
     Randomness inside the network (dropout) is drawn from a seed that follows from ``seed``, ``task`` and the step, so a
     run that was stopped in the middle of an epoch and resumed equals the uninterrupted one, bit for bit.
+
+    Labels may be of any type, also in a column, if they are whole numbers; one that is no class of the network is
+    refused (in training, but for the −100 that PyTorch's cross-entropy passes over).
 
     Logs ``train/loss`` every ``log_every_n_steps`` of the Trainer, ``val/loss`` and ``val/acc`` (in [0, 1]).
 
@@ -144,12 +151,29 @@ class TaskLearner(LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self.training_loss(*batch)
+        x, y = batch
+        # On an accelerator, a look at the labels waits for it: in the first epoch alone.
+        if self.current_epoch == 0 or y.device.type == "cpu":
+            y = self._class_labels(y, ignored=_IGNORED)
+        loss = self.training_loss(x, y)
         # A logged value costs Lightning about as much as a small network's step: log only what is written.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
+
+    def _class_labels(self, labels: Tensor, *, ignored: int | None = None) -> Tensor:
+        """Labels as losses and accuracies take them.
+
+        Raises:
+            MisconfigurationException: If one is no class of the network.
+        """
+        if labels.ndim == 2 and labels.shape[1] > 1:  # a probability of each class
+            return labels
+        try:
+            return class_labels(labels, self.network.num_classes, ignored=ignored)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}, task {self.hparams['task']}: {error}") from error
 
     def training_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch of images and labels. Override for another one."""
@@ -163,7 +187,7 @@ class TaskLearner(LightningModule):
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
+        x, y = batch[0], self._class_labels(batch[1])
         logits = self(x)
         self.val_accuracy(logits, y)
         self.log("val/loss", F.cross_entropy(logits, y), sync_dist=True)
@@ -171,7 +195,7 @@ class TaskLearner(LightningModule):
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        x, y = batch
+        x, y = batch[0], self._class_labels(batch[1])
         self.log("test/acc", (self(x).argmax(1) == y).float().mean(), batch_size=len(y), sync_dist=True)
 
     @override

@@ -6,9 +6,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
+
+from pl_personalize.artifacts import ArtifactError
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a stage, on the CPU.
+
+    Raises:
+        ArtifactError: If it is damaged or missing.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+    except OSError:
+        raise  # says which file, and what is wrong
+    except Exception as error:  # what PyTorch raises at a damaged file is not documented
+        raise ArtifactError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}). Remove {path.parent}, and the stage "
+            "begins anew."
+        ) from error
 
 
 class Checkpoints(ModelCheckpoint):

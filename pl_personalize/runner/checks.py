@@ -181,24 +181,6 @@ def choose_adaptations(
     return list(chosen)
 
 
-def load_all(datamodule: TaskIncrementalDataModule) -> None:
-    """Read all data, so that what is missing or broken is found before any training.
-
-    Raises:
-        MisconfigurationException: If there is a split without images.
-    """
-    for i, task in enumerate(datamodule.tasks):
-        splits = [
-            ("server", what, split) for what, split in zip(("train", "val"), datamodule.server_split(i), strict=True)
-        ]
-        for user in datamodule.users:
-            found = zip(("adapt", "eval"), datamodule.user_split(user, i), strict=True)
-            splits += [(f"user {user}", what, split) for what, split in found]
-        for owner, what, split in splits:
-            if not len(split.labels):
-                raise MisconfigurationException(f"There are no {what} images of the {owner} for the task {task!r}.")
-
-
 def folder_in_a_sweep(output_dir: Path, runs: int) -> Path:
     """A sweep's agent starts the same command with other options: each gets a folder of its own."""
     if runs != 1:

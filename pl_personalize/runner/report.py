@@ -40,8 +40,10 @@ def report(
     paper: Mapping[str, PaperResult] | None,
     paper_note: str | None,
     tracked: Sequence[str],
+    *,
+    write: bool = True,
 ) -> None:
-    """Write the tables and figures, print the table, and say where everything is."""
+    """Write the tables and figures (unless ``write`` is False), print the table, and say where everything is."""
     path = folder.path
     by_method: dict[str, list[str]] = {}
     for row in rows:
@@ -62,20 +64,23 @@ def report(
         shown = [tables[0], f"By user: {path / 'results.md'}"]
     text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
-    write_csv(path / "results.csv", rows)
-    (path / "comparisons.csv").unlink(missing_ok=True)
-    if comparisons:
-        write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
-    for stale in (path / "figures").glob("matrix-*.png"):
-        stale.unlink()
     if experts := experts_table(runs):
         text = f"{text}\n\n{experts}"
-    everything = _with_comparisons("\n\n".join(filter(None, [text, users_table(runs)])), comparisons)
-    write_markdown(path / "results.md", title, "\n\n".join(tables), everything, {**options, **versions()})
-    draw_methods(path / "figures" / "methods.png", title, rows)
-    _draw_means(path / "figures", runs)
+    if write:
+        write_csv(path / "results.csv", rows)
+        (path / "comparisons.csv").unlink(missing_ok=True)
+        if comparisons:
+            write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
+        for stale in (path / "figures").glob("matrix-*.png"):
+            stale.unlink()
+        everything = _with_comparisons("\n\n".join(filter(None, [text, users_table(runs)])), comparisons)
+        write_markdown(path / "results.md", title, "\n\n".join(tables), everything, {**options, **versions()})
+        draw_methods(path / "figures" / "methods.png", title, rows)
+        _draw_means(path / "figures", runs)
 
-    print("\n" + "\n\n".join([*shown, text]) + "\n")
+    print("\n" + "\n\n".join([*(shown if write else tables), text]) + "\n")
+    if not write:
+        print(f"Nothing was written: {path} cannot be. What is there is of an earlier call.")
     print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
     if comparisons:
         print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")

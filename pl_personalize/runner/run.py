@@ -19,10 +19,12 @@ from typing import Any, cast
 import torch
 from tqdm.auto import tqdm
 
+from pl_personalize.artifacts import ArtifactError
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import whole
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep, load_all
+from pl_personalize.runner.check_data import check_data
+from pl_personalize.runner.checks import check_body, check_options, choose_adaptations, folder_in_a_sweep
 from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.following import Following, rows_of
 from pl_personalize.runner.joint_run import JointRun
@@ -40,7 +42,7 @@ from pl_personalize.runner.options import (
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.report import report
 from pl_personalize.runner.results import ResultRow, with_means_over_users
-from pl_personalize.runner.run_folder import RunFolder
+from pl_personalize.runner.run_folder import RunFolder, refuse_folder
 from pl_personalize.runner.sequence_run import EWCRun, FinetuneRun, LwFRun, MASRun
 from pl_personalize.runner.server_run import ServerRun
 from pl_personalize.runner.stages import Setting
@@ -105,6 +107,7 @@ def run_experiment(
             each seed and server method.
         wandb: Tracking in Weights & Biases.
         output_dir: Folder of the run, by default ``runs`` and the benchmark's name. Run again, it goes on where it was.
+            A finished run may be in a folder that cannot be written: then its results are printed alone.
         options: Further options that the results depend on.
         paper: The paper's figures, to stand beside ours.
         paper_note: What to know when comparing with them.
@@ -113,7 +116,8 @@ def run_experiment(
         The rows of ``results.csv``.
 
     Raises:
-        ArtifactError: If the folder holds a run with other options, or another process works in it.
+        ArtifactError: If the folder holds a run with other options or files of another program, another process works
+            in it, or it cannot be written and there is something to write.
         MisconfigurationException: If an option is out of range, or data or a package are missing.
     """
     names = [methods] if isinstance(methods, str) else methods
@@ -121,7 +125,7 @@ def run_experiment(
     loggers = [loggers] if isinstance(loggers, str) else loggers
     if wandb.mode == "disabled":
         loggers = [name for name in loggers if name != "wandb"]
-    output_dir = output_dir or Path("runs") / re.sub(r"\W+", "-", benchmark.lower())
+    output_dir = (output_dir or Path("runs") / re.sub(r"\W+", "-", benchmark.lower())).expanduser()
     with _quiet_lightning():
         check_options(
             datamodule, names, models, seeds, training, importance, adaptation, baselines, trainer, loggers, wandb
@@ -144,9 +148,10 @@ def run_experiment(
     decisive = json.loads(json.dumps(decisive))  # plain numbers and lists, as the manifest and W&B keep them
     start = time.perf_counter()
     seconds: dict[str, float] = defaultdict(float)
+    refuse_folder(output_dir)  # before anything is fetched
     datamodule.prepare_data()
     folder = RunFolder(output_dir, decisive)
-    with _explained_interruption(), folder.locked(), _quiet_lightning():
+    with _explained_interruption(), folder.locked() as writable, folder.explained(), _quiet_lightning():
         setting = Setting(
             folder, datamodule, make_network, training, importance, trainer, adaptations, adaptation, baselines, models
         )
@@ -154,14 +159,16 @@ def run_experiment(
         pending = [[work for work in run.stages() if folder.finished(work.name) is None] for run in runs]
         total = sum(1 for run in runs for _ in run.stages())
         done = total - sum(map(len, pending))
+        following = [Following(run, benchmark, backbone, decisive, wandb) for run in runs]
+        if not writable:
+            _refuse_work(output_dir, total - done, [n for n in loggers if any(follow.due(n) for follow in following)])
         if done < total:
-            load_all(datamodule)
+            check_data(datamodule, network, chosen, trainer)
         else:
             print("Every stage was finished before.")
         pause = 0.1 if sys.stderr.isatty() else 10  # in a log file, a line now and then
         with tqdm(total=total, unit="stage", initial=done, mininterval=pause, disable=done == total) as bar:
-            for run, works in zip(runs, pending, strict=True):
-                follow = Following(run, benchmark, backbone, decisive, wandb)
+            for run, works, follow in zip(runs, pending, following, strict=True):
                 if works:
                     run.forget_interrupted()
                 wanted = [name for name in loggers if works or follow.due(name)]
@@ -175,11 +182,26 @@ def run_experiment(
         rows = [row for run in runs for row in rows_of(run, benchmark, backbone)]
         order = [variant.label for variant in variants(chosen, adaptations)]
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.label)))
-        report(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers)
+        report(folder, rows, runs, decisive | {"seeds": list(seeds)}, paper, paper_note, loggers, write=writable)
         if seconds:
             seconds["the rest"] = time.perf_counter() - start - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
     return rows
+
+
+def _refuse_work(folder: Path, stages: int, untold: Sequence[str]) -> None:
+    """Refuse what would have to be written in a folder that cannot be.
+
+    Raises:
+        ArtifactError: If stages are not finished, or loggers not told.
+    """
+    left = [f"{stages} stages are not finished"] if stages else []
+    left += [f"the loggers {', '.join(untold)} were not told all (loggers=[] leaves them out)"] if untold else []
+    if left:
+        raise ArtifactError(
+            f"{folder} cannot be written, and {' and '.join(left)}. Choose another folder with output_dir "
+            "(--output_dir), or let this one be written."
+        )
 
 
 @contextmanager

@@ -77,8 +77,9 @@ class SequenceRun(ServerRun):
     @override
     def forget_interrupted(self) -> None:
         stage = f"{self.name}/train/task1"
-        if self.folder.finished(stage) is None and self._first_model_of_others(stage) is not None:
-            shutil.rmtree(self.expert_path(0).with_suffix(""), ignore_errors=True)  # it is not resumed, but taken over
+        begun = self.expert_path(0).with_suffix("")
+        if self.folder.finished(stage) is None and self._first_model_of_others(stage) is not None and begun.exists():
+            shutil.rmtree(begun)  # it is not resumed, but taken over
         super().forget_interrupted()
 
     def _first_model_of_others(self, stage: str) -> str | None:

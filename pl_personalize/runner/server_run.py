@@ -23,7 +23,7 @@ from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.batchnorm_policy import affine_names, statistics_names
 from pl_personalize.modules.merge_module import EXPERT_KIND
-from pl_personalize.runner.checkpoints import Checkpoints
+from pl_personalize.runner.checkpoints import Checkpoints, load_checkpoint
 from pl_personalize.runner.methods import (
     ADAPTATIONS,
     METHODS,
@@ -204,7 +204,7 @@ class ServerRun(ABC):
         )
         trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
         refuse_divergence(stage, learner.network, "training.lr, or strength of a penalty")
-        learner.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
+        learner.load_state_dict(load_checkpoint(Path(best.best_model_path))["state_dict"])
         accuracy = float(best.best_model_score or 0.0)
         metadata = {"stage": stage, "val_acc": accuracy}
         save_tensors(path, learner.model_state(), kind=EXPERT_KIND, metadata=metadata)
@@ -221,7 +221,7 @@ class ServerRun(ABC):
                 resume = Checkpoints(self.path("checkpoints", work.name.rpartition("/")[2]).with_suffix("")).resume
                 step = 0
                 if resume.exists():
-                    step = torch.load(resume, map_location="cpu", weights_only=True)["global_step"]
+                    step = load_checkpoint(resume)["global_step"]
                 self.log.drop(work.name, from_step=step)
 
     def _test(self, variant: Variant, user: str, stage: str) -> Stage:

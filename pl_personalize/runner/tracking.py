@@ -66,7 +66,8 @@ class LoggerTracker:
     def __init__(self, folder: Path, make_logger: Callable[[Path, str], Logger]) -> None:
         self._folder, self._make_logger = folder, make_logger
         self._loggers: dict[str, Logger] = {}
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
 
     def log(self, record: Record) -> None:
         """Log the metrics of a step."""

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from pl_personalize.datamodules import LabelledImages, TaskIncrementalDataModule
+from pl_personalize.datamodules import ImageRows, LabelledImages, TaskIncrementalDataModule
 from pl_personalize.datamodules.base import random_split
 
 TASKS, CLASSES, USERS = ["home", "shop", "work"], [("a", "b"), ("c", "d", "e"), ("f", "g")], ["ann", "bob"]
@@ -343,3 +343,152 @@ def test_loaders_may_be_shuffled_with_batches_of_another_size():
 def test_an_unknown_split_is_refused():
     with pytest.raises(KeyError, match="test"):
         Numbered().server_dataloader(0, "test")
+
+
+# What a benchmark may return
+
+
+class Given(TaskIncrementalDataModule):
+    """Two tasks of two classes for one user; one split is what a test gives."""
+
+    def __init__(self, split, where=("ann", "b", "eval")):
+        super().__init__(["a", "b"], [("p", "q"), ("r", "s")], ["ann"], user="ann")
+        self.split, self.where = split, where
+
+    def give(self, owner, task, names):
+        usual = LabelledImages(torch.zeros(6, 1, 2, 2), torch.arange(6) % 2)
+        return tuple(self.split if self.where == (owner, self.tasks[task], name) else usual for name in names)
+
+    def load_server(self, task):
+        return self.give("server", task, ("train", "val"))
+
+    def load_user(self, user, task):
+        return self.give(self.users[user], task, ("adapt", "eval"))
+
+
+X, Y = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 1])
+NAN = X.clone()
+NAN[4, 0, 1, 1] = float("nan")
+INF = X.clone()
+INF[0, 0, 0, 0] = -float("inf")
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        (X, Y),
+        [X, Y],
+        (X.numpy(), Y.numpy()),
+        (list(X), Y.tolist()),
+        LabelledImages(X, Y.int()),
+        LabelledImages(X, Y.bool()),
+        LabelledImages(X, Y.float()),
+        LabelledImages(X, Y[:, None]),
+        LabelledImages(ImageRows([X], torch.arange(6)), Y.to(torch.uint8)),
+    ],
+)
+def test_splits_in_other_forms_are_converted_exactly(split):
+    found = Given(split).user_split("ann", "b")[1]
+    assert isinstance(found, LabelledImages)
+    assert torch.equal(found.images[:], X)
+    assert found.labels.dtype == torch.int64
+    assert torch.equal(found.labels, Y)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ((X, Y + 2), r"label 2 \(of sample 0\) is no class of the task, which has 2.*subtract 2\."),
+        ((X, Y - 1), r"label -1 \(of sample 0\)"),
+        ((X, Y + 1), "seem to count from 1: subtract 1"),
+        ((X, torch.full((6,), 255)), "label 255"),
+        ((X, Y / 2), "label 0.5 .* is no whole number"),
+        ((X, torch.eye(6)[:, :2]), "one-hot"),
+        ((X, Y[:5]), "there are 6 images and 5 labels"),
+        ((X[:5], Y), "there are 5 images and 6 labels"),
+        ((NAN, Y), "image 4 has NaN or infinite values"),
+        ((INF, Y), "image 0 has NaN or infinite values"),
+        (LabelledImages(ImageRows([NAN], torch.arange(5, -1, -1)), Y), "image 1 has NaN"),
+        (LabelledImages(ImageRows([X], torch.arange(1, 7)), Y), "rows of ImageRows must be from 0 to 5"),
+        ((X,), "must be LabelledImages.images, labels.; got a tuple of 1"),
+        (X, "must be LabelledImages.images, labels.; got a Tensor"),
+        ({"images": X, "labels": Y}, "got a dict"),
+        (None, "got a NoneType"),
+        ((["a.png"] * 6, Y), "got a list of str"),
+        (([X[0], X[1][:, :1]] * 3, Y), r"of the shapes \(1, 1, 2\), \(1, 2, 2\)"),
+        ((torch.zeros(6), Y), r"got the shape \(6,\)"),
+    ],
+)
+@pytest.mark.parametrize("where", [("server", "a", "train"), ("server", "b", "val"), ("ann", "b", "adapt")])
+def test_a_split_that_cannot_be_used_is_refused_with_its_place(split, message, where):
+    data = Given(split, where)
+    if "subtract 2" in message and where[1] == "a":
+        message = "label 2"
+    owner = "the server" if where[0] == "server" else "user 'ann'"
+    with pytest.raises(MisconfigurationException, match=f"Given: {owner}, task '{where[1]}', {where[2]}: .*{message}"):
+        data.setup("fit" if where[0] == "server" else "predict")
+
+
+@pytest.mark.parametrize("found", [None, X, (X, Y, X), {"train": X}])
+@pytest.mark.parametrize("method", ["load_server", "load_user"])
+def test_what_is_no_pair_of_splits_is_refused(monkeypatch, found, method):
+    data = Given(None)
+    monkeypatch.setattr(data, method, lambda *_: found)
+    with pytest.raises(MisconfigurationException, match=r"task 'a': two splits were expected, .* got a"):
+        data.setup("fit" if method == "load_server" else "test")
+
+
+def test_images_of_another_shape_in_another_task_cannot_be_trained_on_together():
+    data = Given((torch.zeros(6, 1, 3, 3), Y), ("server", "b", "train"))
+    with pytest.raises(MisconfigurationException, match=r"one shape; got \(1, 2, 2\) in 'a', \(1, 3, 3\) in 'b'"):
+        data.train_dataloader()
+    data.task = "b"
+    assert len(data.train_dataloader()) == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "classes", "users", "message"),
+    [
+        (["a", "a"], [("p",), ("q",)], ["ann"], "tasks must be .* each once"),
+        (["a"], [("p",)], ["ann", "ann"], "users must be .* each once"),
+        (["a"], [("p", "p")], ["ann"], "classes of task 0 must be .* each once"),
+        (["a"], [()], ["ann"], "classes of task 0 must be .* at least one"),
+        (["a"], ["cat"], ["ann"], "classes of task 0 must be a list of names, .*; got 'cat'"),
+        (["a"], [("p",)], "max", "users must be a list of names, .*; got 'max'"),
+        (["a", "b"], [("p",)], ["ann"], "one list for each of the 2 tasks; got 1"),
+        ([], [], ["ann"], "tasks must be .* at least one"),
+    ],
+)
+def test_names_that_tell_nothing_apart_are_refused(tasks, classes, users, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        TaskIncrementalDataModule(tasks, classes, users)
+
+
+# The other package of Lightning
+
+
+@pytest.mark.parametrize("module", ["pytorch_lightning.trainer.trainer", "pytorch_lightning"])
+def test_a_trainer_of_the_other_package_is_refused_with_the_import_to_change(module):
+    other = type("Trainer", (), {"__module__": module})
+    for trainer in (other(), type("Mine", (other,), {})()):
+        with pytest.raises(
+            MisconfigurationException, match=r"Numbered is made for `lightning.pytorch`.* Change `import"
+        ):
+            Numbered().trainer = trainer
+
+
+def test_a_trainer_of_the_other_package_says_so_itself(tmp_path):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Module(other.LightningModule):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training began")
+
+        def configure_optimizers(self):
+            return None
+
+    trainer = other.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False)
+    with pytest.raises(
+        Exception, match=r"Change `import pytorch_lightning as pl` to `import lightning\.pytorch as pl`"
+    ):
+        trainer.fit(Module(), datamodule=Numbered(task=0))

@@ -559,3 +559,70 @@ def test_a_folder_beside_a_collection_is_standardised_on_its_own(server, tmp_pat
     np.testing.assert_allclose(user_data(data, "own")[0].numpy(), -1)
     expected = standardised("mnist", server.pixels["mnist", "test"])
     assert_same_samples(user_data(data, "mnist"), expected, server.digits["mnist", "test"])
+
+
+# Which files of a folder
+
+
+def test_hidden_companions_of_images_are_no_digits(folder):
+    for name in ("._black.png", ".0-thumb.png", ".DS_Store", "Thumbs.db"):
+        (folder / "test" / "4" / name).write_bytes(b"\0\5\x16\7" + bytes(60))
+        (folder / "train" / "4" / name).write_bytes(b"\0\5\x16\7" + bytes(60))
+    np.testing.assert_allclose(folder_image(folder), -1)
+    data = NumbersDataModule(sources=[folder])
+    assert sum(len(split.labels) for task in range(5) for split in data.server_split(task)) == 10
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "ppm", "jfif", "jpe", "jp2", "TIFF"])
+def test_every_suffix_of_an_image_is_read(folder, suffix):
+    image = folder / "test" / "4" / "black.png"
+    image.unlink()
+    draw("RGB").save(image.with_suffix(f".{suffix}"))
+    found = folder_image(folder)
+    for channel, value in zip(found, COLOUR, strict=True):
+        np.testing.assert_allclose(channel, (value / 255 - 0.5) / 0.5, atol=0.02)
+
+
+def test_images_in_subfolders_are_read_after_the_others(folder):
+    place = folder / "test" / "4"
+    (place / "a" / "deeper").mkdir(parents=True)
+    (place / ".cache").mkdir()
+    for value, name in ((10, "z.png"), (20, "a/x.png"), (30, "a/deeper/y.png"), (99, ".cache/w.png")):
+        Image.new("L", (32, 32), value).save(place / name)
+    images, digits = NumbersDataModule(sources=[folder])._read(str(folder), False)
+    assert images[digits == 4][:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("name", ["broken.tif", "a/broken.JPG", "broken.heic"])
+def test_a_broken_image_is_named_and_never_passed_over(folder, name):
+    path = folder / "train" / "4" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"no image")
+    with pytest.raises(MisconfigurationException, match=rf"4/{name} cannot be read as an image"):
+        NumbersDataModule(sources=[folder]).server_split(2)
+
+
+def test_a_folder_without_readable_images_says_what_is_there_and_what_is_read(folder):
+    (folder / "test" / "7" / "black.png").rename(folder / "test" / "7" / "black.nef")
+    with pytest.raises(MisconfigurationException, match=r"digits \[7\]\. .*1 with \.nef.*images end in .*\.png, "):
+        user_data(NumbersDataModule(sources=[folder]))
+    for image in (folder / "test").rglob("*.png"):
+        image.rename(image.with_suffix(".raw"))
+    with pytest.raises(MisconfigurationException, match=r"No images were found in .*9 with \.raw"):
+        user_data(NumbersDataModule(sources=[folder]))
+
+
+@pytest.mark.parametrize("name", ["04", "4 ", "4\u00a0", "\uff14"])
+def test_a_folder_that_writes_a_digit_otherwise_is_refused(folder, name):
+    (folder / "train" / name).mkdir()
+    draw("RGB").save(folder / "train" / name / "a.png")
+    with pytest.raises(MisconfigurationException, match="images of that digit must be in '4'"):
+        NumbersDataModule(sources=[folder]).server_split(2)
+
+
+@pytest.mark.parametrize("name", ["10", "background", ".4"])
+def test_folders_of_other_classes_are_left_alone(folder, name):
+    (folder / "train" / name).mkdir()
+    draw("RGB").save(folder / "train" / name / "a.png")
+    data = NumbersDataModule(sources=[folder])
+    assert sum(len(split.labels) for task in range(5) for split in data.server_split(task)) == 10

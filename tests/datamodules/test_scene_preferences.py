@@ -109,3 +109,31 @@ def test_a_class_cannot_be_preferred_twice_by_a_user():
 
 def test_without_extra_images_any_class_may_be_preferred():
     assert len(draw_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u200b"])
+def test_blanks_around_names_do_not_count(tmp_path, blank):
+    content = {f"{blank}user{k}": {f"{task}{blank}": [f"{blank}{name}{blank}" for name in ANN[task]] for task in ANN}
+               for k in (1, 2)}  # fmt: skip
+    plain = {f"user{k}": ANN for k in (1, 2)}
+    found = read_preferences(stored(tmp_path, content), CLASSES, 2, 2)
+    assert found == read_preferences(stored(tmp_path, plain), CLASSES, 2, 2)
+    assert found[0] == {"home": ("bath", "attic"), "store": ("mall", "deli")}
+
+
+def test_a_class_or_task_that_is_written_otherwise_is_told_how_it_is_written(tmp_path):
+    path = stored(tmp_path, {"ann": ANN | {"home": ["Bath", "attic"]}})
+    with pytest.raises(MisconfigurationException, match="'Bath', which is in no task, where it is 'bath'"):
+        read_preferences(path, CLASSES, 1, 2)
+    path = stored(tmp_path, {"ann": {"Home": ANN["home"], "store": ANN["store"]}})
+    with pytest.raises(
+        MisconfigurationException, match=r"prefers in 'home'.*it has 'Home', which is written otherwise"
+    ):
+        read_preferences(path, CLASSES, 1, 2)
+
+
+@pytest.mark.parametrize("second", ["ann", "ann ", "\u00a0ann"])
+def test_a_name_that_is_there_twice_is_refused(tmp_path, second):
+    content = json.dumps({"ann": ANN, "second": ANN}).replace("second", second)
+    with pytest.raises(MisconfigurationException, match="'ann' is there twice"):
+        read_preferences(stored(tmp_path, content), CLASSES, 1, 2)

@@ -1,6 +1,8 @@
 """What both benchmarks on scenes do: allocation on disk, loaders, memory and files, refusals."""
 
+import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -458,3 +460,119 @@ def test_every_class_folder_may_have_capitals_in_suffixes(copy):
     path = copy / "Images" / "attic" / "00_extra.png"
     path.rename(path.with_suffix(".PNG"))
     assert len(catprior(copy).pools().extra["attic"]) == COUNTS["extra"]
+
+
+def test_extra_images_may_have_every_suffix_and_be_in_subfolders(copy):
+    attic = copy / "Images" / "attic"
+    for k, name in enumerate(("a.jfif", "b.jpe", "c.avif", "d.jp2", "more/e.png", "more/f.gif")):
+        (attic / name).parent.mkdir(exist_ok=True)
+        shutil.copy(attic / "00_extra.png", attic / name)
+        assert len(catprior(copy).pools().extra["attic"]) == COUNTS["extra"] + k + 1
+    for name in ("._a.jfif", "more/.g.png", "@eaDir/h.png"):
+        (attic / name).parent.mkdir(exist_ok=True)
+        shutil.copy(attic / "00_extra.png", attic / name)
+    (copy / "Images" / "__MACOSX").mkdir()
+    assert catprior(copy).pools().extra["attic"][-2:] == ("attic/more/e.png", "attic/more/f.gif")
+
+
+def test_images_in_subfolders_may_be_listed_and_keep_their_class(copy):
+    (copy / "Images" / "gym" / "more").mkdir()
+    listed = (copy / "TrainImages.txt").read_text().split()
+    moved = [name.replace("gym/", "gym/more/") for name in listed]
+    for old, new in zip(listed, moved, strict=True):
+        (copy / "Images" / old).rename(copy / "Images" / new)
+    (copy / "TrainImages.txt").write_text("\n".join(moved))
+    data, before = catprior(copy), Counter(labels_of(catprior(copy).server_dataloader("leisure")))
+    assert before == {0: COUNTS["train"], 1: COUNTS["train"], 2: COUNTS["train"]}
+    names = data.server_files("leisure").train
+    labels = data.server_split("leisure")[0].labels
+    assert all(data.classes[1][label] == name.split("/")[0] for name, label in zip(names, labels, strict=True))
+
+
+def test_an_image_of_a_subfolder_is_distorted_by_its_own_seed(copy, plain_distortions):
+    for place in ("a", "b"):
+        (copy / "Images" / "gym" / place).mkdir()
+        shutil.copy(copy / "Images" / "gym" / "00_extra.png", copy / "Images" / "gym" / place / "00_extra.png")
+    data = transprior(copy)
+    images = [copy / "Images" / "gym" / place / "00_extra.png" for place in (".", "a", "b")]
+    seeds = [int(data.read_distorted(path, 0)[0, 0, 1]) for path in images]
+    assert len(set(seeds)) == 3
+
+
+# Names in users' files
+
+BLANKS = [" ", "\t", "\u00a0", "\u3000", "\u200b"]
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_around_names_of_a_table_do_not_count(copy, make, blank):
+    lines = ["\ufeffscene_class" + blank + "," + blank + "supercategory", blank]
+    lines += [f"{blank}{scene}{blank},{blank}{of}{blank}" for scene, of in TABLE.items()]
+    (copy / "supercategories.csv").write_text("\n".join(lines))
+    data = make(copy)
+    data.prepare_data()
+    assert data.classes == make(copy, supercategories=write_table(copy / "plain.csv", TABLE)).classes
+    assert data.classes[0] == ("attic", "bath", "cellar")
+
+
+@pytest.mark.parametrize("make", [catprior, transprior])
+@pytest.mark.parametrize("written", ["Home", "HOME", "ho me", "h\u00a0ome"])
+def test_a_supercategory_that_differs_in_case_or_blanks_from_a_task_is_refused(copy, make, written):
+    table = write_table(copy / "t.csv", TABLE | {"attic": written})
+    message = re.escape(f"has {written!r} beside the task 'home', for the class(es) 'attic'")
+    refused(copy, message, make, supercategories=table)
+    refused(copy, message, make, supercategories=table, tasks=["store", "home"])
+    make(copy, supercategories=table, tasks=["store", "leisure"]).prepare_data()
+
+
+def test_two_tasks_may_differ_in_case_if_both_are_asked_for(copy):
+    table = write_table(copy / "t.csv", TABLE | {"attic": "Home", "bar": "Home"})
+    data = catprior(copy, supercategories=table, tasks=["home", "Home"], extra_images=1)
+    assert data.classes == (("bath", "cellar"), ("attic", "bar"))
+
+
+def test_a_task_that_is_written_otherwise_is_told_how_it_is_written(scenes):
+    refused(scenes, r"got \['Home'\], where it is 'home'\.", tasks=["Home"])
+    refused(scenes, r"got \['home '\], where it is 'home'\.", tasks="home ")
+
+
+def test_a_class_that_is_there_twice_but_for_blanks_is_refused(copy):
+    (copy / "t.csv").write_text("scene_class,supercategory\nattic,home\nattic ,store\n")
+    refused(copy, "with each class once; got .*store", supercategories=copy / "t.csv")
+
+
+@pytest.mark.parametrize("written", ["Attic", "at tic", "ATTIC"])
+def test_a_class_of_the_table_that_its_folder_writes_otherwise_is_refused_with_both(copy, written):
+    (copy / "Images" / "attic").rename(copy / "Images" / "attic2")
+    (copy / "Images" / "attic2").rename(copy / "Images" / written)
+    for name in ("TrainImages.txt", "TestImages.txt"):
+        (copy / name).write_text((copy / name).read_text().replace("attic/", f"{written}/"))
+    refused(copy, rf"'{written}' have no supercategory, where it is 'attic'")
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_around_names_of_lists_do_not_count(copy, scene_names, blank):
+    before = catprior(copy).server_files("home")
+    for name in ("TrainImages.txt", "TestImages.txt"):
+        lines = (copy / name).read_text().split()
+        (copy / name).write_text("\ufeff" + "".join(f"{blank}{line}{blank}\r\n{blank}\n" for line in lines))
+    assert catprior(copy).server_files("home") == before
+
+
+def test_a_list_with_blanks_inside_names_is_told_how_they_are_written(copy):
+    (copy / "TrainImages.txt").write_text("gym / 00_train.png")
+    refused(copy, r"which is not in .*Images, where it is 'gym/00_train\.png'")
+
+
+def test_classes_of_no_task_are_named_once_for_a_table_of_ones_own(scenes, monkeypatch):
+    said = []
+    monkeypatch.setattr("pl_personalize.datamodules.scenes.rank_zero_info", said.append)
+    data = catprior(scenes, tasks=["home", "store"])
+    data.prepare_data()
+    data.view(user=1).prepare_data()
+    (message,) = said
+    assert "8 class(es) are left out" in message
+    assert "'leisure' (3), 'public' (3), 'work' (2)" in message
+    catprior(scenes, tasks=sorted(set(TABLE.values())), num_users=1).prepare_data()
+    assert len(said) == 1

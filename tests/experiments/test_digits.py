@@ -163,3 +163,30 @@ def test_a_run_without_wandb_can_be_tracked_later(tmp_path):
     assert "wandb sync" in tracked.stdout
     tables = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/results*.json")
     assert len(list(tables)) == 2  # of the runs IMM and Joint
+
+
+@pytest.mark.parametrize("there", ["results.csv", "figures"])
+def test_files_of_another_program_are_refused_and_left_alone(tmp_path, monkeypatch, capsys, global_state, there):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / there).write_text("of another program")
+    said = refusal(monkeypatch, capsys, tmp_path / "run")
+    assert said.startswith(f"error: {tmp_path / 'run'} has {there}, and no manifest.json of a run")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(there, "of another program")]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys, global_state):
+    (tmp_path / "taken").touch()
+    said = refusal(monkeypatch, capsys, tmp_path / "taken" / "run")
+    assert said.startswith(f"error: The folder {tmp_path / 'taken' / 'run'} of a run cannot be made or written")
+    assert "--output_dir" in said
+
+
+def test_a_disk_that_refuses_in_the_middle_of_a_run_is_one_line(tmp_path, monkeypatch, capsys, global_state):
+    from pl_personalize.runner import server_run
+
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server_run, "save_tensors", full)
+    said = refusal(monkeypatch, capsys, tmp_path / "run")
+    assert said.startswith(f"error: {tmp_path / 'run'} cannot be read or written: [Errno 28]")

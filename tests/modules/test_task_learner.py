@@ -304,3 +304,63 @@ def test_the_randomness_of_a_step_follows_from_seed_task_and_step(tmp_path):
     assert drawn(tmp_path, global_seed=5, seed=1, task=2) == first
     assert not set(drawn(tmp_path, seed=1, task=3)) & set(first)
     assert not set(drawn(tmp_path, seed=2, task=2)) & set(first)
+
+
+# Labels
+
+
+def one_batch(*tensors):
+    return DataLoader(TensorDataset(*tensors), batch_size=len(tensors[0]))
+
+
+def features():
+    return data()[0]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: y.int(),
+        lambda y: y.to(torch.uint8),
+        lambda y: y.float(),
+        lambda y: y[:, None],
+        lambda y: y.double()[:, None],
+    ],
+)
+def test_labels_of_every_type_train_alike(tmp_path, form):
+    labels, states = torch.arange(12) % 2, []
+    for y in (labels, form(labels)):
+        learner = TaskLearner(network(), lr=0.5)
+        trainer(tmp_path).fit(learner, one_batch(features(), y))
+        states.append(learner.network.state_dict())
+        assert trainer(tmp_path).validate(learner, one_batch(features(), y), verbose=False)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+@pytest.mark.parametrize("wrong", [-1, 9, 255])
+def test_a_label_that_is_no_class_is_refused_in_every_stage(tmp_path, stage, wrong):
+    labels = torch.arange(12) % 2
+    labels[5] = wrong
+    with pytest.raises(MisconfigurationException, match=rf"TaskLearner, task 4: label {wrong} \(of sample 5\)"):
+        getattr(trainer(tmp_path), stage)(TaskLearner(network(), task=4), one_batch(features(), labels))
+
+
+def test_labels_have_no_meaning_in_predict(tmp_path):
+    loader = one_batch(features(), torch.full((12,), 255))
+    (logits,) = trainer(tmp_path).predict(TaskLearner(network()), loader)
+    assert len(logits) == 12
+
+
+def test_what_the_cross_entropy_passes_over_and_probabilities_may_be_trained_on(tmp_path):
+    x, y = features(), torch.arange(12) % 2
+    models = [mlp((6,), 3, [4]) for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    y[6:] = -100
+    batches = [(x, y), (x[:6], y[:6]), (x[:6], torch.nn.functional.one_hot(y[:6], models[0].num_classes).float())]
+    for model, batch in zip(models, batches, strict=True):
+        trainer(tmp_path, limit_val_batches=0).fit(TaskLearner(model, lr=0.5), one_batch(*batch))
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(value, models[1].state_dict()[name])
+        torch.testing.assert_close(value, models[2].state_dict()[name])

@@ -1,0 +1,73 @@
+"""Class labels, as losses and accuracies take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def class_labels(labels: Any, num_classes: int, *, offset: int = 0, ignored: int | None = None) -> Tensor:
+    """Labels as int64 (n,), each from 0 to num_classes − 1; other types and forms are converted if nothing is lost.
+
+    Args:
+        labels: A tensor, array or list of whole numbers or truth values, of any type (also floats), (n,) or (n, 1).
+        num_classes: Number of classes.
+        offset: Of the labels, if they were counted through several tasks: for the message alone.
+        ignored: A label that is allowed besides, and has no class.
+
+    Raises:
+        ValueError: If they are none; it says which label of which sample is wrong, and the way out.
+
+    Example:
+        >>> class_labels([[1.0], [0.0]], 2)
+        tensor([1, 0])
+    """
+    values = _as_tensor(labels)
+    shape = tuple(values.shape)
+    if values.ndim == 2 and shape[1] == 1:
+        values = values.squeeze(1)
+    if values.ndim != 1:
+        hint = " If they are one-hot, give argmax(1)." if values.ndim == 2 and shape[1] == num_classes else ""
+        raise ValueError(f"labels must be one whole number for each sample, (n,); got the shape {shape}.{hint}")
+    if values.is_floating_point() and (wrong := (values != values.round()) | ~values.isfinite()).any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(f"label {values[place].item():g} (of sample {place}) is no whole number.")
+    found = values.long()
+    if not len(found):
+        return found
+    low, high = (int(value) for value in found.aminmax())
+    if low >= 0 and high < num_classes:
+        return found
+    wrong = (found < 0) | (found >= num_classes)
+    if ignored is not None and not (wrong := wrong & (found != ignored)).any():
+        return found
+    place = int(wrong.nonzero()[0])
+    raise ValueError(
+        f"label {int(found[place])} (of sample {place}) is no class of the task, which has {num_classes}: labels count "
+        f"from 0 within a task, to {num_classes - 1}.{_way_out(low, high, num_classes, offset)}"
+    )
+
+
+def _way_out(low: int, high: int, num_classes: int, offset: int) -> str:
+    if offset and offset <= low and high < offset + num_classes:
+        return f" These seem to be counted through all tasks: subtract {offset}."
+    if low >= 1 and high == num_classes:
+        return " These seem to count from 1: subtract 1."
+    return ""
+
+
+def _as_tensor(labels: Any) -> Tensor:
+    if isinstance(labels, Tensor):
+        if labels.is_complex():
+            raise ValueError(f"labels must be whole numbers; got {labels.dtype}.")
+        return labels
+    try:
+        array = np.asarray(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"labels must be a tensor, an array or a list of whole numbers: {error}.") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"labels must be whole numbers; got a {type(labels).__name__} of {array.dtype}.")
+    return torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
