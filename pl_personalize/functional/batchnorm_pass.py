@@ -174,15 +174,27 @@ class ExactPass(StatisticsPass):
         """With one batch of everything, or layer by layer."""
         kept = data.keep(max_bytes)
         whole = concatenate_batches(kept) if kept and self.all_reduce is None else None
-        if whole is not None and kept is not None and self._fits(kept[0], batch_size(whole), max_bytes):
-            self._count(batch_size(whole))
-            self._all_at_once = True
-            self._calls.clear()
-            self.forward(whole)
-        else:
+        if whole is None or kept is None or not self._at_once(kept[0], whole, max_bytes):
             while self._next_layer(data):
                 pass
         self.moments = {name: torch.stack(calls).sum(0) for name, calls in self._known.items() if calls}
+
+    def _at_once(self, first: Any, whole: Any, max_bytes: int) -> bool:
+        """One pass over one batch of everything; ``False`` if that does not fit, or the model does not take it."""
+        known, self._all_at_once = self._known, True
+        try:
+            if not self._fits(first, batch_size(whole), max_bytes):
+                return False
+            self._count(batch_size(whole))
+            self._known = {name: [] for name in self.layers}
+            self._calls.clear()
+            self.forward(whole)
+        except Exception:  # a model may take batches as large as the loader's alone; an error of its own comes again
+            self._known = known
+            return False
+        finally:
+            self._all_at_once = False
+        return True
 
     def _next_layer(self, data: Iterable[Any]) -> bool:
         """One pass up to the first call whose moments are not known; ``False`` if all are."""
