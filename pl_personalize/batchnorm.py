@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_personalize.artifacts import load_tensors, save_tensors
-from pl_personalize.functional.moments import MEAN, VARIANCE, pooled_statistics
+from pl_personalize.functional.moments import MEAN, VARIANCE, in_precision_of, pooled_statistics
 from pl_personalize.functional.names import prefix_hint, some
 
 ARTIFACT_KIND = "batchnorm"
@@ -69,7 +69,8 @@ class BatchNormStatistics(Mapping[str, Tensor]):
             weights: How much each counts; by default equally.
 
         Raises:
-            ValueError: If there are none, they are of different layers, or the weights do not fit.
+            ValueError: If there are none, they are of different layers, the weights do not fit, or a result is larger
+                than its type holds.
         """
         if weights is not None and (len(weights) != len(parts) or min(weights, default=1) < 0 or not sum(weights)):
             raise ValueError(f"There must be a weight of 0 or more for each of {len(parts)}; got {list(weights)}.")
@@ -80,9 +81,11 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         for name in parts[0]:
             if name.endswith(MEAN):
                 other = name.removesuffix(MEAN) + VARIANCE
-                found[name], found[other] = pooled_statistics(
-                    [part[name] for part in parts], [part[other] for part in parts], weights
+                pooled = pooled_statistics(
+                    [part[name].double() for part in parts], [part[other].double() for part in parts], weights
                 )
+                for entry, value in zip((name, other), pooled, strict=True):
+                    found[entry] = in_precision_of(parts[0][entry], value, f"average {entry}")
         return cls(found, num_samples=sum(getattr(part, "num_samples", 0) for part in parts))
 
     @property
@@ -94,7 +97,8 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         """Copy them into the buffers of a model; nothing else is changed.
 
         Raises:
-            ValueError: If the model has no such layer, or of another shape; then nothing was changed.
+            ValueError: If the model has no such layer, or of another shape, or in a precision that cannot hold a value;
+                then nothing was changed.
         """
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for name, value in self.items():
@@ -104,8 +108,9 @@ class BatchNormStatistics(Mapping[str, Tensor]):
                 raise ValueError(
                     f"The statistics have {name!r} of shape {tuple(value.shape)}; in the model {found}.{hint}"
                 )
+        fitting = {name: in_precision_of(buffers[name], value, name) for name, value in self.items()}
         with torch.no_grad():
-            for name, value in self.items():
+            for name, value in fitting.items():
                 buffers[name].copy_(value)
 
     def save(self, path: str | os.PathLike[str]) -> None:

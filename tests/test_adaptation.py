@@ -322,6 +322,26 @@ def test_exact_of_a_model_that_works_in_place_on_its_input(in_middle):
     assert_close(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_exact_of_a_model_that_takes_batches_of_one_size_alone(size):
+    """It can be run neither on everything at once nor on a few samples to see what that takes."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = made("rows")[0]
+            self.shift = torch.arange(6.0 * size).view(size, 6)
+
+        def forward(self, x):
+            return self.net(x + self.shift)
+
+    model, (_, x) = Fixed(), made("rows", 12)
+    expected = one_train_batch(model.net, x + model.shift.repeat(12 // size, 1))
+    found = estimate_batchnorm(model, x.split(size), exact=True)
+    assert_close({n.removeprefix("net."): v for n, v in found.items()}, expected, 1e-9)
+    assert found.num_samples == 12
+
+
 # The default
 
 

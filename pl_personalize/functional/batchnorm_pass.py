@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import partial
-from types import TracebackType
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +20,8 @@ from pl_personalize.functional.batches import (
     copy_batch,
     slice_batch,
 )
-from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, mean_and_variance
+from pl_personalize.functional.batchnorm_calls import BatchNormCalls
+from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, in_precision_of, mean_and_variance
 
 Forward = Callable[[nn.Module, Any], Any]
 AllReduce = Callable[[Tensor], Tensor]
@@ -41,7 +40,7 @@ class ReadBatches(Protocol):
 class StatisticsPass(ABC):
     """A forward in which each batch-norm layer normalises by what a subclass says.
 
-    The layers stay in eval mode; before each call the statistics to normalise by are written into their buffers.
+    The layers stay in eval mode, and their buffers as they are, see :class:`BatchNormCalls`.
     """
 
     def __init__(
@@ -56,7 +55,8 @@ class StatisticsPass(ABC):
         self.moments: dict[str, Tensor] = {}
         self.num_samples = 0
         self._forward = forward
-        self._old: dict[str, tuple[Tensor, Tensor]] = {}
+        self._old = {name: _present(layer) for name, layer in layers.items()}
+        self._batch_norm_calls = BatchNormCalls(layers, self._statistics_for)
 
     @abstractmethod
     def see(self, name: str, x: Tensor) -> Tensor | None:
@@ -72,10 +72,12 @@ class StatisticsPass(ABC):
         """
 
     def forward(self, batch: Any) -> None:
-        """Run the model on a batch."""
-        with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.enter_context(_Hook(layer, partial(self._on_input, name)))
+        """Run the model on a batch.
+
+        Raises:
+            ValueError: If a layer normalises in a way of its own.
+        """
+        with self._batch_norm_calls.active():
             self._forward(self.model, batch)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -90,21 +92,16 @@ class StatisticsPass(ABC):
             for what, value in zip((MEAN, VARIANCE), self._blend(name, moments, unbiased=True), strict=True):
                 if not torch.isfinite(value).all():
                     raise ValueError(f"The {what} of the batch-norm layer {name!r} is not finite on these data.")
-                found[f"{name}.{what}".removeprefix(".")] = value.to(getattr(self.layers[name], what).dtype)
+                found[f"{name}.{what}".removeprefix(".")] = in_precision_of(
+                    getattr(self.layers[name], what), value, f"{what} of the batch-norm layer {name!r}"
+                )
         return found
 
-    def _on_input(self, name: str, layer: _BatchNorm, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        if name not in self._old:
-            self._old[name] = layer.running_mean.double().clone(), layer.running_var.double().clone()
-        moments = self.see(name, args[0] if args else kwargs["input"])
-        if moments is None:
-            mean, variance = self._old[name]
-        else:
-            mean, variance = self.normalise_by(name, moments)
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)
+    def _statistics_for(self, name: str, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer normalises ``x`` by, in the precision of its own statistics."""
+        moments = self.see(name, x)
+        found = self._old[name] if moments is None else self.normalise_by(name, moments)
+        return found[0].to(mean), in_precision_of(variance, found[1], f"{VARIANCE} of the batch-norm layer {name!r}")
 
     def normalise_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance."""
@@ -112,7 +109,7 @@ class StatisticsPass(ABC):
 
     def _blend(self, name: str, moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
         mean, variance = mean_and_variance(moments, unbiased=unbiased)
-        old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
+        old_mean, old_variance = self._old[name]
         if moments[0].max() <= 1:
             variance = old_variance  # a single value says nothing of it
         if not self.prior_samples and moments[0].max() > 1:
@@ -177,15 +174,27 @@ class ExactPass(StatisticsPass):
         """With one batch of everything, or layer by layer."""
         kept = data.keep(max_bytes)
         whole = concatenate_batches(kept) if kept and self.all_reduce is None else None
-        if whole is not None and kept is not None and self._fits(kept[0], batch_size(whole), max_bytes):
-            self._count(batch_size(whole))
-            self._all_at_once = True
-            self._calls.clear()
-            self.forward(whole)
-        else:
+        if whole is None or kept is None or not self._at_once(kept[0], whole, max_bytes):
             while self._next_layer(data):
                 pass
         self.moments = {name: torch.stack(calls).sum(0) for name, calls in self._known.items() if calls}
+
+    def _at_once(self, first: Any, whole: Any, max_bytes: int) -> bool:
+        """One pass over one batch of everything; ``False`` if that does not fit, or the model does not take it."""
+        known, self._all_at_once = self._known, True
+        try:
+            if not self._fits(first, batch_size(whole), max_bytes):
+                return False
+            self._count(batch_size(whole))
+            self._known = {name: [] for name in self.layers}
+            self._calls.clear()
+            self.forward(whole)
+        except Exception:  # a model may take batches as large as the loader's alone; an error of its own comes again
+            self._known = known
+            return False
+        finally:
+            self._all_at_once = False
+        return True
 
     def _next_layer(self, data: Iterable[Any]) -> bool:
         """One pass up to the first call whose moments are not known; ``False`` if all are."""
@@ -242,20 +251,10 @@ class ExactPass(StatisticsPass):
         return 3 * largest * num_samples <= max_bytes * count
 
 
-class _Hook(AbstractContextManager[None]):
-    def __init__(self, layer: nn.Module, function: Callable[..., None]) -> None:
-        self._handle = layer.register_forward_pre_hook(function, with_kwargs=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._handle.remove()
-
-
 def _present(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    return layer.running_mean.double(), layer.running_var.double()
+    return layer.running_mean.double().clone(), layer.running_var.double().clone()
 
 
 def _no_moments(layer: _BatchNorm) -> Tensor:

@@ -73,3 +73,36 @@ def pooled_statistics(
     within = (share * torch.stack([variance.double() for variance in variances])).sum(0)
     between = (share * (stacked - mean).square()).sum(0)
     return mean.to(means[0].dtype), (within + between).to(variances[0].dtype)
+
+
+def in_precision_of(other: Tensor, value: Tensor, what: str) -> Tensor:
+    """A statistic in the type, and on the device, of another tensor.
+
+    What is too small for the type becomes 0, which harms nothing: a layer adds its ``eps`` to a variance.
+
+    Args:
+        other: Of that type.
+        value: The statistic, (C,).
+        what: Its name, for the message.
+
+    Raises:
+        ValueError: If an entry is finite, and larger than the type holds.
+
+    Example:
+        >>> in_precision_of(torch.zeros(1, dtype=torch.float16), torch.tensor([70000.0]), "running_var of 'bn'")
+        Traceback (most recent call last):
+        ...
+        ValueError: The running_var of 'bn' reaches 70000, and float16 holds no more than 65504. ...
+    """
+    rounded = value.to(other)
+    if rounded.isfinite().all():
+        return rounded
+    lost = value.isfinite() & ~rounded.isfinite()
+    if lost.any():
+        kind = str(other.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The {what} reaches {float(value[lost].abs().max()):.6g}, and {kind} holds no more than "
+            f"{torch.finfo(other.dtype).max:.5g}. Keep the layer in float32 (layer.float(): its inputs may stay in "
+            f"{kind}), or make what it normalises smaller."
+        )
+    return rounded

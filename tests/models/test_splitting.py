@@ -151,7 +151,6 @@ def normalised():
         (Functional(lambda logits: 2 * logits), "last", r"does something with the output of 'last'"),
         (Functional(lambda logits: logits.view(4, 3, 1)), "last", r"must return the logits \(4, 3\) .* \(4, 3, 1\)"),
         (Functional(lambda logits: {"logits": logits}), "last", r"it returned dict"),
-        (nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 3)), "1", r"something with .* mat1 and mat2"),
         (nn.Linear(6, 3), "", r"There is none here"),
     ],
 )  # fmt: skip
@@ -161,6 +160,14 @@ def test_what_cannot_be_taken_apart(module, name, message):
         split(module, name, X)
     assert module.state_dict().keys() == before.keys()
     assert module(X) is not None
+
+
+def test_the_message_has_what_the_module_says_of_features_in_place_of_logits():
+    module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="Sequential does something with the output of '1'") as caught:
+        split(module, "1", X)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert str(caught.value).endswith(f"({caught.value.__cause__})")
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": 3}], ids=str)
@@ -174,3 +181,89 @@ def test_relu_between_a_convolution_and_the_mean_is_refused():
     module = convolutional(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="does something with the output of '2'"):
         split(module, "2", IMAGES)
+
+
+# Subclasses of linear layers and convolutions
+
+
+class Casting(nn.Linear):
+    """What some libraries have for layers in several precisions."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class CastingConvolution(nn.Conv2d):
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 1.001 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=1, keepdim=True)
+        return torch.nn.functional.conv2d(x, weight, self.bias)
+
+
+class DropsBefore(nn.Linear):
+    """The plain layer in eval mode alone."""
+
+    def forward(self, x):
+        return super().forward(torch.nn.functional.dropout(x, 0.5, self.training))
+
+
+class TakesTwo(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_that_computes_the_same_is_a_head(bias, dtype):
+    module = nn.Sequential(nn.Linear(6, 4), Casting(4, 3, bias=bias)).to(dtype)
+    x, random_state = X.to(dtype), torch.get_rng_state()
+    wanted = module(x)
+    network = split(module, "1", x)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert module[1].training
+    assert module[1].weight.dtype == dtype
+    assert torch.equal(network(x), wanted)
+    assert torch.equal(network.head.weight, module[1].weight)
+    assert type(network.new_head(2)) is nn.Linear
+    assert network(x).shape == (4, 2)
+
+
+def test_a_subclass_of_a_convolution_that_computes_the_same_is_a_head():
+    convolution = CastingConvolution(5, 4, 1)
+    module = nn.Sequential(nn.Conv2d(3, 5, 3), convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    network = split(module, "1", IMAGES)
+    assert isinstance(network.head, ConvHead)
+    torch.testing.assert_close(network(IMAGES), module(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("layer", "plain"),
+    [
+        (Scaled(6, 3), "Linear"),
+        (DropsBefore(6, 3), "Linear"),
+        (TakesTwo(6, 3), "Linear"),
+        (Standardised(6, 3, 1), "Conv2d"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_subclass_that_computes_something_else_is_named(layer, plain):
+    name = type(layer).__name__
+    said = rf"'1' is a {name} \({__name__}\.{name}\), whose forward computes something else than .*torch\.nn\.{plain}"
+    with pytest.raises(ValueError, match=said):
+        split(nn.Sequential(nn.Linear(6, 6), layer), "1", X)
+
+
+def test_a_forward_that_was_put_in_place_of_a_layers_own_counts():
+    module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    module[1].forward = lambda x: nn.Linear.forward(module[1], x).exp()
+    with pytest.raises(ValueError, match=r"'1' is a Linear .* computes something else"):
+        split(module, "1", X)
