@@ -116,8 +116,6 @@ def test_a_damaged_checkpoint_is_never_replaced_by_a_beginning(tmp_path):
     stage = tmp_path / "checkpoints" / "IMM" / "seed1" / "task1"
     stage.mkdir(parents=True)
     (stage / "last.ckpt").write_bytes(b"cut off")
-    (tmp_path / "manifest.json").touch()
-    (tmp_path / "manifest.json").unlink()
     (tmp_path / "checkpoints").rename(tmp_path / "kept")
     call(tmp_path, methods=["Joint"])
     (tmp_path / "kept" / "IMM").rename(tmp_path / "checkpoints" / "IMM")
