@@ -41,21 +41,22 @@ class AdaBN(EstimationCallback):
         trainer.test(model, datamodule=datamodule, ckpt_path="best")  # with the adapted statistics, too
 
     A checkpoint was saved before, and holds the statistics of the training. So those that were estimated are written to
-    a file of their own (:class:`~pl_personalize.BatchNormStatistics`), and are applied again when a ``test`` or
-    ``predict`` run of this callback starts with the weights that they were estimated for. Without a ``fit`` before,
-    they are estimated then, on the data that were passed or named; a ``predict`` run without any adapts to the images
-    that it predicts, and a ``test`` run without any looks below ``dirpath`` for the file of an earlier run that fits
-    the weights. One callback is for one user; several users need files of their own (``filename``)::
+    a file of their own (:class:`~pl_personalize.BatchNormStatistics`), and are applied again when a ``validate``,
+    ``test`` or ``predict`` run of this callback starts with the weights that they were estimated for. Without a ``fit``
+    before, they are estimated then, on the data that were passed or named; a ``predict`` run without any adapts to the
+    images that it predicts, and a ``validate`` or ``test`` run without any looks below ``dirpath`` for the file of an
+    earlier run that fits the weights. One callback is for one user; several users need files of their own
+    (``filename``)::
 
         Trainer(callbacks=[AdaBN()]).predict(model, images)
 
-    Under DDP each process takes a part of the data, without repetition, and all end with the same statistics. Several
-    dataloaders count as one set of data. Limits such as ``limit_train_batches`` do not count, and autocast is off.
+    The batches are those that the loaders yield; under DDP each process takes a part of them, without repetition, and
+    all end with the same statistics (docs/passes.md). Autocast is off.
 
     Args:
         dataloader: The data: an iterable of batches; the name of a stage (``"train"``, ``"val"``, ``"predict"``,
-            ``"test"``), whose dataloader the datamodule (after ``setup`` for it) or the module provides; or ``None``:
-            after ``fit`` the dataset of the train loader, in order, each sample once. Labels are not looked at.
+            ``"test"``), or several, whose dataloaders the datamodule (after ``setup`` for it) or the module provides;
+            or ``None``: after ``fit`` what the train loader yields in an epoch. Labels are not looked at.
             ``"test"`` adapts to the very images that are tested (transductive): say so where you report it.
         exact: See :func:`~pl_personalize.adapt_batchnorm`.
         prior_samples: See there.
@@ -69,11 +70,11 @@ class AdaBN(EstimationCallback):
         max_scratch_mb: See :func:`~pl_personalize.adapt_batchnorm`.
 
     Attributes:
-        statistics: What was written, or used last.
-        path: Its file.
+        statistics: What was written, or used last; ``None`` before.
+        path: Its file; ``None`` after a trial run (``fast_dev_run``), which leaves none.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a module that
+        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards parameters (FSDP, DeepSpeed), a module that
             does not exist, a layer with ``track_running_stats=False``, or, for ``fit``, a stage without dataloader.
     """
 

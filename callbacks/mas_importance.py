@@ -19,12 +19,13 @@ class MASImportance(ImportanceCallback):
         Trainer(callbacks=[callback]).predict(model, dataloader)
 
     The result is a safetensors file (:class:`~pl_personalize.Importance`), and a summary in the Trainer's loggers.
-    Under DDP each process takes a part of the data, without repetition, and all end with the same importances.
+    The batches are those that the loaders yield; under DDP each process takes a part of them, without repetition, and
+    all end with the same importances (docs/passes.md).
 
     Args:
         dataloader: The data for ``fit``: an iterable of batches; the name of a stage (``"train"``, ``"val"``,
-            ``"test"``, ``"predict"``), whose dataloader the datamodule (after ``setup`` for it) or the module provides;
-            or ``None``: the dataset of the train loader, in order, each sample once.
+            ``"test"``, ``"predict"``), or several, whose dataloaders the datamodule (after ``setup`` for it) or the
+            module provides; or ``None``: what the train loader yields in an epoch.
         weights: For ``fit``: ``"best"`` uses the weights of the best checkpoint of a ModelCheckpoint that monitors a
             metric, where there is one, and puts the last ones back; ``"last"`` does not.
         module: Submodule whose parameters count; names are relative to it.
@@ -37,11 +38,11 @@ class MASImportance(ImportanceCallback):
         max_scratch_mb: See there.
 
     Attributes:
-        importance: The result.
-        path: Its file.
+        importance: The result; there is an error before there is one.
+        path: Its file; ``None`` after a trial run (``fast_dev_run``), which leaves none.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a strategy that shards parameters (FSDP, DeepSpeed), a stage
+        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards parameters (FSDP, DeepSpeed), a stage
             without dataloader, or a module that does not exist.
     """
 
