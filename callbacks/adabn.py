@@ -74,8 +74,9 @@ class AdaBN(EstimationCallback):
         path: Its file; ``None`` after a trial run (``fast_dev_run``), which leaves none.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards parameters (FSDP, DeepSpeed), a module that
-            does not exist, a layer with ``track_running_stats=False``, or, for ``fit``, a stage without dataloader.
+        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards
+            parameters (FSDP, DeepSpeed), a module that does not exist, a layer with ``track_running_stats=False``, or,
+            for ``fit``, a stage without dataloader; before the first step, for what two samples or the folder show.
     """
 
     folder = "batchnorm"

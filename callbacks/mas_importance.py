@@ -42,8 +42,9 @@ class MASImportance(ImportanceCallback):
         path: Its file; ``None`` after a trial run (``fast_dev_run``), which leaves none.
 
     Raises:
-        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards parameters (FSDP, DeepSpeed), a stage
-            without dataloader, or a module that does not exist.
+        MisconfigurationException: In ``setup``, for a Trainer of ``pytorch_lightning``, a strategy that shards
+            parameters (FSDP, DeepSpeed), a stage without dataloader, or a module that does not exist; before the first
+            step, for what two samples or the folder show.
     """
 
     kind = "mas"
