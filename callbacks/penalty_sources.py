@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from pl_personalize.artifacts import ArtifactError, read_state_dict
 from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.names import prefix_hint
 from pl_personalize.importance import Importance
@@ -38,16 +37,21 @@ def sum_of_importances(
     """
     if given is None:
         return None
-    tasks = [given] if isinstance(given, str | os.PathLike | Mapping) else list(given)
+    tasks: list[Any] = [given] if isinstance(given, str | os.PathLike | Mapping) else list(given)
     total: dict[str, Tensor] = {}
     kinds: set[tuple[str, str]] = set()
-    for source in tasks:
+    for k, source in enumerate(tasks):
+        if not isinstance(source, str | os.PathLike | Mapping):
+            what = "None: has it been estimated?" if source is None else f"a {type(source).__name__}."
+            raise ValueError(f"importances[{k}] is {what} Give a mapping of names to tensors, or the path of a file.")
         task = source if isinstance(source, Mapping) else Importance.load(source)
         if isinstance(task, Importance):
             kinds.add((task.kind, task.reduction))
         for name, value in task.items():
             if is_excluded(name):
                 continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"importances[{k}] has a {type(value).__name__} for {name!r}; it has to be a tensor.")
             check_importance(name, value)
             value = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
             if name in total and value.shape != total[name].shape:
@@ -70,7 +74,7 @@ def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def read_anchor(anchor: Anchor | None) -> dict[str, Tensor]:
-    """The entries of a state dict, or of a file that has one.
+    """The tensors of a state dict, or of a file that has one: :func:`~pl_personalize.artifacts.read_state_dict`.
 
     Raises:
         ValueError: If the file cannot be read.
@@ -78,17 +82,11 @@ def read_anchor(anchor: Anchor | None) -> dict[str, Tensor]:
     if anchor is None:
         return {}
     if isinstance(anchor, Mapping):
-        return dict(anchor)
+        return {name: value for name, value in anchor.items() if isinstance(value, Tensor)}
     try:
-        if Path(anchor).suffix == ".safetensors":
-            return dict(load_file(anchor))
-        loaded: Any = torch.load(anchor, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises whatever a broken file makes it do
-        raise ValueError(f"the anchor {anchor} cannot be read: {error}") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the anchor {anchor} holds no state dict but {type(loaded).__name__}.")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in read_state_dict(anchor).items() if isinstance(value, Tensor)}
+    except ArtifactError as error:
+        raise ValueError(f"the anchor {error}") from error
 
 
 def anchor_of(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], module: str | None) -> dict[str, Tensor]:
@@ -114,6 +112,8 @@ def anchor_of(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], mo
                 "state dict of a module like this one, or leave parameters out with exclude=."
                 + ("" if value is not None else prefix_hint([name], anchor))
             )
+        if value.is_complex() and not parameter.is_complex():
+            raise ValueError(f"the anchor of {name!r} is {value.dtype}, and the parameter {parameter.dtype}.")
         if not bool(value.isfinite().all()):
             raise ValueError(f"the anchor of {name!r} is not finite.")
         entries[name] = value

@@ -2,17 +2,20 @@
 
 A file has one metadata entry, a JSON object: ``kind``, ``version``, ``names`` (in order), ``aliases``, ``metadata`` and
 ``sha256`` (of all of it). One entry, because the order of several differs from process to process, and with it the
-bytes of the file. Tensors that are the same storage are stored once and come back as one.
+bytes of the file. Tensors that are the same storage are stored once and come back as one. What a state dict knows of
+its modules' versions is in ``metadata``, under a name of its own, so that earlier releases read the file as well.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,9 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pl_personalize.functional.inert_pickle import InertFile
+from pl_personalize.functional.names import some
+from pl_personalize.functional.state_dicts import Versions, module_versions, shared_entries, with_versions
+
 _KEY = "pl_personalize"
 _VERSION = 1
 _FIELDS = {"kind", "version", "names", "aliases", "metadata", "sha256"}
+_MODULES = "state_dict._metadata"
+_EXPECTED = "a Lightning checkpoint, a state dict saved with torch.save, or a safetensors file"
 
 
 class ArtifactError(ValueError):
@@ -96,13 +105,22 @@ def save_tensors(
 
     Args:
         path: Where to; ``.safetensors`` by custom.
-        tensors: The tensors, on any device. Names that are one storage (tied weights) are stored once.
+        tensors: The tensors, on any device. Names that are one storage (tied weights) are stored once. The
+            ``_metadata`` of a state dict, the versions of its modules, is stored with it.
         kind: What they are, checked when the file is opened.
         metadata: Anything that JSON can hold.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: If an entry is no tensor, or of a type that safetensors files do not have.
     """
+    if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"The entries {some(others)} are no tensors, and a safetensors file has nothing else: leave them out, or "
+            "save the state dict with torch.save."
+        )
     aliases = shared_entries(tensors)
     unique = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in aliases}
     content = {
@@ -110,32 +128,26 @@ def save_tensors(
         "version": _VERSION,
         "names": list(tensors),
         "aliases": aliases,
-        "metadata": dict(metadata or {}),
+        "metadata": {**(metadata or {}), **_json_of(module_versions(tensors))},
     }
     content["sha256"] = _checksum(content, unique)
-    return write_atomically(path, save(unique, {_KEY: json.dumps(content, sort_keys=True)}))
+    try:
+        data = save(unique, {_KEY: json.dumps(content, sort_keys=True)})
+    except KeyError as error:  # how safetensors says that it has no such type
+        wrong = [name for name, value in unique.items() if value.dtype in error.args]
+        raise ValueError(
+            f"A safetensors file cannot hold {error.args[0]}: {some(wrong)}. Convert, or leave out."
+        ) from error
+    return write_atomically(path, data)
 
 
-def shared_entries(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The entries that are the same storage as an earlier one (tied weights), each with that one's name.
-
-    A mapping that reads its tensors from a file knows this itself, as its attribute ``aliases``.
-    """
-    known: dict[str, str] | None = getattr(tensors, "aliases", None)
-    if known is not None:
-        return known
-    first: dict[Any, str] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            continue
-        storage = tensor.untyped_storage().data_ptr()
-        key = (tensor.device, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if key in first:
-            shared[name] = first[key]
-        else:
-            first[key] = name
-    return shared
+def _json_of(versions: Versions | None) -> dict[str, Any]:
+    """The versions as a part of a file's metadata: nothing if there are none."""
+    plain = {
+        module: {what: value for what, value in entry.items() if isinstance(value, str | int | float | None)}
+        for module, entry in (versions or {}).items()
+    }
+    return {} if versions is None else {_MODULES: plain}
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -154,12 +166,8 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = Path(path)
         if not self.path.is_file():
             raise ArtifactError(f"{path} does not exist; expected a file of kind {kind!r}.")
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            content = json.loads((self._file.metadata() or {}).get(_KEY, "null"))
-            self._names = set(self._file.keys())
-        except (SafetensorError, ValueError, OSError) as error:
-            raise ArtifactError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
+        self._file, content = _open(self.path)
+        self._names = set(self._file.keys())
         if not isinstance(content, dict) or content.keys() != _FIELDS:
             raise ArtifactError(f"{path} was not written by pl_personalize; expected a file of kind {kind!r}.")
         if content["kind"] != kind:
@@ -168,7 +176,8 @@ class TensorFile(Mapping[str, Tensor]):
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
         self._order: list[str] = content["names"]
         self.aliases: dict[str, str] = content["aliases"]
-        self.metadata: dict[str, Any] = content["metadata"]
+        self.metadata: dict[str, Any] = {n: v for n, v in content["metadata"].items() if n != _MODULES}
+        self._metadata: Versions | None = content["metadata"].get(_MODULES)  # by the name that PyTorch looks for
         if not verify:
             return
         expected = content.pop("sha256")
@@ -191,9 +200,9 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._order)
 
     def load(self) -> dict[str, Tensor]:
-        """All tensors in memory; names that were one storage are one again."""
+        """All tensors in memory, a state dict; names that were one storage are one again."""
         loaded = {name: self._file.get_tensor(name) for name in sorted(self._names)}
-        return {name: loaded[self.aliases.get(name, name)] for name in self}
+        return with_versions({name: loaded[self.aliases.get(name, name)] for name in self}, module_versions(self))
 
     def __repr__(self) -> str:
         return f"TensorFile({str(self.path)!r}, {len(self)} tensors)"
@@ -209,9 +218,95 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
     return file.load(), file.metadata
 
 
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the state dict in a checkpoint of Lightning, in a file of ``torch.save``, or in a safetensors file.
+
+    Nothing in the file is run. Hyperparameters and other objects beside the state dict may be of any class, also of one
+    that does not exist here: they are passed over.
+
+    Args:
+        path: The file; what it is shows in its content.
+
+    Returns:
+        A state dict with its ``_metadata``, on the CPU: tensors, and what is no tensor (``_extra_state``) where it is
+        plain data.
+
+    Raises:
+        ArtifactError: If the file is missing, broken, or holds no state dict.
+    """
+    state = open_state_dict(path)
+    if isinstance(state, TensorFile):
+        state = state.load()
+    # Not mapped: the file may be written again, as a last checkpoint is, while its tensors are in use.
+    return copy.deepcopy(with_versions(state, module_versions(state)))
+
+
+def open_state_dict(path: str | os.PathLike[str], *, kind: str | None = None) -> Mapping[str, Any]:
+    """The same with tensors that stay in the file until they are used, so that many can be open at once.
+
+    Only a file in torch's format before version 1.6 is read whole. The file must not be changed meanwhile.
+
+    Args:
+        path: The file.
+        kind: What it must hold if it is one of :func:`save_tensors`; by default anything but importances.
+
+    Raises:
+        ArtifactError: As :func:`read_state_dict` does.
+    """
+    source = Path(path)
+    if not source.is_file():
+        what = "is a folder, such as that of a sharded checkpoint" if source.is_dir() else "does not exist"
+        raise ArtifactError(f"{path} {what}; expected {_EXPECTED}.")
+    with open(source, "rb") as start:
+        is_safetensors = start.read(9)[8:] == b"{"
+    if is_safetensors:
+        file, content = _open(source)
+        found = content.get("kind") if isinstance(content, dict) else None
+        if found == "importance" != kind:
+            raise ArtifactError(f"{path} holds {found!r}; expected {kind or _EXPECTED!r}.")
+        return _Lazy(file, list(file.keys())) if found is None else TensorFile(path, kind=kind or str(found))
+    try:
+        file = InertFile(source)
+        state = file.content
+        if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
+        problem = _no_state_dict(state, file)
+    except Exception as error:  # torch's reader raises whatever a broken file makes it do
+        cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
+        problem = f"cannot be read: {next(iter(str(cause).splitlines()), type(cause).__name__)}"
+    if problem:
+        raise ArtifactError(
+            f"{path} {problem.removesuffix('.')}. Expected {_EXPECTED}. If you trust the file, load it with torch, and "
+            "save its state dict alone: torch.save(model.state_dict(), path)."
+        )
+    return state  # type: ignore[no-any-return]
+
+
+def _no_state_dict(state: Any, file: InertFile) -> str:
+    """Why it is none; empty if it is one."""
+    if not isinstance(state, Mapping):
+        return f"holds an object of the class {file.inert_name(state) or type(state).__name__}, and no state dict"
+    if state and not any(isinstance(value, Tensor) for value in state.values()):
+        return f"holds no tensors but the entries {some(map(str, state))}"
+    for name, value in state.items():
+        if not isinstance(value, Tensor) and (found := file.inert_name((name, value))):
+            return f"has an object of {found} in the entry {name!r} of its state dict, which only its own code can make"
+    return ""
+
+
+def _open(path: Path) -> tuple[Any, Any]:
+    """A safetensors file, and what a file of ours says of itself."""
+    try:
+        file = safe_open(path, framework="pt")
+        return file, json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ArtifactError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
+
+
 class _Lazy(Mapping[str, Tensor]):
-    def __init__(self, file: Any, names: set[str]) -> None:
+    def __init__(self, file: Any, names: Collection[str]) -> None:
         self._file, self._names = file, names
+        self.aliases: dict[str, str] = {}  # each tensor of such a file has its own bytes
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)

@@ -17,10 +17,10 @@ from pl_personalize.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
-    shared_entries,
     write_atomically,
     write_json,
 )
+from pl_personalize.functional.state_dicts import shared_entries
 
 
 def _tensors():
@@ -104,25 +104,6 @@ def test_shared_storage_is_stored_once_and_comes_back_shared(tmp_path):
     assert loaded["a"] is loaded["b"] is loaded["c"]
     assert len({loaded[name].data_ptr() for name in tensors}) == 3
     assert path.stat().st_size < (100 * 100 * 2 + 50 * 100) * 4 + 2000
-
-
-@pytest.mark.parametrize(
-    ("other", "shared"),
-    [
-        (lambda t: t, True),
-        (lambda t: t.detach(), True),
-        (lambda t: t.view_as(t), True),
-        (lambda t: t.clone(), False),
-        (lambda t: t.T, False),
-        (lambda t: t.view(-1), False),
-        (lambda t: t[1:], False),
-        (lambda t: t.view(torch.int32), False),
-    ],
-)
-def test_shared_entries_are_the_same_numbers_in_the_same_place(other, shared):
-    tensor = torch.randn(3, 3)
-
-    assert shared_entries({"first": tensor, "second": other(tensor)}) == ({"second": "first"} if shared else {})
 
 
 def test_tensor_file_is_a_lazy_mapping(tmp_path):
@@ -411,3 +392,51 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
         write_json(path, {"a": {1, 2}})
 
     assert read_json(path) == {"a": 1}
+
+
+def _content(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["pl_personalize"])
+
+
+def test_the_versions_of_modules_are_stored_with_a_state_dict(tmp_path):
+    state = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    state._metadata["0"]["made by"], state._metadata["1"]["object"] = "us", object()
+
+    file = TensorFile(save_tensors(tmp_path / "x", state, kind="expert", metadata={"a": 1}), kind="expert")
+
+    versions = {"": {"version": 1}, "0": {"version": 1, "made by": "us"}, "1": {"version": 2}}
+    assert file.metadata == {"a": 1}
+    assert dict(file.load()._metadata) == dict(file._metadata) == versions
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.load_state_dict(file)
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
+def test_a_file_without_versions_is_as_it_always_was(tmp_path):
+    path = save_tensors(tmp_path / "x", {"w": torch.ones(1)}, kind="expert", metadata={"a": 1})
+
+    content = _content(path)
+    assert content.keys() == {"kind", "version", "names", "aliases", "metadata", "sha256"}
+    assert (content["version"], content["metadata"]) == (1, {"a": 1})
+    assert not hasattr(TensorFile(path, kind="expert").load(), "_metadata")
+
+
+def test_a_file_with_versions_has_the_fields_that_earlier_releases_read(tmp_path):
+    path = save_tensors(tmp_path / "x", torch.nn.Linear(1, 1).state_dict(), kind="expert")
+
+    content = _content(path)
+    assert content.keys() == {"kind", "version", "names", "aliases", "metadata", "sha256"}
+    assert content["version"] == 1
+
+
+def test_entries_that_are_no_tensors_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"entries _extra_state are no tensors.*torch\.save"):
+        save_tensors(tmp_path / "x", {"w": torch.ones(1), "_extra_state": {"steps": 3}}, kind="expert")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_type_that_files_do_not_have_is_refused_by_name(tmp_path):
+    tensors = {"w": torch.ones(1), "z": torch.ones(1, dtype=torch.complex128)}
+    with pytest.raises(ValueError, match=r"cannot hold torch\.complex128: z\."):
+        save_tensors(tmp_path / "x", tensors, kind="expert")

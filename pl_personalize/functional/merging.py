@@ -25,8 +25,12 @@ def check_importance(name: str, value: Tensor) -> Bounds:
         The smallest and the largest entry; 0 and 0 where there is none.
 
     Raises:
-        ValueError: If an entry is NaN, infinite or negative.
+        ValueError: If it is complex, or an entry is NaN, infinite or negative.
     """
+    if value.is_complex():
+        raise ValueError(
+            f"The importance of {name!r} is {value.dtype}; importances are real numbers, also of complex parameters."
+        )
     if value.numel() == 0:
         return 0.0, 0.0
     low, high = (float(bound) for bound in torch.aminmax(value.detach()))
@@ -58,8 +62,8 @@ def prefix_merges(
     arguments and the results only a few numbers. Sums are in float32 where it has room for them, in float64 elsewhere.
 
     Args:
-        parameters: The parameter in each expert.
-        importances: Its importance in each expert, finite and not negative, or ``None`` for the weighted mean.
+        parameters: The parameter in each expert; complex in all or in none.
+        importances: Its importance in each expert, real, finite and not negative, or ``None`` for the weighted mean.
         weights: One positive factor for each expert.
         zero: What an entry becomes whose importances sum to zero: the weighted ``"mean"`` of the experts, or 0 as in
             the published code (``"reference"``).
@@ -73,9 +77,13 @@ def prefix_merges(
 
     Raises:
         FloatingPointError: If a result is NaN or infinite: then a parameter or an importance is.
+        ValueError: If some parameters are complex and others are not.
     """
     if start >= len(parameters):
         return []
+    is_complex = parameters[0].is_complex()
+    if any(p.is_complex() != is_complex for p in parameters):
+        raise ValueError("A parameter is complex in some experts and real in others.")
     results = out or [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters[start:]]
     device = results[-1].device
     factors = [weight * scale for weight, scale in zip(weights, scales or [1.0] * len(weights), strict=True)]
@@ -95,6 +103,10 @@ def prefix_merges(
         if moves:
             thetas, omegas = ([t.to(device) for t in group] for group in (thetas, omegas))
         places = [target[i] for target in targets]
+        if is_complex:  # real and imaginary parts are merged with the same weights
+            thetas = [torch.view_as_real(theta.resolve_conj()).reshape(-1) for theta in thetas]
+            places = [torch.view_as_real(place).view(-1) for place in places]
+            omegas = [omega.repeat_interleave(2) for omega in omegas]
         # What is in the place of an expert is written last: until then, the expert is needed.
         values = [torch.empty_like(place) for place in places] if in_place else places
         if not stretch.merge(thetas, omegas, values):

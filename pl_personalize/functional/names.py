@@ -25,8 +25,8 @@ def some(names: Iterable[str], separator: str = ", ") -> str:
 def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
     """A sentence on the prefix by which names differ from those that are known; empty if it is not that alone.
 
-    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole; of several that
-    could be lacking, none is named.
+    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole; or on a part in
+    the middle, such as the ``.default`` of an adapter. Of several that could be lacking, none is named.
 
     Args:
         names: Names that are not known.
@@ -37,6 +37,8 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
         " Without the prefix 'module.' the names would match."
         >>> prefix_hint(["fc.weight"], ["body.fc.weight", "head.weight"])
         " With the prefix 'body.' the names would match."
+        >>> prefix_hint(["fc.lora_A.default.weight"], ["fc.lora_A.weight", "fc.weight"])
+        " Without '.default' the names would match."
         >>> prefix_hint(["fc.weight"], ["conv.weight"])
         ''
     """
@@ -48,4 +50,36 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
             return f" Without the prefix '{too_long}.' the names would match."
         if lacking != other and all(f"{lacking}.{name}" in there for name in names):
             longer.append(f" With the prefix '{lacking}.' the names would match.")
-    return longer[0] if len(longer) == 1 else ""
+    return longer[0] if len(longer) == 1 else "" if longer else _hint_inside(names, there)
+
+
+def _hint_inside(names: list[str], there: dict[str, None]) -> str:
+    """The same for a part that is neither at the beginning nor at the end."""
+    lacking = set()
+    for first, other in product(names[:1], there):
+        if (part := _part_inside(first, other)) and all(_without(name, part) in there for name in names):
+            return f" Without '.{part}' the names would match."
+        if part := _part_inside(other, first):
+            shorter = {_without(name, part) for name in there}
+            if shorter.issuperset(names):
+                lacking.add(part)
+    return f" With '.{lacking.pop()}' the names would match." if len(lacking) == 1 else ""
+
+
+def _part_inside(longer: str, shorter: str) -> str:
+    """What of the longer name has to go, everywhere, for the shorter one; empty if it takes more than that."""
+    parts, left = longer.split("."), shorter.split(".")
+    begin = next((k for k, (a, b) in enumerate(zip(parts, left, strict=False)) if a != b), len(left))
+    more = len(parts) - len(left)
+    for count in range(1, more + 1):  # of a part that is there several times, the first time
+        part = ".".join(parts[begin : begin + count])
+        if 0 < begin < len(left) and _without(longer, part) == shorter:
+            return part
+    return ""
+
+
+def _without(name: str, part: str) -> str:
+    """The name without a part, wherever it is."""
+    while (shorter := f".{name}.".replace(f".{part}.", ".", 1).strip(".")) != name:
+        name = shorter
+    return name

@@ -14,23 +14,23 @@ def quadratic_penalty(
     importances: Sequence[Tensor] | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    r"""The penalty :math:`\lambda \sum_p \Omega_p (\theta_p - \theta^\mathrm{ref}_p)^2`, without a factor 1/2.
+    r"""The penalty :math:`\lambda \sum_p \Omega_p |\theta_p - \theta^\mathrm{ref}_p|^2`, without a factor 1/2.
 
     The sum is over all entries of all parameters. With importances it is EWC (Kirkpatrick et al., PNAS 2017, which
     write λ/2: their λ is twice this one) or MAS (Aljundi et al., ECCV 2018); without, L2-transfer (Lee et al., NeurIPS
     2017). The convention is that of De Lange et al., CVPR 2020.
 
     Args:
-        parameters: Of any shapes.
-        anchors: What they are pulled to, θ_ref, of the same shapes.
-        importances: Ω, of the same shapes; ``None``: 1 everywhere.
+        parameters: Of any shapes, real or complex.
+        anchors: What they are pulled to, θ_ref, of the same shapes; real for real parameters.
+        importances: Ω, real, of the same shapes; ``None``: 1 everywhere.
         strength: λ.
 
     Returns:
-        A scalar, differentiable in everything that needs a gradient; float32 for parameters of lower precision.
+        A real scalar, differentiable in everything that needs a gradient; float32 for parameters of lower precision.
 
     Raises:
-        ValueError: If the numbers of tensors or their shapes differ.
+        ValueError: If the numbers of tensors or their shapes differ, or one is complex that has to be real.
 
     Example:
         >>> theta, reference, omega = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 5.0]), torch.tensor([2.0, 1.0])
@@ -41,7 +41,8 @@ def quadratic_penalty(
     total: Tensor | None = None
     for k, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
         precision = torch.promote_types(parameter.dtype, torch.float32)
-        squares = (parameter.to(precision) - anchor.to(precision)).square()
+        difference = parameter.to(precision) - anchor.to(precision)
+        squares = torch.view_as_real(difference).square().sum(-1) if difference.is_complex() else difference.square()
         term = (squares if importances is None else importances[k] * squares).sum()
         total = term if total is None else total + term.to(total.device)
     return torch.zeros(()) if total is None else strength * total
@@ -57,7 +58,8 @@ def add_penalty_gradient_(
     r"""Add :math:`2 \lambda \Omega (\theta - \theta_\mathrm{ref})`, the penalty's gradient, to ``.grad`` in place.
 
     What a backward pass through :func:`quadratic_penalty` would add, without a graph: a parameter that has no gradient
-    yet gets one, a sparse one becomes dense, and one that does not need a gradient is left alone.
+    yet gets one, a sparse one becomes dense, and one that does not need a gradient is left alone. That of a complex
+    parameter is the direction of steepest ascent, as everywhere in PyTorch.
 
     Args:
         parameters: Leaves, of any shapes.
@@ -67,7 +69,7 @@ def add_penalty_gradient_(
         strength: λ.
 
     Raises:
-        ValueError: If the numbers of tensors or their shapes differ.
+        ValueError: If the numbers of tensors or their shapes differ, or one is complex that has to be real.
 
     Example:
         >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
@@ -118,6 +120,11 @@ def _check_shapes(
             if tensor.shape != parameter.shape:
                 raise ValueError(
                     f"Number {k} of the {what} is {tuple(tensor.shape)}; its parameter is {tuple(parameter.shape)}."
+                )
+            if tensor.is_complex() and (tensors is importances or not parameter.is_complex()):
+                raise ValueError(
+                    f"Number {k} of the {what} is {tensor.dtype}, and has to be real: "
+                    + ("importances are." if tensors is importances else f"its parameter is {parameter.dtype}.")
                 )
 
 

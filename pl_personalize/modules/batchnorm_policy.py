@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.moments import MEAN, VARIANCE
+from pl_personalize.functional.swapped_weights import call_with_weights
 
 BNPolicy = Literal["last", "average", "expert", "recalibrate", "adapt", "reference"]
 """Of model t, on task i:
@@ -118,6 +118,6 @@ def re_estimate(
         entries = {**state, **{name: state[name].clone() for name in names}}
 
     def forward(module: nn.Module, batch: Any) -> Any:
-        return functional_call(module, entries, (convert(as_input(batch)),), tie_weights=False)
+        return call_with_weights(module, entries, convert(as_input(batch)))
 
     return estimate_batchnorm(network, data, module="body", forward=forward, **options)

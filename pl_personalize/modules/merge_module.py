@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -10,10 +11,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pl_personalize.artifacts import TensorFile, shared_entries
+from pl_personalize.artifacts import TensorFile, open_state_dict
 from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.names import some
+from pl_personalize.functional.state_dicts import (
+    Versions,
+    module_versions,
+    shared_entries,
+    versions_above,
+    versions_below,
+    with_versions,
+)
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
 from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
@@ -35,8 +44,10 @@ class MergeModule(SequenceEvaluator):
 
     Args:
         network: The architecture; its own parameters are not used.
-        experts: One for each task: a state dict of a :class:`~pl_personalize.models.TaskNetwork`, or a file that
-            :func:`~pl_personalize.artifacts.save_tensors` wrote with kind ``"expert"``, which is read when needed.
+        experts: One for each task: a state dict of a :class:`~pl_personalize.models.TaskNetwork` or of a
+            :class:`~pl_personalize.TaskLearner`, or a file with one, which is read when needed: one that
+            :func:`~pl_personalize.artifacts.save_tensors` wrote with kind ``"expert"``, a checkpoint of Lightning, a
+            state dict saved with ``torch.save``, or any safetensors file.
         importances: One mapping or importance file for each expert, with names relative to the body, to the network
             (``body.…``) or to a :class:`~pl_personalize.TaskLearner` (``network.body.…``); or for each user's name such
             a sequence; or ``None`` for the plain mean.
@@ -180,9 +191,12 @@ class MergeModule(SequenceEvaluator):
         if statistics_names(self.network.body) and self.bn_policy not in ("last", "reference"):
             body.update(self._average(self.num_tasks))
         state = {f"body.{name}": value for name, value in body.items()}
+        versions = versions_above(module_versions(body), "body")
         for i, head in enumerate(self.heads):
-            state.update({f"heads.{i}.{name}": value.clone() for name, value in head.items()})
-        return state
+            copies = {n: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for n, v in head.items()}
+            state.update({f"heads.{i}.{name}": value for name, value in copies.items()})
+            versions.update(versions_above(module_versions(head), f"heads.{i}"))
+        return with_versions(state, versions or None)
 
 
 class _Part(Mapping[str, Tensor]):
@@ -205,6 +219,11 @@ class _Part(Mapping[str, Tensor]):
         }
 
     @property
+    def _metadata(self) -> Versions | None:
+        """Versions of the modules, by the name that PyTorch looks for."""
+        return versions_below(module_versions(self._state), self._prefix.removesuffix("."))
+
+    @property
     def kind(self) -> str | None:
         """The kind of importances, if that is what these are."""
         return kind_of(self._state)
@@ -223,7 +242,7 @@ def _open_expert(expert: Expert) -> StateDict:
     """The entries ``body.…`` and ``head.…`` of an expert; those of a TaskLearner are below ``network``."""
     if isinstance(expert, nn.Module):
         raise MisconfigurationException(f"An expert must be a state dict or a file; got a {type(expert).__name__}.")
-    state = expert if isinstance(expert, Mapping) else TensorFile(expert, kind=EXPERT_KIND)
+    state = expert if isinstance(expert, Mapping) else open_state_dict(expert, kind=EXPERT_KIND)
     return _Part(state, "network") if any(name.startswith("network.body.") for name in state) else state
 
 

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.func import functional_call
 from typing_extensions import override
 
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.swapped_weights import call_with_weights
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.batchnorm_policy import (
@@ -158,9 +158,9 @@ class SequenceEvaluator(LightningModule):
         self.accuracy.reset()
 
     def _placed(self, part: str, state: StateDict) -> dict[str, Tensor]:
-        """The entries of body or head by their names in the network, on its device and in its precision."""
+        """The tensors of body or head by their names in the network, on its device and in its precision."""
         own = self.network.get_submodule(part).state_dict()
-        return {f"{part}.{name}": value.to(own[name]) for name, value in state.items()}
+        return {f"{part}.{name}": value.to(own[name]) for name, value in state.items() if isinstance(value, Tensor)}
 
     def _once(self, body: StateDict) -> StateDict:
         """The entries of a body; those of a module with several names once, which functional_call cannot restore."""
@@ -198,7 +198,7 @@ class SequenceEvaluator(LightningModule):
         x, y = batch
         for (t, i), state in self._states.items():
             if i == dataloader_idx:
-                logits: Tensor = functional_call(self.network, state, (x,), tie_weights=False)
+                logits: Tensor = call_with_weights(self.network, state, x)
                 self.accuracy.update(logits.argmax(1), y, model=t, task=i)
 
     @override

@@ -195,3 +195,61 @@ def test_any_numbers_equal_plain_python(columns, zero):
 
     for t, merged in enumerate(prefix_merges(thetas, omegas, weights, zero, start=1), start=2):
         assert ((merged - naive_merge(thetas[:t], omegas[:t], weights[:t], zero)).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("zero", ["mean", "reference"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["importances", "mean"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.complex64, 1e-6), (torch.complex128, 1e-14)])
+def test_complex_parameters_equal_the_formula(dtype, rtol, weighted, zero):
+    generator = torch.Generator().manual_seed(0)
+    thetas = [torch.randn(3, 4, dtype=torch.complex128, generator=generator).to(dtype) for _ in range(3)]
+    omegas = [torch.rand(3, 4, dtype=torch.float64, generator=generator) for _ in thetas] if weighted else None
+    for omega in omegas or ():
+        omega[0, 1] = 0.0  # important to nobody
+    weights = [0.5, 2.0, 7.0]
+
+    merged = prefix_merges(thetas, omegas, weights, zero)
+
+    assert torch.equal(merged[0], thetas[0])
+    for t in (2, 3):
+        masses = [w * (omegas[k] if weighted else torch.ones(3, 4).double()) for k, w in enumerate(weights[:t])]
+        right = sum(m * theta.to(torch.complex128) for m, theta in zip(masses, thetas, strict=False)) / sum(masses)
+        if weighted:
+            mean = sum(w * theta[0, 1].item() for w, theta in zip(weights[:t], thetas, strict=False)) / sum(weights[:t])
+            right[0, 1] = mean if zero == "mean" else 0.0
+        assert merged[t - 1].dtype == dtype
+        torch.testing.assert_close(merged[t - 1].to(torch.complex128), right, rtol=rtol, atol=rtol)
+
+
+def test_complex_parameters_of_any_layout():
+    """Conjugated lazily, strided, transposed and without an entry."""
+    theta = torch.randn(6, 4, dtype=torch.complex64)
+    for view in (theta.conj(), theta[:, 0], theta.T, theta[:0], theta[0, 0]):
+        other = torch.randn(view.shape, dtype=torch.complex64)
+
+        merged = prefix_merges([view, other], None, [1.0, 3.0], start=1)[0]
+
+        assert merged.shape == view.shape
+        assert not merged.is_conj()
+        torch.testing.assert_close(merged, (view + 3 * other) / 4)
+
+
+def test_a_complex_parameter_may_be_overwritten():
+    thetas = [torch.randn(5, dtype=torch.complex64) for _ in range(2)]
+    omegas = [torch.rand(5) for _ in range(2)]
+    right = prefix_merges(thetas, omegas, [1.0, 1.0], start=1)[0]
+
+    merged = prefix_merges(thetas, omegas, [1.0, 1.0], start=1, out=[thetas[0]])[0]
+
+    assert merged is thetas[0]
+    assert torch.equal(merged, right)
+
+
+def test_complex_and_real_parameters_do_not_mix():
+    with pytest.raises(ValueError, match="complex in some experts and real in others"):
+        prefix_merges([torch.ones(2), torch.ones(2, dtype=torch.complex64)], None, [1.0, 1.0])
+
+
+def test_a_complex_importance_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'w' is torch.complex64; importances are real"):
+        check_importance("w", torch.ones(2, dtype=torch.complex64))

@@ -34,3 +34,28 @@ def test_the_first_names_are_shown(names, text):
 )
 def test_a_prefix_is_hinted_at_if_it_is_all_that_differs(names, known, hint):
     assert prefix_hint(names, known) == hint
+
+
+@pytest.mark.parametrize(
+    ("longer", "shorter", "part"),
+    [
+        (["q.lora_A.default.weight", "q.lora_B.default.weight"], ["q.lora_B.weight", "q.lora_A.weight"], ".default"),
+        (["net._orig_mod.0.weight"], ["net.0.weight", "net.1.weight"], "._orig_mod"),
+        (["a._orig_mod.b._orig_mod.w"], ["a.b.w"], "._orig_mod"),
+        (["a.x.y.w"], ["a.w"], ".x.y"),
+        (["a.x.w", "b.y.w"], ["a.w", "b.w"], ""),
+        (["a.x.w", "b.x.w"], ["a.w", "c.w"], ""),
+        (["a.x.w", "a.y.w"], ["a.w"], ""),
+        (["a.xx.w"], ["a.x.w"], ""),
+        (["a.w.x"], ["a.w"], ""),  # at the end
+    ],
+)
+def test_a_part_in_the_middle_is_hinted_at(longer, shorter, part):
+    assert prefix_hint(longer, shorter) == (f" Without '{part}' the names would match." if part else "")
+    if part and len(longer) == len(shorter):
+        assert prefix_hint(shorter, longer) == f" With '{part}' the names would match."
+
+
+def test_of_several_parts_that_could_be_lacking_none_is_named():
+    assert prefix_hint(["a.w"], ["a.0.w", "a.1.w"]) == ""
+    assert prefix_hint(["a.w"], ["a.0.w", "b.1.w"]) == " With '.0' the names would match."

@@ -217,3 +217,51 @@ def test_tensors_that_do_not_fit_are_refused(function, anchors, importances, mes
     with pytest.raises(ValueError, match=message):
         function(parameters, anchors, importances, 1.0)
     assert all(p.grad is None for p in parameters)
+
+
+@pytest.mark.usefixtures("how")
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters(dtype, weighted):
+    """The distance is that in the plane: real and imaginary part are pulled as two real parameters."""
+    generator = torch.Generator().manual_seed(0)
+    parts, anchor = (torch.randn(3, 4, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    omega = torch.rand(3, 4, dtype=torch.float64, generator=generator)
+    parts.requires_grad_()
+    factor = omega if weighted else torch.ones_like(omega)
+    right = 0.5 * (factor[..., None] * (parts - anchor) ** 2).sum()
+    (gradient,) = torch.autograd.grad(right, parts)
+    parameter = torch.nn.Parameter(torch.view_as_complex(parts.detach()).to(dtype))
+    arguments = (
+        [parameter],
+        [torch.view_as_complex(anchor).to(dtype)],
+        [omega.to(dtype.to_real())] if weighted else None,
+    )
+
+    value = quadratic_penalty(*arguments, strength=0.5)
+    add_penalty_gradient_(*arguments, strength=0.5)
+
+    assert value.dtype == dtype.to_real()
+    torch.testing.assert_close(value.double(), right.detach(), rtol=1e-6, atol=1e-6)
+    (through_autograd,) = torch.autograd.grad(value, parameter)
+    for mine in (parameter.grad, through_autograd):
+        torch.testing.assert_close(torch.view_as_real(mine).double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_complex_parameter_beside_a_real_one_and_at_its_anchor():
+    parameters = [torch.tensor([1 + 2j], requires_grad=True), torch.tensor([3.0], requires_grad=True)]
+
+    value = quadratic_penalty(parameters, [torch.tensor([0j]), torch.tensor([1.0])])
+    at_the_anchor = quadratic_penalty(parameters[:1], [parameters[0].detach()])
+
+    assert value.item() == 9.0
+    assert torch.autograd.grad(at_the_anchor, parameters[0])[0].tolist() == [0j]
+
+
+@pytest.mark.parametrize("function", [quadratic_penalty, add_penalty_gradient_])
+def test_what_has_to_be_real_is_refused_by_its_number(function):
+    real, complex_one = torch.ones(2), torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"Number 1 of the anchors is torch.complex64.*its parameter is torch.float32"):
+        function([complex_one, real], [complex_one, complex_one])
+    with pytest.raises(ValueError, match=r"Number 0 of the importances is torch.complex64, and has to be real"):
+        function([complex_one], [complex_one], [complex_one])

@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reference import naive_merge
+from safetensors.torch import save_file
 from torch import nn
 
 from pl_personalize import ArtifactError, Importance, estimate_importance
@@ -329,3 +332,150 @@ def test_importances_of_different_kinds_are_refused():
     importances = [Importance(values, kind=kind, num_samples=1) for kind in ("mas", "fisher")]
     with pytest.raises(ValueError, match=r"different kinds, \['fisher \(sample\)', 'mas \(sample\)'\]"):
         MergeModule(mlp((4,), 2, [3]), experts, importances).export()
+
+
+# Files of other formats, and what networks keep
+
+
+def _with_hyperparameters(state, path):
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": np.float64(0.1), "folder": Path("x")}}, path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(_with_hyperparameters, id="checkpoint"),
+        pytest.param(
+            lambda state, path: _with_hyperparameters({f"network.{n}": v for n, v in state.items()}, path), id="learner"
+        ),
+        pytest.param(torch.save, id="state dict"),
+        pytest.param(lambda state, path: save_file(dict(state), path), id="safetensors"),
+    ],
+)
+def test_experts_in_files_of_other_formats(tmp_path, write):
+    for k, state in enumerate(STATES):
+        write(state, tmp_path / f"{k}.ckpt")
+
+    module = merges([tmp_path / f"{k}.ckpt" for k in range(3)], ANN)
+
+    assert evaluate(module, tmp_path) == evaluate(merges(STATES, ANN), tmp_path)
+    right = merges(STATES, ANN).export()
+    assert all(torch.equal(value, right[name]) for name, value in module.export().items())
+
+
+def test_a_file_without_a_state_dict_is_named(tmp_path):
+    torch.save(EXPERTS[0], tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match=r"model\.pt holds an object of the class .*TaskNetwork, and no state dict"):
+        merges([tmp_path / "model.pt", *STATES[1:]])
+
+
+class Versioned(nn.Linear):
+    """A layer whose files of version 1 had the weight transposed."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] = state[prefix + "weight"].T
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_export_is_of_the_modules_versions(tmp_path, saved):
+    def make():
+        return TaskNetwork(nn.Sequential(Versioned(4, 4)), Versioned(4, 4))
+
+    experts = [make() for _ in range(2)]
+    states = [expert.state_dict() for expert in experts]
+    if saved:
+        states = [save_tensors(tmp_path / f"{k}", state, kind="expert") for k, state in enumerate(states)]
+
+    exported = MergeModule(make(), states).export()
+
+    model = MultiHeadNetwork(make().body, [make().head for _ in range(2)])
+    model.load_state_dict(exported)
+    torch.testing.assert_close(model.body[0].weight, (experts[0].body[0].weight + experts[1].body[0].weight) / 2)
+    assert all(torch.equal(head.weight, expert.head.weight) for head, expert in zip(model.heads, experts, strict=True))
+
+
+class Cached(nn.Module):
+    """Keeps a table of its parameter in eval mode until it is trained again."""
+
+    def __init__(self):
+        super().__init__()
+        self.b, self.cache = nn.Parameter(torch.randn(6)), {}
+
+    def train(self, mode=True):
+        if mode:
+            self.cache.clear()
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return x + 5 * self.b
+        if "b" not in self.cache:
+            self.cache["b"] = 5 * self.b
+        return x + self.cache["b"]
+
+
+class Plain(Cached):
+    def forward(self, x):
+        return x + 5 * self.b
+
+
+class DataToAdapt(Data):
+    def adapt_dataloader(self, task):
+        return tensor_loader(*rows(task), batch_size=9)
+
+
+@pytest.mark.parametrize("bn_policy", ["last", "adapt"])
+def test_each_merge_is_tested_with_its_own_weights_where_modules_keep_tables(tmp_path, bn_policy):
+    """The same accuracies as of a network that keeps nothing."""
+
+    def make(kind, seed, classes=2):
+        torch.manual_seed(seed)
+        body = nn.Sequential(kind(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
+        return TaskNetwork(body, nn.Linear(5, classes))
+
+    states = [make(Plain, k, classes).state_dict() for k, classes in enumerate(CLASSES)]
+    matrices, statistics = [], []
+    for kind in (Plain, Cached):
+        network = make(kind, 9).eval()
+        network(torch.zeros(1, 6))  # it has been used before
+        module = MergeModule(network, states, bn_policy=bn_policy)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.test(module, datamodule=DataToAdapt(), verbose=False)
+        matrices.append(module.matrix)
+        statistics.append(module.statistics)
+
+    assert torch.equal(*(matrix.nan_to_num(-1) for matrix in matrices))
+    for cell, found in statistics[0].items():
+        assert all(torch.equal(value, statistics[1][cell][name]) for name, value in found.items())
+
+
+def test_experts_with_entries_that_are_no_tensors(tmp_path):
+    class WithExtra(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": [int(self.out_features)]}
+
+        def set_extra_state(self, state):
+            self.steps = state["steps"]
+
+    def make(classes):
+        return TaskNetwork(nn.Sequential(WithExtra(6, 5), nn.ReLU()), WithExtra(5, classes))
+
+    experts = [make(classes) for classes in CLASSES]
+    module = MergeModule(make(2), [expert.state_dict() for expert in experts])
+
+    evaluate(module, tmp_path)
+    exported = module.export()
+
+    assert exported["body.0._extra_state"] == {"steps": [5]}
+    assert [exported[f"heads.{k}._extra_state"] for k in range(3)] == [{"steps": [classes]} for classes in CLASSES]
+    MultiHeadNetwork(make(2).body, [make(classes).head for classes in CLASSES]).load_state_dict(exported)
