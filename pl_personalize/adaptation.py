@@ -43,7 +43,8 @@ def adapt_batchnorm(
 
     With ``exact=True`` it does not: each layer normalises by the statistics of the whole data, so the result is that of
     a single batch of everything. Where the data and the activations fit into ``max_scratch_mb`` that is one pass with
-    one batch; else the layers are done one after the other, with a pass for each that stops there.
+    one batch, if the model takes it; else the layers are done one after the other, with a pass for each that stops
+    there.
 
     With ``prior_samples`` = N the present statistics count as N samples beside n new ones (Schneider et al., NeurIPS
     2020):
@@ -57,7 +58,7 @@ def adapt_batchnorm(
     Args:
         model: Any module. Without batch norm there is a warning, and nothing is changed.
         dataloader: Any iterable of batches. A batch is a tensor, a tuple whose first item is the input, or a dict
-            (keyword arguments of the model); the first dimension is the batch.
+            (keyword arguments of the model); the first dimension is the batch, or the input is a list of samples.
         exact: See above.
         prior_samples: See above; 0 forgets the present statistics.
         module: Only the layers below this submodule; names in the result are relative to it.
@@ -73,8 +74,9 @@ def adapt_batchnorm(
 
     Raises:
         ValueError: If there are no samples, a layer keeps no running statistics, a layer sees a single value for each
-            channel (one image, behind no spatial dimensions) and there is no prior, or a statistic is not finite; then
-            nothing was changed.
+            channel (one image, behind no spatial dimensions) and there is no prior, a layer normalises without
+            ``F.batch_norm``, or a statistic is not finite or too large for the layer's precision; then nothing was
+            changed.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))

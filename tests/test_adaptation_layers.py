@@ -290,6 +290,23 @@ def test_a_layer_whose_buffers_another_module_uses_is_not_reached(options):
 
 
 @each_way
+@each_kind
+def test_a_model_that_is_run_with_other_buffers(kind, options):
+    """What the layers have in the forward is what counts as a prior."""
+    model, x = network(kind, torch.float64), sequences(4)
+    other = {name: value + 1 for name, value in model.state_dict().items() if "running" in name}
+    before = copy.deepcopy(model.state_dict())
+    found = estimate_batchnorm(
+        model, x.split([4, 5]), forward=lambda m, batch: torch.func.functional_call(m, other, (batch,)), **options
+    )
+    assert unchanged(model, before)
+    model.load_state_dict(before | other)
+    expected = estimate_batchnorm(model, x.split([4, 5]), **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+@each_way
 def test_a_forward_that_was_put_in_place_of_a_layers_own(options):
     def rows(x):
         return nn.BatchNorm1d.forward(layer, x.flatten(0, 1)).view_as(x)

@@ -41,7 +41,6 @@ class BatchNormCalls:
 
     def __init__(self, layers: Mapping[str, _BatchNorm], handle: Handle) -> None:
         self._layers, self._handle = layers, handle
-        self._means = {name: layer.running_mean for name, layer in layers.items()}
         self._running: list[str] = []
         self._seen: set[str] = set()
 
@@ -77,7 +76,7 @@ class BatchNormCalls:
 
     def _own(self, name: str, layer: _BatchNorm, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._seen.discard(name)
-        with _Calls(partial(self._on_call, name)), self._inside(name):
+        with _Calls(partial(self._on_call, name, layer.running_mean)), self._inside(name):
             output = forward(*args, **kwargs)
         if name not in self._seen and any(tensor.numel() for tensor in batch_tensors(output)):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -88,8 +87,8 @@ class BatchNormCalls:
             )
         return output
 
-    def _on_call(self, name: str, call: dict[str, Any]) -> None:
-        own, mean = self._means[name], call.get(MEAN)
+    def _on_call(self, name: str, own: Tensor | None, call: dict[str, Any]) -> None:
+        mean = call.get(MEAN)
         if self._running[-1] != name or mean is None or own is None:
             return
         if mean is own or (mean.shape == own.shape and torch.allclose(mean, own.to(mean), 0, 0, equal_nan=True)):

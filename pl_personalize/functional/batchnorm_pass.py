@@ -21,6 +21,7 @@ from pl_personalize.functional.batches import (
     slice_batch,
 )
 from pl_personalize.functional.batchnorm_calls import BatchNormCalls
+from pl_personalize.functional.module_state import buffers_kept
 from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, in_precision_of, mean_and_variance
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -55,7 +56,7 @@ class StatisticsPass(ABC):
         self.moments: dict[str, Tensor] = {}
         self.num_samples = 0
         self._forward = forward
-        self._old = {name: _present(layer) for name, layer in layers.items()}
+        self._old: dict[str, tuple[Tensor, Tensor]] = {}
         self._batch_norm_calls = BatchNormCalls(layers, self._statistics_for)
 
     @abstractmethod
@@ -99,6 +100,8 @@ class StatisticsPass(ABC):
 
     def _statistics_for(self, name: str, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer normalises ``x`` by, in the precision of its own statistics."""
+        if name not in self._old:  # from the call, as a forward may run the model with other buffers
+            self._old[name] = mean.double().clone(), variance.double().clone()
         moments = self.see(name, x)
         found = self._old[name] if moments is None else self.normalise_by(name, moments)
         return found[0].to(mean), in_precision_of(variance, found[1], f"{VARIANCE} of the batch-norm layer {name!r}")
@@ -109,7 +112,7 @@ class StatisticsPass(ABC):
 
     def _blend(self, name: str, moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
         mean, variance = mean_and_variance(moments, unbiased=unbiased)
-        old_mean, old_variance = self._old[name]
+        old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
         if moments[0].max() <= 1:
             variance = old_variance  # a single value says nothing of it
         if not self.prior_samples and moments[0].max() > 1:
@@ -244,7 +247,8 @@ class ExactPass(StatisticsPass):
         sample = copy_batch(slice_batch(batch, batch_size(batch), slice(0, count)))
         handles = [layer.register_forward_hook(measure) for layer in self.model.modules()]
         try:
-            self._forward(self.model, sample)
+            with buffers_kept(self.model):
+                self._forward(self.model, sample)
         finally:
             for handle in handles:
                 handle.remove()
@@ -254,7 +258,7 @@ class ExactPass(StatisticsPass):
 def _present(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    return layer.running_mean.double().clone(), layer.running_var.double().clone()
+    return layer.running_mean.double(), layer.running_var.double()
 
 
 def _no_moments(layer: _BatchNorm) -> Tensor:
