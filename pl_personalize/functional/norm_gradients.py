@@ -19,10 +19,10 @@ _NORMS = _BATCH_NORMS | _INSTANCE_NORMS
 class RightNormGradients(TorchFunctionMode):
     """A context in which the gradient that reaches a norm's output has the memory layout of the norm's input.
 
-    On a CPU, PyTorch's batch norm takes a wrong kernel in its backward pass where the two layouts differ and a dimension
-    has size 1: that of the samples, or of the positions (inside an instance norm, it always has). Everything that it
-    returns is wrong then, without an error. Which function a module calls, and from where, does not matter; TorchScript
-    is out of reach.
+    On a CPU, PyTorch's batch norm takes a wrong kernel in its backward pass where the two layouts differ and a
+    dimension has size 1: that of the samples, or one of the positions (inside an instance norm, the first always has).
+    Everything that it returns is wrong then, without an error. Which function a module calls, and from where, does not
+    matter; TorchScript is out of reach.
     """
 
     def __torch_function__(
