@@ -27,9 +27,9 @@ class FisherImportance(ImportanceCallback):
 
     Args:
         dataloader: See :class:`~pl_personalize.callbacks.MASImportance`.
-        labels: ``"sampled"`` from the model (or ``False``), or ``"true"`` ones from the batch (or ``True``; the empirical
-            Fisher): the second of two items, or the label in a dict. A function ``batch -> labels``, or the index of an
-            item, says where the true ones are.
+        labels: ``"sampled"`` from the model (or ``False``), or ``"true"`` ones from the batch (or ``True``), for the
+            empirical Fisher: the second of two items, or the label in a dict. A function ``batch -> labels``, or the
+            index of an item, says where else the true ones are.
         draws: Labels drawn for each sample, or ``"all"`` for the exact expectation over the classes.
         generator: Source of the drawn labels, or a seed, with which each estimate draws the same; see
             :func:`~pl_personalize.estimate_importance`.
@@ -70,7 +70,8 @@ class FisherImportance(ImportanceCallback):
     ) -> None:
         if isinstance(labels, str) and labels not in ("sampled", "true"):
             raise MisconfigurationException(
-                f"labels must be 'sampled' or 'true'; got {labels!r}. Of a key, say labels=lambda batch: batch[{labels!r}]."
+                f"labels must be 'sampled' or 'true'; got {labels!r}. For a key, pass a function: "
+                f"labels=lambda batch: batch[{labels!r}]."
             )
         # Of YAML, `true` is a truth value.
         is_true = labels is not False and labels != "sampled"

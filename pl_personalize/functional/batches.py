@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from pl_personalize.functional.batch_fields import agreed, items_of, map_samples, may_be_samples, readings
+from pl_personalize.functional.batch_fields import agreed, is_listed, items_of, map_samples, may_be_samples, readings
 from pl_personalize.functional.names import some
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -43,6 +43,9 @@ def batch_size(batch: Any) -> int:
         raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
     if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
         found = found | {len(batch)}
+    if len(found) > 1:  # a list of something other than tensors, such as a detector's targets, is one of samples
+        listed = {len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)}
+        found = listed & found if len(listed & found) == 1 and not isinstance(batch, list) else found
     if len(found) == 1:
         return next(iter(found))
     sizes = some(f"{name}: {_or(sizes)}" for name, sizes in said.items() if sizes is not None)

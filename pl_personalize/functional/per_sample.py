@@ -164,8 +164,8 @@ class PerSamplePowerSums:
                 powers are summed over them, too.
 
         Raises:
-            ValueError: If samples of a batch influence each other, if the output is not finite, or if the gradients of a
-                layer cannot be formed as the check found them.
+            ValueError: If samples of a batch influence each other, if the output is not finite, or if a layer's
+                gradients cannot be formed as the check found them.
         """
         batch = apply_to_collection(batch, Tensor, Tensor.detach)  # an input that needs a gradient is of no use here
         if self._samples_checked < min(2, num_samples):
