@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
 
 from pl_personalize.callbacks.estimation_callback import Stage
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
+from pl_personalize.estimation import check_options
 from pl_personalize.functional.per_sample import Forward
 
 
@@ -23,9 +27,13 @@ class FisherImportance(ImportanceCallback):
 
     Args:
         dataloader: See :class:`~pl_personalize.callbacks.MASImportance`.
-        labels: ``"sampled"`` from the model, or ``"true"`` ones from the batch (the empirical Fisher).
+        labels: ``"sampled"`` from the model (or ``False``), or ``"true"`` ones from the batch (or ``True``), for the
+            empirical Fisher: the second of two items, or the label in a dict. A function ``batch -> labels``, or the
+            index of an item, says where else the true ones are.
         draws: Labels drawn for each sample, or ``"all"`` for the exact expectation over the classes.
-        generator: Source of the drawn labels, see :func:`~pl_personalize.estimate_importance`.
+        generator: Source of the drawn labels, or a seed, with which each estimate draws the same; see
+            :func:`~pl_personalize.estimate_importance`.
+        class_dim: Dimension of the classes where each sample has several positions, see there.
         weights: See :class:`~pl_personalize.callbacks.MASImportance`.
         module: See there.
         exclude: See there.
@@ -47,9 +55,10 @@ class FisherImportance(ImportanceCallback):
         self,
         dataloader: Iterable[Any] | Stage | None = None,
         *,
-        labels: Literal["sampled", "true"] = "sampled",
+        labels: Literal["sampled", "true"] | bool | int | Callable[[Any], Tensor] = "sampled",
         draws: int | Literal["all"] = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
+        class_dim: int | None = None,
         weights: Literal["best", "last"] = "best",
         module: str | None = None,
         exclude: Sequence[str] = (),
@@ -59,6 +68,25 @@ class FisherImportance(ImportanceCallback):
         reduction: Literal["sample", "batch"] = "sample",
         max_scratch_mb: float = 256,
     ) -> None:
+        if isinstance(labels, str) and labels not in ("sampled", "true"):
+            raise MisconfigurationException(
+                f"labels must be 'sampled' or 'true'; got {labels!r}. For a key, pass a function: "
+                f"labels=lambda batch: batch[{labels!r}]."
+            )
+        # Of YAML, `true` is a truth value.
+        is_true = labels is not False and labels != "sampled"
+        where = None if isinstance(labels, bool | str) else labels
+        self.kind = "empirical_fisher" if is_true else "fisher"
+        try:
+            check_options(
+                *(self.kind, reduction, draws, max_scratch_mb),
+                generator=generator,
+                labels=where,
+                class_dim=class_dim,
+                forward=forward,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         super().__init__(
             dataloader,
             weights=weights,
@@ -70,8 +98,14 @@ class FisherImportance(ImportanceCallback):
             reduction=reduction,
             max_scratch_mb=max_scratch_mb,
             draws=draws,
-            generator=generator,
+            generator=None if isinstance(generator, int) else generator,
         )
-        if labels not in ("sampled", "true"):
-            raise MisconfigurationException(f"labels must be 'sampled' or 'true'; got {labels!r}.")
-        self.kind = "empirical_fisher" if labels == "true" else "fisher"
+        self._seed = generator if isinstance(generator, int) else None
+        self._options |= {"labels": where, "class_dim": class_dim}
+
+    @override
+    def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
+        if self._seed is not None:
+            self._options["generator"] = torch.Generator().manual_seed(self._seed)
+            self._own_generator = None
+        return super()._generator(trainer, pl_module)

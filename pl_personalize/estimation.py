@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pl_personalize.functional.batches import as_logits, batch_labels, batch_size, call_model, check_logits
+from pl_personalize.functional.batches import Labels, as_logits, batch_labels, batch_size, call_model, check_logits
+from pl_personalize.functional.gradient_tape import sum_type
 from pl_personalize.functional.interrupts import InterruptsHeld, LetThrough
-from pl_personalize.functional.module_state import evaluating, model_kept, random_state_kept, uncompiled
+from pl_personalize.functional.layer_rules import raise_to
+from pl_personalize.functional.module_state import ForwardState, evaluating, model_kept, random_state_kept, uncompiled
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.norm_gradients import RightNormGradients
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
     label_cotangent,
     mas_cotangent,
-    sample_labels,
 )
-from pl_personalize.functional.per_sample import Forward, Path, PerSamplePowerSums
+from pl_personalize.functional.per_sample import Forward, PerSamplePowerSums
 from pl_personalize.importance import Importance, Kind, Reduction
 
 
@@ -36,7 +40,9 @@ def estimate_importance(
     module: str | None = None,
     exclude: Sequence[str] = (),
     draws: int | Literal["all"] = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
+    labels: Labels | None = None,
+    class_dim: int | None = None,
     forward: Forward | None = None,
     max_scratch_mb: float = 256,
     progress: bool = False,
@@ -50,17 +56,22 @@ def estimate_importance(
       :math:`\hat y` drawn from the model's own softmax: the diagonal of the Fisher information. Needs no labels.
     * ``"empirical_fisher"``: the same with the true labels (as in Kirkpatrick et al., PNAS 2017).
 
-    How each parameter's gradients are computed is decided on the first two samples, with plain autograd beside it; what
-    they do not show, such as rows that a layer picks by their values, is not seen.
+    How each parameter's gradients are computed is decided on the first two samples, with plain autograd beside it. A
+    layer that a later batch uses otherwise, as in networks that route their samples, is done by a loop from there on;
+    rows that a layer picks by their values are not seen where they happen to be as many as the samples.
 
     The absolute value or square is taken for each sample, not for the mean over a batch: the result does not depend on
     the batch size. It is computed in eval mode and without autocast, and the model is left as it was: modes,
-    ``requires_grad``, ``.grad``, buffers, hooks and the state of the random number generators.
+    ``requires_grad``, ``.grad``, buffers, hooks, what modules keep, and the state of the random number generators. What
+    a forward keeps in a module (a table that follows from parameters, say) the next one computes anew, with a gradient.
+    Parameters that no gradient reaches nevertheless are named in a warning.
 
     Args:
-        model: Any module that maps an input to logits (N, classes); (N, \*) for ``"mas"``.
+        model: Any module that maps an input to logits (N, classes), or to others with ``class_dim``; (N, \*) for
+            ``"mas"``.
         dataloader: Any iterable of batches. A batch is a tensor, a tuple whose first item is the input, or a dict
-            (keyword arguments of the model); every tensor's first dimension is the batch.
+            (keyword arguments of the model); the first dimension of every tensor is the batch, or a list has one item
+            for each sample.
         kind: See above.
         reduction: ``"sample"``, or ``"batch"``: the estimate of the published DUA code, the mean over batches of
             |gradient of the batch mean| (MAS) or its square (Fisher; for ``"fisher"`` plus 1e-8). It depends on the
@@ -68,9 +79,15 @@ def estimate_importance(
         module: Name of the submodule whose parameters count; names in the result are relative to it.
         exclude: Names of parameters, or of modules, that do not count. Relative to ``model``.
         draws: For ``"fisher"``: labels drawn for each sample, or ``"all"`` for the exact expectation over the classes,
-            at the cost of one backward pass for each class.
-        generator: Source of the drawn labels. By default a copy of the global generator: the global one does not move,
-            so calls in a row draw the same.
+            at the cost of one backward pass for each class (and position).
+        generator: Source of the drawn labels, or a seed, with which each call draws the same. By default a copy of the
+            global generator: the global one does not move, so calls in a row draw the same, too.
+        labels: For ``"empirical_fisher"``: where a batch has its labels, as a function ``batch -> labels``, an index, a
+            key, or the name of an attribute. By default they are the second of two items, or in a dict the entry
+            ``labels``, ``label``, ``targets``, ``target`` or ``y``.
+        class_dim: For Fisher: the dimension of the classes where each sample has several positions: -1 for sequences
+            (N, T, classes), 1 for maps (N, classes, H, W). The log-likelihood of a sample is the sum over positions.
+            A label is drawn at each; true ones are (N, \*), and -100 marks a position that does not count.
         forward: ``(model, batch) -> logits`` where calling the model on the input is not enough.
         max_scratch_mb: Memory for per-sample gradients (in 2**20 bytes) where a layer has no closed form.
         progress: Show a progress bar if it takes more than two seconds.
@@ -79,7 +96,8 @@ def estimate_importance(
 
     Returns:
         Importances by the names of ``model.named_parameters()`` that need a gradient, in float32 (float64 for float64
-        parameters), on the model's device.
+        parameters), on the model's device. Those of complex parameters are real: of a gradient
+        :math:`\partial / \partial a + i\, \partial / \partial b`, they take the absolute value.
 
     Raises:
         ValueError: If the options are wrong, no parameter needs a gradient, there are no batches, the batch has no
@@ -92,10 +110,15 @@ def estimate_importance(
         >>> estimate_importance(model, [batch], "mas")["weight"].tolist()
         [[6.0, 18.0]]
     """
-    check_options(kind, reduction, draws, max_scratch_mb)
+    check_options(
+        kind, reduction, draws, max_scratch_mb, generator=generator, labels=labels, class_dim=class_dim, forward=forward
+    )
     parameters = select_parameters(model, module, exclude)
     device = next(iter(parameters.values())).device
     batches = _batches(dataloader, device, progress)
+    if isinstance(generator, int):
+        generator = torch.Generator().manual_seed(generator)
+    objective = _Objective(kind, draws, generator, labels, class_dim)
     estimate = _sums_per_sample if reduction == "sample" else _sums_per_batch
     with (
         InterruptsHeld() as interrupts,
@@ -106,31 +129,52 @@ def estimate_importance(
         uncompiled(),
     ):
         with model_kept(model):
-            sums, counts, paths = estimate(
+            found = estimate(
                 model,
                 parameters,
                 batches,
-                kind,
-                draws=draws,
-                generator=generator,
-                forward=forward or call_model,
+                objective,
+                forward=forward or partial(call_model, label_key=labels if isinstance(labels, str) else None),
                 max_scratch_bytes=int(max_scratch_mb * 2**20),
                 interruptible=interrupts.let_through(),
             )
+        sums, reached, counts = found.sums, found.reached, found.counts
         if all_reduce is not None:
             for name in sums:  # one after the other, so that no second set of them is held
                 sums[name] = all_reduce(sums[name])
-            counts = all_reduce(counts)
+            reached, counts = all_reduce(reached), all_reduce(counts)
         num_samples, denominator = int(counts[0]), int(counts[-1])
         if num_samples == 0:
             raise ValueError("The dataloader has no samples; importances need at least one.")
         floor = 1e-8 if (kind, reduction) == ("fisher", "batch") else 0.0
         for total in sums.values():
             total.div_(denominator).add_(floor)
+    unreached = [name for name, times in zip(sums, reached.tolist(), strict=True) if not times]
+    if unreached:
+        rank_zero_warn(
+            f"No gradient reached {some(unreached)} in any of {num_samples} samples: their importances are {floor:g}, "
+            "because the output as it was computed did not depend on them (not used, detached, or by way of something "
+            f"that is kept from an earlier forward). If that is right, leave them out: exclude={_as_tuple(unreached)}."
+        )
+    paths = found.paths | dict.fromkeys(unreached, "none")
     return Importance(sums, kind=kind, num_samples=num_samples, reduction=reduction, paths=paths)
 
 
-def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: float) -> None:
+def _as_tuple(names: Sequence[str]) -> str:
+    return f"({', '.join(map(repr, names[:5]))}, ...)" if len(names) > 5 else repr(tuple(names))
+
+
+def check_options(
+    kind: str,
+    reduction: str,
+    draws: int | str,
+    max_scratch_mb: float,
+    *,
+    generator: torch.Generator | int | None = None,
+    labels: Labels | None = None,
+    class_dim: int | None = None,
+    forward: Forward | None = None,
+) -> None:
     """Check options of :func:`estimate_importance`.
 
     Raises:
@@ -146,6 +190,18 @@ def check_options(kind: str, reduction: str, draws: int | str, max_scratch_mb: f
         raise ValueError(f"draws={draws!r} has a meaning for kind='fisher' with reduction='sample' alone.")
     if not 0 < max_scratch_mb < float("inf"):
         raise ValueError(f"max_scratch_mb must be positive; got {max_scratch_mb}.")
+    if isinstance(generator, bool) or not isinstance(generator, torch.Generator | int | None):
+        raise ValueError(f"generator must be a torch.Generator or a seed; got {generator!r}.")
+    if isinstance(labels, bool) or not (labels is None or callable(labels) or isinstance(labels, int | str)):
+        raise ValueError(f"labels must be a function of the batch, an index or a key; got {labels!r}.")
+    if labels is not None and kind != "empirical_fisher":
+        raise ValueError(f"labels={labels!r} has a meaning for kind='empirical_fisher' alone; got kind={kind!r}.")
+    if not callable(labels) and labels == 0 and forward is None:
+        raise ValueError("labels=0 is what the model gets: say how it is called, forward=lambda model, batch: ...")
+    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int) or class_dim == 0):
+        raise ValueError(f"class_dim must be a dimension other than 0, which is the samples; got {class_dim!r}.")
+    if class_dim is not None and kind == "mas":
+        raise ValueError(f"class_dim={class_dim} has a meaning for a Fisher information alone; got kind='mas'.")
 
 
 def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -209,69 +265,111 @@ def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) ->
         yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
 
 
-def _class_logits(logits: Tensor) -> Tensor:
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"A Fisher information needs logits (N, classes) of at least two classes; got {tuple(logits.shape)}."
+@dataclass(frozen=True)
+class _Objective:
+    """What is differentiated, as gradients with respect to the logits."""
+
+    kind: Kind
+    draws: int | Literal["all"]
+    generator: torch.Generator | None
+    labels: Labels | None
+    class_dim: int | None
+
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch without labels, where they are needed, before any work is done."""
+        if self.kind == "empirical_fisher":
+            batch_labels(batch, self.labels)
+
+    def cotangents(self, batch: Any, logits: Tensor) -> Iterable[Tensor]:
+        """One or more directions, whose powers are summed."""
+        if self.kind == "mas":
+            return [mas_cotangent(logits)]
+        scores = self._class_logits(logits)
+        if self.kind == "empirical_fisher":
+            labels = batch_labels(batch, self.labels)
+            found: Iterable[Tensor] = [label_cotangent(scores, labels, may_ignore=self.class_dim is not None)]
+        elif self.draws == "all":
+            found = expected_fisher_cotangents(scores)
+        else:
+            found = fisher_cotangents(scores, self.draws, self.generator)
+        return (direction.movedim(1, self.class_dim or 1) for direction in found)
+
+    def _class_logits(self, logits: Tensor) -> Tensor:
+        """The logits as (n, classes, *)."""
+        dim, shape = self.class_dim, tuple(logits.shape)
+        if dim is not None:
+            if not -len(shape) < dim < len(shape) or shape[dim] < 2:
+                raise ValueError(f"class_dim={dim} is no dimension of at least two classes in logits {shape}.")
+            return logits.movedim(dim, 1)
+        if len(shape) == 2 and shape[1] > 1:
+            return logits
+        way = (
+            "For one logit z and a sigmoid, take 0 and z, the logits of the same two classes: forward=lambda model, "
+            "batch: torch.nn.functional.pad(model(batch[0]).view(-1, 1), (1, 0))."
+            if len(shape) < 3
+            else "Where each sample has several positions, say which dimension is the classes: class_dim=-1 for "
+            "sequences, class_dim=1 for maps."
         )
-    return logits
+        raise ValueError(f"A Fisher information needs logits (N, classes) of at least two classes; got {shape}. {way}")
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over this process's data: powers of gradients; which parameters were reached; samples, and batches."""
+
+    sums: dict[str, Tensor]
+    reached: Tensor
+    counts: Tensor
+    paths: dict[str, str]
 
 
 def _sums_per_sample(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     batches: Iterator[Any],
-    kind: Kind,
+    objective: _Objective,
     *,
-    draws: int | Literal["all"],
-    generator: torch.Generator | None,
     forward: Forward,
     max_scratch_bytes: int,
     interruptible: LetThrough,
-) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Path]]:
-    def cotangents(batch: Any, logits: Tensor) -> Iterable[Tensor]:
-        if kind == "mas":
-            return [mas_cotangent(logits)]
-        if kind == "empirical_fisher":
-            return [label_cotangent(_class_logits(logits), batch_labels(batch))]
-        if draws == "all":
-            return expected_fisher_cotangents(_class_logits(logits))
-        return fisher_cotangents(_class_logits(logits), draws, generator)
-
-    power = 1 if kind == "mas" else 2
+) -> _Sums:
+    power = 1 if objective.kind == "mas" else 2
     engine = PerSamplePowerSums(model, parameters, power=power, forward=forward, max_scratch_bytes=max_scratch_bytes)
     count = 0
     with engine, interruptible:
         for batch in batches:
-            if kind == "empirical_fisher":
-                batch_labels(batch)  # before any work is done
+            objective.check_batch(batch)
             num_samples = batch_size(batch)
             if num_samples:
-                engine.add(batch, num_samples, partial(cotangents, batch))
+                engine.add(batch, num_samples, partial(objective.cotangents, batch))
             count += num_samples
-    device = next(iter(parameters.values())).device
-    return engine.sums, torch.tensor([count], device=device), engine.paths
+    device, reached = next(iter(parameters.values())).device, engine.reached
+    return _Sums(
+        engine.sums,
+        torch.tensor([int(name in reached) for name in parameters], device=device),
+        torch.tensor([count], device=device),
+        dict(engine.paths),
+    )
 
 
 def _sums_per_batch(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     batches: Iterator[Any],
-    kind: Kind,
+    objective: _Objective,
     *,
-    draws: int | Literal["all"],
-    generator: torch.Generator | None,
     forward: Forward,
     max_scratch_bytes: int,
     interruptible: LetThrough,
-) -> tuple[dict[str, Tensor], Tensor, Mapping[str, str]]:
+) -> _Sums:
     """The published code's estimates (De Lange et al., CVPR 2020): |mean gradient of a batch|, or its square."""
-    sums = {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
-    }
+    sums = {name: torch.zeros_like(p, dtype=sum_type(p)) for name, p in parameters.items()}
+    reached: set[str] = set()
     count = num_batches = 0
-    with evaluating(model), interruptible:
+    with evaluating(model), RightNormGradients(), interruptible:
+        state = ForwardState(model)
         for batch in batches:
+            objective.check_batch(batch)
             num_samples = batch_size(batch)
             if num_samples == 0:
                 continue
@@ -279,20 +377,21 @@ def _sums_per_batch(
             check_logits(logits, num_samples)
             if not logits.requires_grad:
                 raise ValueError("The model's output has no gradient with respect to any of the parameters that count.")
-            if kind == "mas":
-                direction = mas_cotangent(logits.detach())
-            else:
-                chances = _class_logits(logits.detach())
-                labels = (
-                    batch_labels(batch) if kind == "empirical_fisher" else sample_labels(chances, 1, generator)[:, 0]
-                )
-                direction = label_cotangent(chances, labels)
+            (direction,) = objective.cotangents(batch, logits.detach())
             gradients = torch.autograd.grad(
-                logits, list(parameters.values()), direction / num_samples, materialize_grads=True
+                logits, list(parameters.values()), direction / num_samples, allow_unused=True
             )
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total.add_(gradient.abs() if kind == "mas" else gradient.square())
+            for (name, total), gradient in zip(sums.items(), gradients, strict=True):
+                if gradient is not None:  # half precision would lose its square
+                    total.add_(raise_to(gradient.abs().to(total.dtype), 1 if objective.kind == "mas" else 2))
+                    reached.add(name)
+            state.put_back()
             count += num_samples
             num_batches += 1
-    counts = torch.tensor([count, num_batches], device=next(iter(parameters.values())).device)
-    return sums, counts, dict.fromkeys(parameters, "batch")
+    device = next(iter(parameters.values())).device
+    return _Sums(
+        sums,
+        torch.tensor([int(name in reached) for name in parameters], device=device),
+        torch.tensor([count, num_batches], device=device),
+        dict.fromkeys(parameters, "batch"),
+    )

@@ -27,7 +27,7 @@ class Importance(Mapping[str, Tensor]):
         num_samples: Number of samples that the mean is over.
         reduction: ``"sample"``, or ``"batch"`` for the published code's estimate.
         paths: How each parameter's gradients were computed (``"closed form"``, ``"layer"``, ``"model"``, ``"loop"``,
-            or ``"batch"``).
+            or ``"batch"``); ``"none"`` where none reached it.
 
     Raises:
         ValueError: If a value is negative, NaN or infinite, or if ``num_samples`` is not positive.

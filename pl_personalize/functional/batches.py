@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+from pl_personalize.functional.batch_fields import agreed, is_listed, items_of, map_samples, may_be_samples, readings
+from pl_personalize.functional.names import some
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -20,40 +24,101 @@ def batch_tensors(batch: Any) -> list[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples: the length of the batch's first tensor.
+    """Number of samples: what all fields of a batch agree on.
+
+    A field is a tensor, whose first dimension is the samples; a list or a tuple of one thing for each sample, such as
+    the images of a detector, or their names; or a dict, a dataclass, a list or a tuple of fields, as the batch itself
+    is. A tensor without dimensions says nothing of the number, nor does a number or a string; a first dimension of 1
+    beside larger ones is a constant that broadcasts.
 
     Raises:
-        ValueError: If the batch has no tensor with at least one dimension.
+        ValueError: If no field says it, if they disagree, or if several numbers are possible.
     """
-    for tensor in batch_tensors(batch):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
-    raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
-
-
-def batch_labels(batch: Any) -> Tensor:
-    """The labels of a batch: the second item of a tuple or list, or the entry of a dict named in ``LABEL_KEYS``.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    labels: Any = None
-    if isinstance(batch, Mapping):
-        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, Sequence) and len(batch) > 1:
-        labels = batch[1]
-    if not isinstance(labels, Tensor):
+    if isinstance(batch, Tensor) and batch.dim() > 0:
+        return batch.shape[0]
+    parts = items_of(batch) or []
+    said = {name: readings(field) for name, field in parts}
+    found = agreed(list(said.values()))
+    if found is None:
+        raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
+    if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
+        found = found | {len(batch)}
+    if len(found) > 1:  # a list of something other than tensors, such as a detector's targets, is one of samples
+        listed = {len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)}
+        found = listed & found if len(listed & found) == 1 and not isinstance(batch, list) else found
+    if len(found) == 1:
+        return next(iter(found))
+    sizes = some(f"{name}: {_or(sizes)}" for name, sizes in said.items() if sizes is not None)
+    if not found:
         raise ValueError(
-            f"The true labels are needed, and the batch ({type(batch).__name__}) has none: give (input, labels) or a "
-            f"dict with one of the keys {', '.join(LABEL_KEYS)}, or choose a kind that needs no labels."
+            f"The fields of a batch disagree on its number of samples ({sizes}). Each needs one entry for each sample, "
+            "in its first dimension or in a list. Leave out what is no sample's, and give it to the model by forward=."
         )
-    return labels
+    raise ValueError(
+        f"A batch ({type(batch).__name__}) may be one of {_or(found)} samples ({sizes}). Stack what is one tensor for "
+        "each sample, or give a tuple with another field that has one entry for each sample, such as a list of names."
+    )
 
 
-def call_model(model: torch.nn.Module, batch: Any) -> Any:
+def _or(sizes: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(sizes))) or "several sizes"
+
+
+Labels = Callable[[Any], Tensor] | int | str
+
+
+def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
+    """The labels of a batch.
+
+    Args:
+        batch: The batch.
+        labels: A function from the batch to them; or their index, key, or name of an attribute. By default they are the
+            second of two items, or the entry of a dict named in ``LABEL_KEYS``.
+
+    Raises:
+        ValueError: If there are none, or if it is not clear which they are.
+    """
+    kind = type(batch).__name__
+    if labels is None:
+        return _as_labels(_usual_labels(batch), f"the batch ({kind}) has none", batch)
+    if callable(labels):
+        return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})", batch)
+    try:
+        found = batch[labels] if isinstance(batch, Mapping | Sequence) else None
+    except (LookupError, TypeError):
+        found = None
+    if found is None and isinstance(labels, str):
+        found = getattr(batch, labels, None)
+    return _as_labels(found, f"the batch ({kind}) has no tensor {labels!r}", batch)
+
+
+def _usual_labels(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        keys = [key for key in LABEL_KEYS if key in batch]
+        if len({id(batch[key]) for key in keys}) > 1:
+            raise ValueError(f"The batch has {' and '.join(keys)}, and which are its labels is not clear: say labels=.")
+        return batch[keys[0]] if keys else None
+    if isinstance(batch, Sequence) and len(batch) > 2:
+        raise ValueError(
+            f"The true labels are needed, and in a batch of {len(batch)} items ({type(batch).__name__}) it is not "
+            "clear which they are: say so, as labels=2 or labels=lambda batch: batch[2]."
+        )
+    return batch[1] if isinstance(batch, Sequence) and len(batch) == 2 else None
+
+
+def _as_labels(found: Any, problem: str, batch: Any) -> Tensor:
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"The true labels are needed, and {problem}: give (input, labels) or a dict with one of the keys "
+        f"{', '.join(LABEL_KEYS)}; or say where they are, labels=lambda batch: ...; or choose a kind that needs none."
+    )
+
+
+def call_model(model: torch.nn.Module, batch: Any, label_key: Any = None) -> Any:
     """Call ``model`` on the input of ``batch``; a dict becomes keyword arguments, without its labels."""
     if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        inputs = {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, label_key)}
         try:
             return model(**inputs)
         except TypeError as error:
@@ -65,7 +130,16 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
 
 
 def as_input(batch: Any) -> Any:
-    """The input in a batch that is no dict: the tensor itself, or the first item."""
+    """The input in a batch that is no dict: the tensor itself, or the first item.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(batch, Tensor | Sequence):
+        raise ValueError(
+            f"The input in a batch of type {type(batch).__name__} is not known: say how the model is called on it, "
+            "forward=lambda model, batch: ..."
+        )
     return batch if isinstance(batch, Tensor) else batch[0]
 
 
@@ -103,22 +177,31 @@ def check_logits(logits: Tensor, num_samples: int) -> None:
 
 def split_batch(batch: Any, num_samples: int) -> list[Tensor]:
     """The tensors of a batch that have one row for each sample."""
-    return [tensor for tensor in batch_tensors(batch) if tensor.dim() > 0 and tensor.shape[0] == num_samples]
+    found: list[Tensor] = []
+    map_samples(batch, num_samples, found.append)
+    return found
 
 
 def join_batch(batch: Any, num_samples: int, rows: Sequence[Tensor]) -> Any:
     """``batch`` with the tensors of :func:`split_batch` replaced by ``rows``, in order."""
     remaining: Iterator[Tensor] = iter(rows)
-
-    def replace(tensor: Tensor) -> Tensor:
-        return next(remaining) if tensor.dim() > 0 and tensor.shape[0] == num_samples else tensor
-
-    return apply_to_collection(batch, Tensor, replace)
+    return map_samples(batch, num_samples, lambda tensor: next(remaining))
 
 
 def slice_batch(batch: Any, num_samples: int, rows: slice | list[int]) -> Any:
     """The samples ``rows`` of a batch, still with a batch dimension."""
-    return join_batch(batch, num_samples, [tensor[rows] for tensor in split_batch(batch, num_samples)])
+
+    def take(items: Any) -> Any:
+        return items[rows] if isinstance(rows, slice) else type(items)(items[k] for k in rows)
+
+    return map_samples(batch, num_samples, lambda tensor: tensor[rows], take)
+
+
+def has_listed_samples(batch: Any, num_samples: int) -> bool:
+    """Whether samples, or a part of them, are tensors in a list, which may be of different shapes."""
+    lists: list[Any] = []
+    map_samples(batch, num_samples, lambda tensor: tensor, lists.append)
+    return bool(batch_tensors(lists))
 
 
 def copy_batch(batch: Any) -> Any:
@@ -126,22 +209,42 @@ def copy_batch(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
-def _form(batch: Any) -> Any:
-    """What a batch is beside the tensors that have a row for each sample, in order."""
-    size = batch_size(batch)
-    form = apply_to_collection(batch, Tensor, lambda t: t.shape[1:] if t.dim() and t.shape[0] == size else t.tolist())
-    return list(form.items()) if isinstance(form, Mapping) else form
+def are_same(batch: Any, other: Any) -> bool:
+    """Whether two batches are equal in everything; things that cannot be compared, such as arrays, are not."""
+    tensors = [batch_tensors(batch), batch_tensors(other)]
+    try:
+        return (
+            len(tensors[0]) == len(tensors[1])
+            and all(map(torch.equal, *tensors))
+            and bool(_without_tensors(batch) == _without_tensors(other))
+        )
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _without_tensors(batch: Any) -> Any:
+    rest = apply_to_collection(batch, Tensor, lambda tensor: None)
+    return list(rest.items()) if isinstance(rest, Mapping) else rest
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any | None:
     """Several batches as one, or ``None`` where they do not fit together."""
     sizes = [batch_size(batch) for batch in batches]
-    rows = [split_batch(batch, size) for batch, size in zip(batches, sizes, strict=True)]
-    shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
-    try:
-        alike = len(shapes) == 1 and all(bool(_form(batch) == _form(batches[0])) for batch in batches)
-    except (ValueError, RuntimeError):  # things that cannot be compared, such as arrays
-        alike = False
-    if not alike:
+    rows: list[list[Tensor]] = []
+    lists: list[list[Any]] = []
+    rest = []
+    for batch, size in zip(batches, sizes, strict=True):
+        rows.append([])
+        lists.append([])
+        rest.append(map_samples(batch, size, rows[-1].append, lists[-1].append))
+    alike = len({tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}) == 1
+    alike = alike and len({tuple(map(type, some_lists)) for some_lists in lists}) == 1
+    if not alike or not all(are_same(rest[0], other) for other in rest):
         return None
-    return join_batch(batches[0], sizes[0], [torch.cat(column) for column in zip(*rows, strict=True)])
+    columns, longer = iter(zip(*rows, strict=True)), iter(zip(*lists, strict=True))
+    return map_samples(
+        batches[0],
+        sizes[0],
+        lambda tensor: torch.cat(next(columns)),
+        lambda items: type(items)(chain.from_iterable(next(longer))),
+    )

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pl_personalize.functional.attention import split_attention
 from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import LayerRule, add_power_sums_, find_layer_rule
+from pl_personalize.functional.module_state import forward_state_kept
 from pl_personalize.functional.rounding import rounding_of_sums
 from pl_personalize.functional.sample_copies import Place, SampleCopies
 
@@ -38,6 +39,12 @@ class LayerUse:
         self.x: Tensor | None = x.detach().movedim(batch_dim, 0)
         self.version = x._version
         self.grad: Tensor | None = None
+
+
+def sum_type(parameter: Tensor) -> torch.dtype:
+    """In what powers of a parameter's gradient are summed: float32 or better, and real."""
+    dtype = parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -71,7 +78,7 @@ def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tens
         gradients: dict[str, Tensor] = pull_back(grad.unsqueeze(0))[0]
         return gradients
 
-    with InterruptsHeld():  # what swaps a layer's parameters does not survive an interruption
+    with InterruptsHeld(), forward_state_kept(layer):  # what swaps parameters does not survive an interruption
         gradients: dict[str, Tensor] = vmap(one_sample)(x, grad)
     return gradients
 
@@ -112,15 +119,14 @@ class GradientTape:
         bias_rounding: While it is learning, how much of an entry of a bias's gradient may be rounding, by parameter
             name: see :func:`~pl_personalize.functional.rounding.rounding_of_sums`. Of the sample that has most, added
             up over the uses of the bias.
+        reached: Names of parameters that a gradient is known to have reached outside of learning.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], layers: Iterable[nn.Module], power: int, max_scratch_bytes: int
     ) -> None:
         self.power = power
-        self._shapes = {
-            name: (p.shape, torch.promote_types(p.dtype, torch.float32), p.device) for name, p in parameters.items()
-        }
+        self._shapes = {name: (p.shape, sum_type(p), p.device) for name, p in parameters.items()}
         self.sums: dict[str, Tensor] = {}
         self.reset()
         layers = list(layers)
@@ -131,10 +137,11 @@ class GradientTape:
         self.rules: dict[nn.Module, LayerRule] = {
             layer: VJP_RULE if is_parametrized(layer) else find_layer_rule(layer) or VJP_RULE for layer in self._own
         }
-        recorded = {id(p) for own in self._own.values() for p in own.values()}
+        recorded = {id(p) for own in self._own.values() for p in own.values() if not p.is_complex()}
         self.names: dict[int, str] = {id(p): name for name, p in parameters.items() if id(p) in recorded}
         self.copies = SampleCopies(self._sole_uses())
         self.is_learning = False
+        self.reached: set[str] = set()
         self._known: set[nn.Module] = set()
         self._batch_dims: dict[nn.Module, int] = {}
         self._max_scratch_bytes = max_scratch_bytes
@@ -181,6 +188,11 @@ class GradientTape:
         self._uses.clear()
         self._use_counts.clear()
 
+    def forget(self, layer: nn.Module) -> None:
+        """Sum for none of the layer's parameters any more; what was summed stays."""
+        for key, _ in self.owned(layer).values():
+            del self.names[key]
+
     def owned(self, layer: nn.Module) -> dict[str, tuple[int, str]]:
         """The layer's own parameters that the tape sums: local name -> (id, full name)."""
         return {
@@ -225,6 +237,7 @@ class GradientTape:
         return root
 
     def _on_copies(self, name: str, dim: int, grad: Tensor) -> None:
+        self.reached.add(name)
         total = self.sums[name]
         add_power_sums_(total.view(grad.movedim(dim, 0).shape[1:]), grad.movedim(dim, 0), self.power)
 
@@ -304,6 +317,8 @@ class GradientTape:
         if use.x is not None and use.x._version != use.version:
             raise TapeError(use.layer, "its input was modified in place after it was used")
         use.grad = grad.movedim(use.batch_dim, 0)
+        if not self.is_learning and self.rules[use.layer] is not VJP_RULE:  # which may not use all that its layer owns
+            self.reached.update(name for _, name in self.owned(use.layer).values())
         if self.is_learning and "bias" in (owned := self.owned(use.layer)):
             name, entries = owned["bias"][1], self._own[use.layer]["bias"].numel()
             self.bias_rounding[name] = self.bias_rounding.get(name, 0.0) + rounding_of_sums(use.grad, entries)

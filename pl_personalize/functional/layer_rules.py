@@ -96,6 +96,7 @@ def add_powers_(total: Tensor, gradient: Tensor, power: int) -> None:
 
 def add_power_sums_(total: Tensor, gradients: Tensor, power: int) -> None:
     """Add the sum of ``|gradients| ** power`` over their first dimension to ``total``, without a copy of them."""
+    gradients = gradients.abs() if gradients.is_complex() else gradients
     norms = torch.linalg.vector_norm(gradients, power, dim=0, dtype=total.dtype)
     total.add_(norms) if power == 1 else total.addcmul_(norms, norms)
 

@@ -1,4 +1,8 @@
-"""The objectives whose gradients make importances, as gradients with respect to the logits."""
+"""The objectives whose gradients make importances, as gradients with respect to the logits.
+
+Probabilities, and their distances to 1, are formed in float32 at least, and keep their relative precision; what comes
+back has the logits' type.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a position that does not count, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
 def mas_cotangent(logits: Tensor) -> Tensor:
@@ -20,81 +27,105 @@ def mas_cotangent(logits: Tensor) -> Tensor:
     return 2 * logits
 
 
-def label_cotangent(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Gradient of :math:`-\log p(y | x)` with respect to the logits.
+def label_cotangent(logits: Tensor, labels: Tensor, *, may_ignore: bool = False) -> Tensor:
+    r"""Gradient of :math:`-\log p(y | x)`, summed over the positions of a sample, with respect to the logits.
 
     Args:
-        logits: (n, classes).
-        labels: (n,), integers.
+        logits: (n, classes, *).
+        labels: (n, *), integers.
+        may_ignore: Whether positions labelled ``IGNORE_INDEX`` do not count; else there may be none.
 
     Returns:
-        ``softmax(logits) - onehot(labels)``, (n, classes).
+        ``softmax(logits) - onehot(labels)``, (n, classes, *).
 
     Raises:
-        ValueError: If the labels are no integers, or not one for each row, or out of range.
+        ValueError: If the labels are no integers, or not one for each position, or out of range.
     """
-    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+    shape = (logits.shape[0], *logits.shape[2:])
+    if labels.shape != shape or labels.is_floating_point() or labels.is_complex():
+        each = f"one for each of {shape[0]} samples" + (f" and its positions, {shape}" if len(shape) > 1 else "")
         raise ValueError(
-            f"The labels must be integers, one for each of {logits.shape[0]} samples; they are {labels.dtype} of shape "
-            f"{tuple(labels.shape)}."
+            f"The labels must be integers, {each}; they are {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    if labels.numel() and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
-        found = f"{int(labels.min())} to {int(labels.max())}"
+    labels = labels.long()
+    ignored = labels == IGNORE_INDEX if may_ignore else torch.zeros_like(labels, dtype=torch.bool)
+    counted = labels[~ignored]
+    if counted.numel() and not (counted.min() >= 0 and counted.max() < logits.shape[1]):
+        found = f"{int(counted.min())} to {int(counted.max())}"
         raise ValueError(f"The labels must be in 0..{logits.shape[1] - 1}; they go from {found}.")
-    return _less_one(logits.softmax(1), labels.long())
+    score = _less_one(_probabilities(logits), labels.masked_fill(ignored, 0))
+    return score.masked_fill_(ignored.unsqueeze(1), 0).to(logits.dtype)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _less_one(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities (n, classes) less 1 at each label (n,)."""
-    return probabilities.scatter_add(1, labels.unsqueeze(1), probabilities.new_full((len(labels), 1), -1))
+    """Probabilities (n, classes, *) less 1 at each label (n, *): there, less all the others, which is more precise."""
+    index = labels.unsqueeze(1)
+    others = probabilities.scatter(1, index, 0)
+    return others.scatter_(1, index, -others.sum(1, keepdim=True))
 
 
 def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """Draw labels from the model's own softmax.
+    """Draw labels from the model's own softmax, at each position by itself.
 
     Args:
-        logits: (n, classes).
+        logits: (n, classes, *).
         draws: Number of independent draws.
         generator: Source of randomness; drawn on its device.
 
     Returns:
-        (n, draws), on the logits' device.
+        (n, *, draws), on the logits' device.
     """
-    return _draw(logits.softmax(1), draws, generator)
+    return _draw(_probabilities(logits), draws, generator)
 
 
 def _draw(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    moved = probabilities if generator is None else probabilities.to(generator.device)
-    return torch.multinomial(moved, draws, replacement=True, generator=generator).to(probabilities.device)
+    rows = probabilities.movedim(1, -1)
+    moved = rows.reshape(-1, rows.shape[-1]).to(rows.device if generator is None else generator.device)
+    labels = torch.multinomial(moved, draws, replacement=True, generator=generator)
+    return labels.to(probabilities.device).reshape(*rows.shape[:-1], draws)
 
 
-def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> list[Tensor]:
+def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> Iterator[Tensor]:
     """One direction per draw; the squares of their gradients sum to the mean over draws.
 
     Args:
-        logits: (n, classes).
-        draws: Number of labels drawn for each sample.
+        logits: (n, classes, *).
+        draws: Number of times that labels are drawn for each sample.
         generator: Source of randomness.
 
-    Returns:
-        ``draws`` tensors (n, classes).
+    Yields:
+        ``draws`` tensors (n, classes, *).
     """
-    probabilities = logits.softmax(1)
+    probabilities = _probabilities(logits)
     labels = _draw(probabilities, draws, generator)
-    return [_less_one(probabilities, labels[:, k]) / draws**0.5 for k in range(draws)]
+    for k in range(draws):
+        yield (_less_one(probabilities, labels[..., k]) / draws**0.5).to(logits.dtype)
 
 
 def expected_fisher_cotangents(logits: Tensor) -> Iterator[Tensor]:
     r"""One direction per class, in turn; the squares of their gradients sum to the expectation under the softmax.
 
+    Labels of several positions are independent and each has a score of mean 0, so that the expectation of the square of
+    their sum is the sum over positions of the expectations: one direction for each position and class.
+
     Args:
-        logits: (n, classes).
+        logits: (n, classes, *).
 
     Yields:
-        For each class ``c``, the gradient of :math:`-\log p(c | x)` times :math:`\sqrt{p(c | x)}`, (n, classes).
+        For each position and each class ``c``, the gradient of :math:`-\log p(c | x)` there times
+        :math:`\sqrt{p(c | x)}`, (n, classes, *).
     """
-    probabilities = logits.softmax(1)
-    for c in range(logits.shape[1]):
-        direction = probabilities.clone()
-        direction[:, c] -= 1
-        yield direction.mul_(probabilities[:, c : c + 1].sqrt())
+    probabilities = _probabilities(logits).flatten(2) if logits.dim() > 2 else _probabilities(logits).unsqueeze(2)
+    for position in range(probabilities.shape[2]):
+        here = probabilities[:, :, position]
+        for c in range(here.shape[1]):
+            score = _less_one(here, here.new_full((len(here),), c, dtype=torch.long)) * here[:, c : c + 1].sqrt()
+            if logits.dim() > 2:
+                everywhere = torch.zeros_like(probabilities)
+                everywhere[:, :, position] = score
+                score = everywhere.view(logits.shape)
+            yield score.to(logits.dtype)

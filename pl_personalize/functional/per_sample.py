@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import inf, isfinite
 from types import TracebackType
@@ -13,10 +14,20 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from pl_personalize.functional.batches import as_logits, check_logits, join_batch, slice_batch, split_batch
+from pl_personalize.functional.batches import (
+    are_same,
+    as_logits,
+    check_logits,
+    has_listed_samples,
+    join_batch,
+    slice_batch,
+    split_batch,
+)
 from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
 from pl_personalize.functional.interrupts import InterruptsHeld
 from pl_personalize.functional.layer_rules import add_power_sums_
+from pl_personalize.functional.module_state import ForwardState, evaluating
+from pl_personalize.functional.norm_gradients import RightNormGradients
 from pl_personalize.functional.rounding import beyond_rounding
 from pl_personalize.functional.sample_independence import described, logits_of_independent_samples
 from pl_personalize.functional.sketches import Sketch
@@ -34,21 +45,31 @@ class _Network(nn.Module):
         super().__init__()
         self.model = model
         self._forward = forward
+        self.state: ForwardState | None = None
 
     def forward(self, batch: Any) -> Tensor:
-        return as_logits(self._forward(self.model, batch))
+        try:
+            return as_logits(self._forward(self.model, batch))
+        finally:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Let the next forward compute anew what this one has kept: gradients would not reach what it follows from."""
+        if self.state is not None:
+            self.state.put_back()
 
 
 class PerSamplePowerSums:
     r"""Accumulates :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p`, exact per sample.
 
     A context manager: inside, the model is in eval mode and none of its parameters needs a gradient; on leaving, modes
-    and ``requires_grad`` are as before, also after an error. What a forward sets in the model, and hooks on gradients,
+    and ``requires_grad`` are as before, also after an error. What a forward changes in tensors, and hooks on gradients,
     are :func:`~pl_personalize.functional.module_state.model_kept`'s concern.
 
     Each parameter takes the fastest path that gives the right result on the first two samples, taken one at a time
     (``paths``): ``"closed form"``, a vectorised product of its ``"layer"`` alone, a vectorised gradient of the whole
-    ``"model"``, or a ``"loop"`` over samples.
+    ``"model"``, or a ``"loop"`` over samples. Where a later batch uses a layer otherwise, its parameters take the loop
+    from there on.
 
     Args:
         model: The network. What it computes in eval mode for one sample must not depend on the others.
@@ -71,7 +92,6 @@ class PerSamplePowerSums:
         self._parameters = dict(parameters)
         self._power = power
         self._max_scratch_bytes = max_scratch_bytes
-        self._modes = {module: module.training for module in model.modules()}
         self._needs_grad = {p: p.requires_grad for p in model.parameters()}
         layers = layers_with(model, parameters.values())
         self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
@@ -79,12 +99,19 @@ class PerSamplePowerSums:
             module: name or type(module).__name__ for name, module in model.named_modules() if is_hookable(module)
         }
         self._vectorised = True
+        self._reached: set[str] = set()
         self._samples_checked = 0
 
     @property
     def sums(self) -> dict[str, Tensor]:
         """The sums so far, by parameter name."""
         return self._tape.sums
+
+    @property
+    def reached(self) -> set[str]:
+        """The parameters that some sample's gradient has reached, be it 0 there."""
+        known = self._reached | self._tape.reached
+        return known | {name for name, total in self.sums.items() if name not in known and bool(total.any())}
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -100,13 +127,15 @@ class PerSamplePowerSums:
 
     def __enter__(self) -> Self:
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        self._contexts = ExitStack()
         try:
-            for module in self._modes:
-                module.training = False
+            self._contexts.enter_context(evaluating(self._network.model))
+            self._contexts.enter_context(RightNormGradients())
             for parameter in self._needs_grad:
                 parameter.requires_grad_(False)
             self._tape.attach()
             torch.backends.mha.set_fastpath_enabled(False)  # it would pass layers by
+            self._network.state = ForwardState(self._network.model)
         except BaseException:  # also Ctrl-C
             self._restore()
             raise
@@ -120,8 +149,8 @@ class PerSamplePowerSums:
     def _restore(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
         self._tape.detach()
-        for module, training in self._modes.items():
-            module.training = training
+        self._network.state = None
+        self._contexts.close()
         for parameter, needs_grad in self._needs_grad.items():
             parameter.requires_grad_(needs_grad)
 
@@ -135,14 +164,21 @@ class PerSamplePowerSums:
                 powers are summed over them, too.
 
         Raises:
-            ValueError: If samples of a batch influence each other, if the output is not finite, or if a layer is used
-                in a way that the check did not see.
+            ValueError: If samples of a batch influence each other, if the output is not finite, or if a layer's
+                gradients cannot be formed as the check found them.
         """
         batch = apply_to_collection(batch, Tensor, Tensor.detach)  # an input that needs a gradient is of no use here
         if self._samples_checked < min(2, num_samples):
             self._check(batch, num_samples)
+        while True:
+            try:
+                logits = self._record(batch, num_samples)
+                break
+            except TapeError as error:  # nothing of this batch was added yet, and what was, was right
+                self._tape.forget(error.layer)
+                self._vectorised = False  # what depends on a sample's values, vmap would not see
         try:
-            self._add(batch, num_samples, cotangents)
+            self._add(logits, batch, num_samples, cotangents)
         except TapeError as error:
             layer = described(self._tape.module_of(error.layer), self._layer_names)
             raise ValueError(
@@ -150,13 +186,21 @@ class PerSamplePowerSums:
                 "Pass exclude=(its name,) or a smaller, more regular batch."
             ) from error
 
-    def _add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]) -> None:
-        device = next(iter(self._parameters.values())).device
-        self._tape.start(num_samples, device)
+    def _record(self, batch: Any, num_samples: int) -> Tensor:
+        """A forward that the tape sees; returns the logits."""
+        self._tape.start(num_samples, next(iter(self._parameters.values())).device)
         try:
-            logits = self._network(batch)
-        finally:
+            logits: Tensor = self._network(batch)
             self._tape.stop()
+        except BaseException:
+            self._tape.stop()
+            self._tape.clear()
+            raise
+        return logits
+
+    def _add(
+        self, logits: Tensor, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]
+    ) -> None:
         try:
             check_logits(logits, num_samples)
             directions = iter(cotangents(logits.detach()))
@@ -168,6 +212,7 @@ class PerSamplePowerSums:
                 direction = following
         finally:
             self._tape.clear()
+            self._network.put_back()  # activation checkpointing runs forwards in the backward pass
 
     # The slow paths
 
@@ -179,7 +224,7 @@ class PerSamplePowerSums:
         parameters = self._unrecorded()
         if not parameters:
             return
-        if not self._vectorised:
+        if not self._vectorised or has_listed_samples(batch, num_samples):
             for i in range(num_samples):
                 sample = slice_batch(batch, num_samples, slice(i, i + 1))
                 self._one_sample(sample, cotangent[i : i + 1], parameters, self._add_power)
@@ -218,8 +263,10 @@ class PerSamplePowerSums:
                 return None
             if gradient.layout != torch.strided:
                 consume(name, gradient.to_dense())
+                self._reached.add(name)
                 return gradient
             consume(name, gradient)
+            self._reached.add(name)
             return gradient.new_zeros(()).expand_as(gradient)  # holds no memory
 
         handles = []
@@ -236,6 +283,7 @@ class PerSamplePowerSums:
                 handle.remove()
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+            self._network.put_back()
 
     def _add_power(self, name: str, gradient: Tensor) -> None:
         add_power_sums_(self.sums[name], gradient.unsqueeze(0), self._power)
@@ -275,7 +323,7 @@ class PerSamplePowerSums:
         """
         self._tape.reset()
         try:
-            self._add(batch, len(samples), lambda logits: [direction])
+            self._add(self._record(batch, len(samples)), batch, len(samples), lambda logits: [direction])
         except TapeError as error:
             return [name for _, name in self._tape.owned(error.layer).values()]
         except Exception:
@@ -374,7 +422,5 @@ class PerSamplePowerSums:
 
 def _other_sample(batch: Any, num_samples: int) -> int | None:
     """The first sample that differs from sample 0, if there is one."""
-    tensors = split_batch(batch, num_samples)
-    return next(
-        (k for k in range(1, num_samples) if any(not torch.equal(tensor[0], tensor[k]) for tensor in tensors)), None
-    )
+    first = slice_batch(batch, num_samples, [0])
+    return next((k for k in range(1, num_samples) if not are_same(first, slice_batch(batch, num_samples, [k]))), None)

@@ -41,7 +41,8 @@ class Sketch:
         square = torch.zeros((), dtype=torch.float64, device=tensor.device)
         at_a_time, start = max(1, _AT_A_TIME // max(1, rows[:1].numel())), 0
         for piece in torch.split(rows, at_a_time) if rows.numel() else ():
-            piece = piece.reshape(len(piece), -1).to(self._values.dtype).abs()
+            piece = piece.reshape(len(piece), -1)
+            piece = (piece.abs() if piece.is_complex() else piece).to(self._values.dtype).abs()
             piece = piece.square() if power == 2 else piece
             square += piece.norm().double().square()
             projected = piece if self._directions is None else piece @ self._directions

@@ -71,7 +71,7 @@ def test_fisher_squares_sum_to_the_mean_over_draws():
     labels = sample_labels(LOGITS, 5, torch.Generator().manual_seed(4))
     right = sum(label_cotangent(LOGITS, labels[:, k]).square() for k in range(5)) / 5
 
-    directions = fisher_cotangents(LOGITS, 5, torch.Generator().manual_seed(4))
+    directions = list(fisher_cotangents(LOGITS, 5, torch.Generator().manual_seed(4)))
 
     assert len(directions) == 5
     torch.testing.assert_close(sum(d.square() for d in directions), right)
@@ -102,3 +102,51 @@ def test_sampled_labels_come_from_the_global_generator_by_default():
         torch.manual_seed(7)
 
         assert torch.equal(sample_labels(LOGITS, 50, None), sample_labels(LOGITS, 50, torch.Generator().manual_seed(7)))
+
+
+MAPS = torch.randn(2, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_label_cotangent_of_maps_is_that_of_the_sum_over_counted_positions():
+    labels = torch.randint(0, 3, (2, 2, 4), generator=torch.Generator().manual_seed(0))
+    labels[0, 1] = -100
+    logits = MAPS.clone().requires_grad_()
+    right = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), logits)[0]
+
+    torch.testing.assert_close(label_cotangent(MAPS, labels, may_ignore=True), right, atol=1e-15, rtol=1e-12)
+    with pytest.raises(ValueError, match="from -100 to"):
+        label_cotangent(MAPS, labels)
+    with pytest.raises(ValueError, match=r"one for each of 2 samples and its positions, \(2, 2, 4\)"):
+        label_cotangent(MAPS, labels[:, 0])
+
+
+def test_labels_of_maps_follow_the_softmax_of_each_position():
+    labels = sample_labels(MAPS, 20_000, torch.Generator().manual_seed(1))
+
+    assert labels.shape == (2, 2, 4, 20_000)
+    shares = torch.stack([(labels == c).double().mean(-1) for c in range(3)], dim=1)
+    torch.testing.assert_close(shares, MAPS.softmax(1), atol=5 * math.sqrt(0.25 / 20_000), rtol=0)
+
+
+def test_expected_fisher_of_maps_has_one_direction_for_each_position_and_class():
+    chances = MAPS.softmax(1)
+
+    directions = list(expected_fisher_cotangents(MAPS))
+
+    assert len(directions) == 2 * 4 * 3
+    torch.testing.assert_close(sum(d.square() for d in directions), chances * (1 - chances))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_confident_label_keeps_its_relative_precision(dtype):
+    """Less all others, not probability less 1: that would be 0 in the logits' type."""
+    margin = {torch.float16: 10.0}.get(dtype, 25.0)
+    logits, precision = torch.tensor([[margin, 0.0]], dtype=dtype), 4 * torch.finfo(dtype).eps
+    chance = 1 / (1 + math.exp(-margin))
+    right = torch.tensor([[-1.0, 1.0]], dtype=torch.float64) * math.exp(-margin) * chance
+
+    score, expected = label_cotangent(logits, torch.tensor([0])), next(expected_fisher_cotangents(logits))
+
+    assert (score.dtype, expected.dtype) == (dtype, dtype)
+    torch.testing.assert_close(score.double(), right, rtol=precision, atol=0)
+    torch.testing.assert_close(expected.double(), right * chance**0.5, rtol=precision, atol=0)

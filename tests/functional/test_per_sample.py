@@ -346,25 +346,51 @@ def test_wrong_number_of_samples_is_refused():
         engine.add(x, 3, _directions)
 
 
-def test_a_layer_that_is_used_otherwise_in_a_later_batch_is_refused_by_name():
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("sizes", [[3, 3], [1] * 6, [6]], ids=str)
+def test_a_layer_that_is_used_otherwise_in_a_later_batch_takes_the_loop(sizes, power):
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.left, self.right = nn.Linear(6, 3), nn.Linear(6, 3)
+            self.left, self.right, self.last = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(3, 3)
 
         def forward(self, x):
             y, left = x.new_zeros(x.shape[0], 3), x[:, 0] > 0
             y[left], y[~left] = self.left(x[left]), self.right(x[~left])
-            return y
+            return self.last(y)
 
     torch.manual_seed(0)
     model, x = Routed().double(), torch.randn(6, 6, dtype=torch.float64)
     x[:, 0] = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
+    right = _naive_sums(model, x, power, count=2)
 
-    with _engine(model) as engine:
-        engine.add(x[:3], 3, _directions)
-        with pytest.raises(ValueError, match=r"'left' \(Linear\) was used differently.*exclude"):
-            engine.add(x[3:], 3, _directions)
+    sums, paths = _sums(model, x.split(sizes), power, count=2)
+
+    assert relative_error(sums, right) < 1e-12
+    assert paths["right.weight"] == paths["right.bias"] == "loop"
+    assert paths["last.weight"] == "closed form"
+
+
+class RoutesInBackward(nn.Module):
+    """Changes what a layer has seen in its batches of more than two, which the backward pass alone can notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.first(x) * 1.0
+        y = self.last(hidden)
+        if len(x) > 2:
+            hidden.add_(0.0)
+        return y
+
+
+def test_what_shows_in_the_backward_pass_of_a_later_batch_is_refused_by_name():
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    with pytest.raises(ValueError, match=r"'last' \(Linear\) was used differently.*in place.*exclude"):
+        _sums(RoutesInBackward(), [x])
 
 
 class Kinked(nn.Module):
