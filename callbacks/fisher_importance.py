@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from typing_extensions import override
 
 from pl_personalize.callbacks.estimation_callback import Stage
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
@@ -53,7 +51,7 @@ class FisherImportance(ImportanceCallback):
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | None = None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
         labels: Literal["sampled", "true"] | bool | int | Callable[[Any], Tensor] = "sampled",
         draws: int | Literal["all"] = 1,
@@ -98,14 +96,6 @@ class FisherImportance(ImportanceCallback):
             reduction=reduction,
             max_scratch_mb=max_scratch_mb,
             draws=draws,
-            generator=None if isinstance(generator, int) else generator,
+            generator=generator,
         )
-        self._seed = generator if isinstance(generator, int) else None
         self._options |= {"labels": where, "class_dim": class_dim}
-
-    @override
-    def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
-        if self._seed is not None:
-            self._options["generator"] = torch.Generator().manual_seed(self._seed)
-            self._own_generator = None
-        return super()._generator(trainer, pl_module)

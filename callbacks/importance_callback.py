@@ -51,7 +51,7 @@ class ImportanceCallback(EstimationCallback):
         filename: str | None = None,
         reduction: Literal["sample", "batch"] = "sample",
         max_scratch_mb: float = 256,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | int | None = None,
         draws: int | Literal["all"] = 1,
     ) -> None:
         super().__init__(
@@ -157,7 +157,9 @@ class ImportanceCallback(EstimationCallback):
 
     def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
         """Source of this process's labels: independent of those of other processes, which have other samples."""
-        given: torch.Generator | None = self._options["generator"]
+        given: torch.Generator | int | None = self._options["generator"]
+        if isinstance(given, int):  # a seed, with which each estimate draws the same
+            given, self._own_generator = torch.Generator().manual_seed(given), None
         if trainer.global_rank == 0:
             return given
         if self._own_generator is None or given is None:  # one that was given moves on from estimate to estimate

@@ -84,9 +84,10 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
     ):
         wanted, taken = (getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in (given, used))
         if isinstance(taken, SequentialSampler) and not isinstance(wanted, SequentialSampler | NoneType):
+            outer = type(getattr(given, "batch_sampler", None)).__name__
             raise MisconfigurationException(
-                f"Lightning predicts all samples where a loader has a {type(wanted).__name__} inside a "
-                f"{type(given.batch_sampler).__name__}. Pass the sampler itself: DataLoader(…, sampler=, batch_size=)."
+                f"Lightning predicts all samples where a loader has a {type(wanted).__name__} inside a {outer}. "
+                "Pass the sampler itself: DataLoader(…, sampler=, batch_size=)."
             )
 
 
@@ -120,8 +121,8 @@ def _share(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise _not_divisible(loader, trainer, "it has an __iter__ of its own; give it a DistributedSampler")
     name = "sampler" if batch_sampler is None else "batch_sampler"
-    drawn = list(getattr(copied, name)) if trainer.global_rank == 0 else None
-    return _with(copied, **{name: trainer.strategy.broadcast(drawn)[trainer.global_rank :: trainer.world_size]})
+    drawn = _of_rank_zero(trainer, getattr(copied, name))
+    return _with(copied, **{name: drawn[trainer.global_rank :: trainer.world_size]})
 
 
 def _not_divisible(loader: Iterable[Any], trainer: Trainer, advice: str) -> MisconfigurationException:
@@ -153,6 +154,11 @@ def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]
     """This process's indices, without those that fill it up to the size of the others."""
     share = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
     if isinstance(sampler.dataset, _DatasetSamplerWrapper):  # around a user's sampler, which each process draws from
-        drawn = trainer.strategy.broadcast(list(sampler.dataset._sampler) if trainer.global_rank == 0 else None)
-        return list(drawn[sampler.rank :: sampler.num_replicas])
+        return _of_rank_zero(trainer, sampler.dataset._sampler)[sampler.rank :: sampler.num_replicas]
     return list(islice(sampler, share))
+
+
+def _of_rank_zero(trainer: Trainer, sampler: Iterable[Any]) -> list[Any]:
+    """What rank zero draws, in every process."""
+    drawn: Any = list(sampler) if trainer.global_rank == 0 else None
+    return list(trainer.strategy.broadcast(drawn))

@@ -20,7 +20,8 @@ class ResultSlot:
     """
 
     def __init__(self) -> None:
-        self._bytes = torch.zeros(2**13, dtype=torch.uint8).share_memory_()
+        self._bytes = torch.zeros(2**13, dtype=torch.uint8)
+        self._bytes.share_memory_()  # type: ignore[no-untyped-call]
 
     def write(self, mark: str, path: str | None) -> None:
         """Note a run and its file; ``None`` if it wrote none.

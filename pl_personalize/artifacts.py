@@ -328,11 +328,3 @@ def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """TEMPORARY."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    except Exception as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
