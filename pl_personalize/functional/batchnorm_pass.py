@@ -186,12 +186,14 @@ class ExactPass(StatisticsPass):
         """One pass over one batch of everything; ``False`` if that does not fit, or the model does not take it."""
         known, self._all_at_once = self._known, True
         try:
-            if not self._fits(first, batch_size(whole), max_bytes):
-                return False
+            with buffers_kept(self.model):
+                if not self._fits(first, batch_size(whole), max_bytes):
+                    return False
             self._count(batch_size(whole))
             self._known = {name: [] for name in self.layers}
             self._calls.clear()
-            self.forward(whole)
+            with buffers_kept(self.model):
+                self.forward(whole)
         except Exception:  # a model may take batches as large as the loader's alone; an error of its own comes again
             self._known = known
             return False
@@ -247,8 +249,7 @@ class ExactPass(StatisticsPass):
         sample = copy_batch(slice_batch(batch, batch_size(batch), slice(0, count)))
         handles = [layer.register_forward_hook(measure) for layer in self.model.modules()]
         try:
-            with buffers_kept(self.model):
-                self._forward(self.model, sample)
+            self._forward(self.model, sample)
         finally:
             for handle in handles:
                 handle.remove()
