@@ -1,4 +1,4 @@
-"""What people bring: labels elsewhere, tables that are kept, other memory layouts, half precision, maps, complex numbers."""
+"""What people bring: labels elsewhere, kept tables, other memory layouts, half precision, maps, complex numbers."""
 
 from __future__ import annotations
 
