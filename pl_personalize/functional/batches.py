@@ -44,8 +44,9 @@ def batch_size(batch: Any) -> int:
     if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
         found = found | {len(batch)}
     if len(found) > 1:  # a list of something other than tensors, such as a detector's targets, is one of samples
-        listed = {len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)}
-        found = listed & found if len(listed & found) == 1 and not isinstance(batch, list) else found
+        listed = [len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)]
+        likely = found.intersection(listed)
+        found = likely if len(likely) == 1 and not isinstance(batch, list) else found
     if len(found) == 1:
         return next(iter(found))
     sizes = some(f"{name}: {_or(sizes)}" for name, sizes in said.items() if sizes is not None)
@@ -84,7 +85,7 @@ def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
     if callable(labels):
         return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})", batch)
     try:
-        found = batch[labels] if isinstance(batch, Mapping | Sequence) else None
+        found: Any = batch[labels] if isinstance(batch, Mapping | Sequence) else None  # type: ignore[index]
     except (LookupError, TypeError):
         found = None
     if found is None and isinstance(labels, str):
