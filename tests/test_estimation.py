@@ -595,7 +595,7 @@ _Y = torch.tensor([0, 1, 2, 0])
         pytest.param(
             mlp(), [{"input": _X}], "empirical_fisher", "true labels are needed.*dict", id="no labels in a dict"
         ),
-        pytest.param(mlp(), [(_X, _Y[:3])], "empirical_fisher", "item 0: 4, item 1: 3", id="too few labels"),
+        pytest.param(mlp(), [(_X, _Y[:3])], "empirical_fisher", "label", id="too few labels"),
         pytest.param(mlp(), [(_X, _Y[:1])], "empirical_fisher", "label", id="one label"),
         pytest.param(mlp(), [(_X, _Y + 1)], "empirical_fisher", "label", id="label out of range"),
         pytest.param(mlp(), [(_X, _Y + 0.5)], "empirical_fisher", "label", id="labels are no integers"),

@@ -29,7 +29,8 @@ def batch_size(batch: Any) -> int:
     A field is a tensor, whose first dimension is the samples; a list or a tuple of one thing for each sample, such as
     the images of a detector, or their names; or a dict, a dataclass, a list or a tuple of fields, as the batch itself
     is. A tensor without dimensions says nothing of the number, nor does a number or a string; a first dimension of 1
-    beside larger ones is a constant that broadcasts.
+    beside larger ones is a constant that broadcasts. Where labels alone disagree, as the boxes of all images in one
+    tensor do, the others decide.
 
     Raises:
         ValueError: If no field says it, if they disagree, or if several numbers are possible.
@@ -38,7 +39,7 @@ def batch_size(batch: Any) -> int:
         return batch.shape[0]
     parts = items_of(batch) or []
     said = {name: readings(field) for name, field in parts}
-    found = agreed(list(said.values()))
+    found = agreed(list(said.values())) or agreed([said[name] for name in _without_labels(batch, list(said))])
     if found is None:
         raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
     if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
@@ -59,6 +60,13 @@ def batch_size(batch: Any) -> int:
         f"A batch ({type(batch).__name__}) may be one of {_or(found)} samples ({sizes}). Stack what is one tensor for "
         "each sample, or give a tuple with another field that has one entry for each sample, such as a list of names."
     )
+
+
+def _without_labels(batch: Any, names: list[str]) -> list[str]:
+    """The fields that are no labels, which may be of any form where nobody asks for them, such as the boxes of all."""
+    if isinstance(batch, Mapping):
+        return [name for name, key in zip(names, batch, strict=True) if key not in LABEL_KEYS]
+    return names[:1] if isinstance(batch, list | tuple) and len(names) == 2 else names
 
 
 def _or(sizes: Iterable[int]) -> str:
