@@ -78,7 +78,13 @@ class Importance(Mapping[str, Tensor]):
 
     def to(self, *args: Any, **kwargs: Any) -> Importance:
         """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
-        return self._like({name: value.to(*args, **kwargs) for name, value in self.items()}, self.num_samples)
+        return Importance(
+            {name: value.to(*args, **kwargs) for name, value in self.items()},
+            kind=self.kind,
+            num_samples=self.num_samples,
+            reduction=self.reduction,
+            paths=self.paths,
+        )
 
     def summary(self) -> dict[str, dict[str, float]]:
         """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
@@ -144,10 +150,10 @@ class Importance(Mapping[str, Tensor]):
             name: sum((part[name] * (part.num_samples / total) for part in parts), torch.zeros_like(first[name]))
             for name in first
         }
-        return first._like(values, total)
-
-    def _like(self, values: Mapping[str, Tensor], num_samples: int) -> Importance:
-        return Importance(values, kind=self.kind, num_samples=num_samples, reduction=self.reduction, paths=self.paths)
+        paths: dict[str, str] = {}
+        for part in parts:  # what no gradient reached in one part may have been reached in another
+            paths |= {name: path for name, path in part.paths.items() if paths.get(name, "none") == "none"}
+        return Importance(values, kind=first.kind, num_samples=total, reduction=first.reduction, paths=paths)
 
 
 def _version(value: Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""What people bring: labels elsewhere, kept tables, memory layouts, half precision, maps and complex numbers."""
+"""What people bring: labels elsewhere, kept tables, other memory layouts, half precision, maps, complex numbers."""
 
 from __future__ import annotations
 
@@ -640,3 +640,37 @@ def test_one_logit_and_a_sigmoid_by_the_way_that_the_message_shows(kind: Any) ->
 
     right = {"weight": (factor * x.square()).mean(0, keepdim=True), "bias": factor.mean(0)}
     assert relative_error(found, right) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224"])
+def test_networks_of_timm_that_keep_tables(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=3).double(), torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # of some, 0 at first
+    tables = [key for key, _ in model.named_parameters() if "attention_bias" in key]
+    right = {key: torch.zeros_like(model.get_parameter(key)) for key in tables}
+    for i in range(2):
+        model.train()
+        output = model.eval()(x[i : i + 1])
+        gradients = torch.autograd.grad(output.square().sum(), [model.get_parameter(key) for key in tables])
+        for total, gradient in zip(right.values(), gradients, strict=True):
+            total += gradient.abs() / 2
+    with torch.no_grad():
+        model.eval()(x)  # and keeps its tables
+
+    found = estimate_importance(model, [x], "mas")
+
+    rounding = 1e-12 * max(float(value.norm()) for value in right.values())
+    assert rounding > 0
+    for key in tables:
+        assert float((found[key] - right[key]).norm()) < 1e-8 * float(right[key].norm()) + rounding, key
+        assert found[key].any(), key
+    model.train()
+    other = timm.create_model(name, num_classes=3).double()
+    estimate_importance(model, [x], "mas", exclude=[key for key in found if key != tables[0]])
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model.eval()(x), other.eval()(x), rtol=1e-4, atol=1e-4)

@@ -190,3 +190,14 @@ def test_what_cannot_be_combined_is_refused(others, message):
 def test_combining_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Importance.combine([])
+
+
+def test_what_one_part_did_not_reach_has_the_path_of_another():
+    parts = [
+        Importance(
+            {"a": torch.ones(1), "b": torch.ones(1)}, kind="mas", num_samples=1, paths={"a": a, "b": "closed form"}
+        )
+        for a in ("none", "layer", "loop")
+    ]
+
+    assert Importance.combine(parts).paths == {"a": "layer", "b": "closed form"}

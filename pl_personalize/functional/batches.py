@@ -29,7 +29,8 @@ def batch_size(batch: Any) -> int:
     A field is a tensor, whose first dimension is the samples; a list or a tuple of one thing for each sample, such as
     the images of a detector, or their names; or a dict, a dataclass, a list or a tuple of fields, as the batch itself
     is. A tensor without dimensions says nothing of the number, nor does a number or a string; a first dimension of 1
-    beside larger ones is a constant that broadcasts.
+    beside larger ones is a constant that broadcasts. Where labels alone disagree, as the boxes of all images in one
+    tensor do, the others decide.
 
     Raises:
         ValueError: If no field says it, if they disagree, or if several numbers are possible.
@@ -38,15 +39,15 @@ def batch_size(batch: Any) -> int:
         return batch.shape[0]
     parts = items_of(batch) or []
     said = {name: readings(field) for name, field in parts}
-    found = agreed(list(said.values()))
+    found = agreed(list(said.values())) or agreed([said[name] for name in _without_labels(batch, list(said))])
     if found is None:
         raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
     if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
         found = found | {len(batch)}
     if len(found) > 1:  # a list of something other than tensors, such as a detector's targets, is one of samples
-        listed = {len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)}
-        both = found & listed
-        found = both if len(both) == 1 and not isinstance(batch, list) else found
+        listed = [len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)]
+        likely = found.intersection(listed)
+        found = likely if len(likely) == 1 and not isinstance(batch, list) else found
     if len(found) == 1:
         return next(iter(found))
     sizes = some(f"{name}: {_or(sizes)}" for name, sizes in said.items() if sizes is not None)
@@ -59,6 +60,13 @@ def batch_size(batch: Any) -> int:
         f"A batch ({type(batch).__name__}) may be one of {_or(found)} samples ({sizes}). Stack what is one tensor for "
         "each sample, or give a tuple with another field that has one entry for each sample, such as a list of names."
     )
+
+
+def _without_labels(batch: Any, names: list[str]) -> list[str]:
+    """The fields that are no labels, which may be of any form where nobody asks for them, such as the boxes of all."""
+    if isinstance(batch, Mapping):
+        return [name for name, key in zip(names, batch, strict=True) if key not in LABEL_KEYS]
+    return names[:1] if isinstance(batch, list | tuple) and len(names) == 2 else names
 
 
 def _or(sizes: Iterable[int]) -> str:
@@ -85,8 +93,7 @@ def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
     if callable(labels):
         return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})", batch)
     try:
-        entries: Any = batch
-        found = entries[labels] if isinstance(batch, Mapping | Sequence) else None
+        found: Any = batch[labels] if isinstance(batch, Mapping | Sequence) else None  # type: ignore[index]
     except (LookupError, TypeError):
         found = None
     if found is None and isinstance(labels, str):

@@ -42,7 +42,9 @@ class RightNormGradients(TorchFunctionMode):
         return output
 
 
-def _laid_out_as(layout: Tensor, gradient: Tensor) -> Tensor:
-    if gradient.stride() == layout.stride():
+def _laid_out_as(layout: Tensor, gradient: Tensor | None) -> Tensor | None:
+    if (
+        gradient is None or gradient.stride() == layout.stride()
+    ):  # where second derivatives are taken, there may be none
         return gradient
     return torch.empty_like(layout, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
