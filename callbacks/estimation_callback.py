@@ -140,7 +140,7 @@ class EstimationCallback(Callback):
         try:
             estimate(two_samples(PassOverData(trainer, loaders, [1] * len(loaders))))
         except Exception as error:  # whatever a module's forward makes of data that are not its own
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
             each = " Each of the dataloaders is read by itself: a batch is of one of them." if len(loaders) > 1 else ""
             raise MisconfigurationException(
                 f"{type(self).__name__} on {type(pl_module).__name__}: {what}{each}"

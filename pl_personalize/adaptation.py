@@ -14,7 +14,13 @@ from tqdm.auto import tqdm
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import batch_size, batch_tensors, call_model, copy_batch
 from pl_personalize.functional.batchnorm_pass import AllReduce, BatchwisePass, ExactPass, Forward
-from pl_personalize.functional.module_state import buffers_kept, evaluating, random_state_kept, uncompiled
+from pl_personalize.functional.module_state import (
+    buffers_kept,
+    evaluating,
+    forward_state_kept,
+    random_state_kept,
+    uncompiled,
+)
 from pl_personalize.functional.names import some
 
 
@@ -127,6 +133,7 @@ def estimate_batchnorm(
         torch.autocast(device.type, enabled=False),
         uncompiled(),
         evaluating(model),
+        forward_state_kept(model),
         buffers_kept(model),
     ):
         run = (ExactPass if exact else BatchwisePass)(model, layers, forward or call_model, prior_samples, all_reduce)
