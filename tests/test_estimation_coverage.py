@@ -312,6 +312,35 @@ def test_a_use_that_comes_later_is_done_by_a_loop(make: Callable[[], nn.Module],
     assert found.paths["head.weight"] == "closed form"
 
 
+class Experts(nn.Module):
+    """Sends each sample to one of three experts, and weighs what that returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chances, y = self.gate(x).softmax(-1), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = (chances.argmax(-1) == k).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, expert(x[rows]) * chances[rows, k : k + 1])
+        return self.head(y)
+
+
+@pytest.mark.parametrize("kind", ["mas", "fisher"])
+@pytest.mark.parametrize("sizes", [6, 5, 1])
+def test_experts(sizes: int, kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(12, 4, dtype=torch.float64)
+    options = {"draws": "all"} if kind == "fisher" else {}
+
+    found = estimate_importance(model, x.split(sizes), kind, **options)  # type: ignore[arg-type]
+
+    assert relative_error(found, naive_importance(model, x, "mas" if kind == "mas" else "expected_fisher")) < 1e-10
+
+
 class Heads(nn.Module):
     """A head for each task."""
 
