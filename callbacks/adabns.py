@@ -81,10 +81,11 @@ class AdaBNS(BaseFinetuning):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, then freeze."""
         check_trainer(self, trainer, pl_module)
-        if any(isinstance(other, AdaBNS) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
+        others = [c for c in trainer.callbacks if isinstance(c, BaseFinetuning) and c is not self]  # type: ignore[attr-defined]
+        if stage == "fit" and others:
             raise MisconfigurationException(
-                "Two AdaBNS in one Trainer would each freeze the layers that the other trains. Use one, with module= "
-                "naming a part that has all of these layers."
+                f"AdaBNS and {type(others[0]).__name__} in one Trainer would each freeze what the other trains. Use "
+                "one of them; a single AdaBNS trains the batch-norm layers of a part, module=, or of the whole."
             )
         if stage == "fit" and not is_overridden("configure_model", pl_module):  # else there may be no layers yet
             super().setup(trainer, pl_module, stage)

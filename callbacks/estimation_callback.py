@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
@@ -138,9 +139,15 @@ class EstimationCallback(Callback):
         if not (loaders := [loader for loader in loaders if can_be_read_again(loader)]):
             return
         try:
-            estimate(two_samples(PassOverData(trainer, loaders, [1] * len(loaders))))
+            with warnings.catch_warnings():  # of two samples they say little; the pass itself gives them
+                warnings.simplefilter("ignore")
+                estimate(two_samples(PassOverData(trainer, loaders, [1] * len(loaders))))
         except Exception as error:  # whatever a module's forward makes of data that are not its own
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
+            what = str(error)
+            if not isinstance(error, ValueError):
+                what = (
+                    f"{type(error).__name__}: {error}. Say what is computed of a batch: forward=lambda module, batch: …"
+                )
             each = " Each of the dataloaders is read by itself: a batch is of one of them." if len(loaders) > 1 else ""
             raise MisconfigurationException(
                 f"{type(self).__name__} on {type(pl_module).__name__}: {what}{each}"
@@ -289,10 +296,18 @@ def trial_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]]) -> list[flo
 
 
 def train_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]]) -> list[float]:
-    """All batches of each train loader; of one without a length, which may be endless, as many as training takes."""
+    """As many batches of each train loader as an epoch has, ``limit_train_batches`` included.
+
+    Of one without a length, which may be endless, no more than the whole training takes.
+    """
     steps = inf if trainer.max_steps < 0 else trainer.max_steps * trainer.accumulate_grad_batches
     taken = trainer.fit_loop.total_batch_idx + 1
-    return stream_limits(trainer, loaders, min(trainer.num_training_batches, steps, taken or inf))
+    share = trainer.limit_train_batches
+    limits = stream_limits(trainer, loaders, min(trainer.num_training_batches, steps, taken or inf))
+    for k, loader in enumerate(loaders):
+        if (length := sized_len(loader)) is not None:
+            limits[k] = min(limits[k], share if isinstance(share, int) else int(length * share))
+    return limits
 
 
 def stream_limits(trainer: Trainer, loaders: Sequence[Iterable[Any]], limit: float) -> list[float]:

@@ -305,7 +305,8 @@ class _Objective:
             return logits
         way = (
             "For one logit z and a sigmoid, take 0 and z, the logits of the same two classes: forward=lambda model, "
-            "batch: torch.nn.functional.pad(model(batch[0]).view(-1, 1), (1, 0))."
+            "batch: torch.nn.functional.pad(model(batch[0]).view(-1, 1), (1, 0)). Of a probability p, z is "
+            "torch.logit(p)."
             if len(shape) < 3
             else "Where each sample has several positions, say which dimension is the classes: class_dim=-1 for "
             "sequences, class_dim=1 for maps."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -262,6 +263,36 @@ def test_a_table_from_before_is_forgotten_by_modules_that_forget_it_in_train(red
     assert float(found["1.b"].sum()) > 0
     assert differences(before, snapshot(model)) == []
     torch.testing.assert_close(model(x), output)
+
+
+class MadeByEval(nn.Module):
+    """Makes its table in ``eval()``, and has none in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.randn(8))
+
+    def train(self, mode: bool = True) -> MadeByEval:
+        super().train(mode)
+        if mode:
+            vars(self).pop("table", None)
+        else:
+            self.table = self.b.detach().sin()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.b.sin() if self.training else self.table)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_table_that_eval_itself_makes_is_reported(training: bool) -> None:
+    model, x = nn.Sequential(MadeByEval(), nn.Linear(8, 3)).train(training), torch.randn(5, 8)
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match=r"No gradient reached 0\.b"):
+        found = estimate_importance(model, [x], "mas")
+    right = naive_importance(nn.Sequential(copy.deepcopy(model[1])), x * model[0].b.detach().sin(), "mas")
+    assert relative_error({"weight": found["1.weight"]}, {"weight": right["0.weight"]}) < 1e-5
+    assert differences(before, snapshot(model)) == []
 
 
 class Adapter(nn.Linear):

@@ -172,23 +172,41 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside, each in its own mode after, and what forwards have set put back.
+    """Every submodule in eval mode inside, each in its own mode after; see :func:`computing_anew`."""
+    with computing_anew(model):
+        for module in model.modules():
+            module.training = False
+        yield
 
-    A module that does more in ``train()`` than to change its mode, as to forget what it keeps in eval mode, or to take
-    adapters out of its weights, does so first. What it does in ``eval()`` it does not.
+
+@contextmanager
+def computing_anew(model: nn.Module) -> Iterator[None]:
+    """Modules have forgotten what they keep in eval mode; modes, and what forwards set, are put back after.
+
+    A module whose ``train()`` does more than to change its mode, as to forget such a table, or to take adapters out of
+    its weights, does so first. What it does in ``eval()`` stays where its forward needs it: where ``eval()`` makes
+    attributes that were not there, such as a table that follows from parameters.
     """
     modes = {module: module.training for module in model.modules()}
-    own = [m for m, training in modes.items() if not training and _has_its_own_train(m)]
+    own = [module for module in modes if _has_its_own_train(module)]
     with forward_state_kept(model), _tensors_kept([held for m in own for held in (m._parameters, m._buffers)]):
         try:
             for module in own:
                 module.train()
-            for module in modes:
-                module.training = False
+                known = _names(module)
+                module.eval()
+                if _names(module) == known:
+                    module.train()
+            for module, training in modes.items():
+                module.training = training
             yield
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def _names(module: nn.Module) -> set[str]:
+    return vars(module).keys() | module._buffers.keys()
 
 
 def _has_its_own_train(module: nn.Module) -> bool:

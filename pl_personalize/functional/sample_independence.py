@@ -36,8 +36,8 @@ def logits_of_independent_samples(
     check_logits(together, len(samples))
     if not _is_close(together, network(batch).detach()):
         raise ValueError(
-            "The model is random in eval mode: it does not give the same output twice, and importances per sample are "
-            "not defined. Make it deterministic in eval mode."
+            "The model (or forward=) is random in eval mode: it does not give the same output twice, and importances "
+            "per sample are not defined. Make it deterministic in eval mode."
         )
     apart = torch.cat([_alone(network, modules, sample).detach() for sample in samples])
     if together.shape != apart.shape or not _is_close(together, apart):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# What nn.Module itself keeps; buffers may be made in a forward.
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_buffers", "_non_persistent_buffers_set"}
+from pl_personalize.functional.module_state import computing_anew
 
 
 def call_with_weights(module: nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:
@@ -34,41 +32,5 @@ class _WithoutMemory(nn.Module):
         self.module = module
 
     def forward(self, x: Any) -> Any:
-        with forward_state_kept(self.module):
+        with computing_anew(self.module):
             return self.module(x)
-
-
-@contextmanager
-def forward_state_kept(model: nn.Module) -> Iterator[None]:
-    """What modules keep from an earlier forward is dropped at the start, where they drop it when their mode changes.
-
-    At the end their attributes are as they were at the start, and so is what lists, dicts and sets among them hold.
-    """
-    attributes = {
-        module: {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-        for module in model.modules()
-    }
-    contents = [
-        (value, value.copy())
-        for values in attributes.values()
-        for value in values.values()
-        if isinstance(value, dict | list | set)
-    ]
-    modes = {module: module.training for module in attributes}
-    try:
-        model.train()
-        model.eval()
-        for module, training in modes.items():
-            module.training = training
-        yield
-    finally:
-        for module, values in attributes.items():
-            for name in vars(module).keys() - values.keys() - _OF_EVERY_MODULE:
-                del vars(module)[name]
-            vars(module).update(values)
-        for value, content in contents:
-            value.clear()
-            if isinstance(value, list):
-                value.extend(content)
-            else:
-                value.update(content)

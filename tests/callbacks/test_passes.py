@@ -314,6 +314,27 @@ def test_several_stages_by_name(tmp_path):
         MASImportance(["train", "vall"])
 
 
+# Limits
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(2, 8), (0.5, 12), (1.0, 23)])
+def test_a_pass_is_of_as_many_batches_as_an_epoch_of_training(tmp_path, limit, rows):
+    assert len(torch.cat(trained(tmp_path, in_order(Rows()), limit_train_batches=limit))) == rows
+
+
+def test_a_limit_of_validation_is_none_of_a_stage_that_is_named(tmp_path):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return in_order(Rows(8))
+
+        def val_dataloader(self):
+            return in_order(Rows(6, seed=2))
+
+    net, callback = Net(), MASImportance("val")
+    quiet_trainer(tmp_path, callback, limit_val_batches=0).fit(net, datamodule=Data())
+    assert_sees(callback, net, [Rows(6, seed=2).x])
+
+
 # Streams
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_script
@@ -311,9 +311,20 @@ def test_two_schedules_on_one_metric(tmp_path):
     assert net.optimizers().param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_two_adabns_are_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="Two AdaBNS"):
-        quiet_trainer(tmp_path, AdaBNS(module="norm"), AdaBNS(), NoTraining()).fit(Net(), in_order(Rows()))
+class Thaws(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.norm)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        self.unfreeze_and_add_param_group(pl_module.norm, optimizer)
+
+
+@pytest.mark.parametrize("other", [lambda: AdaBNS(module="norm"), Thaws], ids=["AdaBNS", "a user's own"])
+@pytest.mark.parametrize("first", [True, False])
+def test_adabns_beside_a_callback_that_freezes_too_is_refused(tmp_path, other, first):
+    callbacks = [other(), AdaBNS()] if first else [AdaBNS(), other()]
+    with pytest.raises(MisconfigurationException, match="would each freeze what the other trains"):
+        quiet_trainer(tmp_path, *callbacks, NoTraining()).fit(Net(), in_order(Rows()))
 
 
 # Other packages and launchers

@@ -67,21 +67,23 @@ def test_it_can_be_put_back_between_two_forwards():
             assert _kept(model) == before
 
 
-def test_a_module_that_is_training_is_not_asked_to_train_again():
-    class Counts(nn.Module):
-        calls = 0
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_module_does_in_train_is_done_and_its_mode_is_kept(training):
+    class Clears(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = {"old": 1}
 
         def train(self, mode=True):
-            Counts.calls += mode
+            if mode:
+                self.cache.clear()
             return super().train(mode)
 
-    model = nn.Sequential(Counts())
+    model = nn.Sequential(Clears(), nn.Dropout())
+    for module in model.modules():
+        module.training = training
+    model[1].training = not training
 
     with evaluating(model):
-        assert not model[0].training
-    assert (Counts.calls, model[0].training) == (0, True)
-
-    model.eval()
-    with evaluating(model):
-        assert not model[0].training
-    assert (Counts.calls, model[0].training) == (1, False)
+        assert (model[0].cache, model[0].training, model[1].training) == ({}, False, False)
+    assert (model[0].cache, model[0].training, model[1].training) == ({"old": 1}, training, not training)

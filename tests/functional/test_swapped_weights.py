@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pl_personalize.functional.swapped_weights import call_with_weights, forward_state_kept
+from pl_personalize.functional.swapped_weights import call_with_weights
 
 
 class CachedInADict(nn.Module):
@@ -99,19 +99,3 @@ def test_a_network_without_memory_computes_the_same_bits_and_keeps_its_modes():
     )
     assert torch.equal(out, right)
     assert [module.training for module in model] == [False, True, False]
-
-
-def test_containers_and_attributes_are_put_back_after_an_error():
-    model = KeptUntilCleared().eval()
-    model.seen, model.names = [1], {"a"}
-
-    def fail():
-        model.seen.append(2)
-        model.names.clear()
-        model.cache["b"], model.new, model.seen = 0, 1, None
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"), forward_state_kept(model):
-        fail()
-    assert (model.seen, model.names, model.cache) == ([1], {"a"}, {})
-    assert not hasattr(model, "new")
