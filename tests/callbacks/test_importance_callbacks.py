@@ -705,23 +705,31 @@ trainer:
         labels: true
         draws: 1
         max_scratch_mb: 16
+    - class_path: pl_personalize.callbacks.FisherImportance
+      init_args:
+        dataloader: [train, val]
+        labels: "sampled"
+        generator: 3
+        filename: both
     - class_path: pl_personalize.callbacks.PlateauSchedule
       init_args:
         monitor: score
         drop_after: 2
 model:
   norm: true
-""".replace("labels: true", 'labels: "true"')
+"""
     )
     cli = LightningCLI(Net, CLIData, args=["--config", str(config)], run=False, save_config_callback=None)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    mas, fisher = (c for c in cli.trainer.callbacks if isinstance(c, ImportanceCallback))
+    mas, fisher, both = (c for c in cli.trainer.callbacks if isinstance(c, ImportanceCallback))
 
     assert list(mas.importance) == ["0.weight", "0.bias"]
     reference = wanted(cli.model, Rows(9, seed=2))
     assert_same(mas.importance, {name: reference[f"features.{name}"] for name in mas.importance})
     assert Path(mas.path) == tmp_path / "cli" / "mine.safetensors"
     assert_same(fisher.importance, wanted(cli.model, Rows(), "empirical_fisher"))
+    loaders = [*in_order(Rows()), *in_order(Rows(9, seed=2))]
+    assert_same(both.importance, estimate_importance(cli.model, loaders, "fisher", generator=3))
 
 
 def test_lightning_cli_from_the_command_line(tmp_path):
