@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pl_personalize.functional.merge_plan import MergePlan, Normalize, StateDict, kind_of
 from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.state_dicts import Versions, shared_entries, with_versions
-from pl_personalize.merge_plan import MergePlan, Normalize, StateDict, kind_of
 
 __all__ = ["Normalize", "StateDict", "kind_of", "merge", "merge_prefixes"]
 
