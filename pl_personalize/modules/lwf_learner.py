@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pl_personalize.functional.distillation import distillation_loss
+from pl_personalize.functional.state_dicts import module_versions, with_versions
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.task_learner import TaskLearner
 
@@ -75,7 +76,9 @@ class LwFLearner(TaskLearner):
     @override
     def model_state(self) -> dict[str, Tensor]:
         """The entries ``body.…``, ``head.…``, and of each earlier head ``old_heads.{i}.…``."""
-        return super().model_state() | {f"old_heads.{k}": v for k, v in self.old_heads.state_dict().items()}
+        state, old_heads = super().model_state(), self.old_heads.state_dict()
+        entries = state | {f"old_heads.{name}": value for name, value in old_heads.items()}
+        return with_versions(entries, module_versions(state))
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

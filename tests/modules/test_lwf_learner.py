@@ -79,6 +79,7 @@ def test_body_and_all_heads_are_trained_and_the_teacher_is_not(tmp_path):
 def test_what_is_kept_names_every_head():
     network, heads = made()
     state = LwFLearner(network, heads).model_state()
+    assert state._metadata == network.state_dict()._metadata  # versions of modules, for what loads them
 
     assert {name.partition(".")[0] for name in state} == {"body", "head", "old_heads"}
     assert torch.equal(state["old_heads.1.bias"], heads[1].bias)
