@@ -113,7 +113,7 @@ class AdaBN(EstimationCallback):
 
     @property
     def statistics(self) -> BatchNormStatistics | None:
-        """What was written, or used last; ``None`` before."""
+        """The statistics that were written, or used last; ``None`` before."""
         found: BatchNormStatistics | None = self.result(BatchNormStatistics.load)
         return found
 
@@ -241,7 +241,7 @@ class AdaBN(EstimationCallback):
         trainer.strategy.barrier("batchnorm")
 
     def _written(self, trainer: Trainer, pl_module: LightningModule) -> BatchNormStatistics | None:
-        """What another process, or an earlier run, has written for these weights."""
+        """The statistics that another process, or an earlier run, has written for these weights."""
         path = trainer.strategy.broadcast(self.path or str(self.resolve_path(trainer)))
         if not trainer.strategy.broadcast(Path(path).is_file()):
             return None

@@ -175,7 +175,7 @@ class EstimationCallback(Callback):
         return self.dataloader is not None and not self._stages
 
     def given_dataloaders(self) -> list[Iterable[Any]]:
-        """What was passed: one iterable of batches, or several DataLoaders."""
+        """The data that were passed: one iterable of batches, or several DataLoaders."""
         given: Any = self.dataloader
         several = (
             isinstance(given, list | tuple)

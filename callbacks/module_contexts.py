@@ -91,7 +91,7 @@ def buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterat
 
 @contextmanager
 def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What the tensors hold is put back at the end."""
+    """Put the values of tensors back at the end."""
     values = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

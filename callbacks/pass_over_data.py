@@ -103,7 +103,7 @@ def two_samples(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _share(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
-    """What this process reads of a loader."""
+    """This process's share of a loader."""
     if trainer.world_size == 1:
         return _copy(loader, trainer) if isinstance(loader, DataLoader) else loader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -159,6 +159,6 @@ def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]
 
 
 def _of_rank_zero(trainer: Trainer, sampler: Iterable[Any]) -> list[Any]:
-    """What rank zero draws, in every process."""
+    """The indices that rank zero draws, in every process."""
     drawn: Any = list(sampler) if trainer.global_rank == 0 else None
     return list(trainer.strategy.broadcast(drawn))
