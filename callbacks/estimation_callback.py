@@ -97,7 +97,8 @@ class EstimationCallback(Callback):
         if stage == "fit":
             for name in self._stages:
                 self._hook_owner(trainer, pl_module, name)
-            if self.dataloader is None and trainer.limit_train_batches == 0:
+            no_data = self.dataloader is None and trainer.limit_train_batches == 0
+            if no_data and self.should_estimate(trainer, pl_module):
                 raise MisconfigurationException(
                     f"{type(self).__name__} has no data: limit_train_batches=0. Pass them, dataloader=."
                 )

@@ -107,6 +107,9 @@ def test_a_run_of_no_step(tmp_path, make, options):
 def test_a_run_of_no_batch_is_refused_unless_data_were_passed(tmp_path, make):
     with pytest.raises(MisconfigurationException, match="limit_train_batches=0"):
         quiet_trainer(tmp_path, make(), limit_train_batches=0).fit(Net(), in_order(Rows()))
+    never = make()
+    never.should_estimate = lambda trainer, pl_module: False
+    quiet_trainer(tmp_path, never, limit_train_batches=0).fit(Net(), in_order(Rows()))
     callback = make(in_order(Rows()))
     quiet_trainer(tmp_path, callback, limit_train_batches=0).fit(Net(), in_order(Rows(4)))
     assert_right(callback, Net())
