@@ -200,7 +200,7 @@ class AdaBN(EstimationCallback):
             if stage == "predict":
                 refuse_dropped_samplers(trainer)
             loaders = as_list(getattr(trainer, f"{stage}_dataloaders"))
-            data = self.pass_over(trainer, loaders, getattr(trainer, f"num_{stage}_batches"))
+            data = self.run_pass(trainer, loaders, getattr(trainer, f"num_{stage}_batches"))
         elif self.dataloader is None:
             return self._written(trainer, pl_module)
         else:

@@ -18,7 +18,7 @@ from pl_personalize.adaptation import adapt_batchnorm, check_adaptation
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.callbacks.estimation_callback import train_limits
 from pl_personalize.callbacks.module_contexts import all_reduce_of, without_logging
-from pl_personalize.callbacks.pass_over_data import PassOverData, as_list
+from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
 from pl_personalize.callbacks.requirements import check_trainer, is_resumed
 from pl_personalize.functional.batchnorm_pass import Forward
 
@@ -135,6 +135,7 @@ class AdaBNS(BaseFinetuning):
         if not self._layers or self.statistics != "adapt" or is_resumed(trainer):
             return
         loaders = as_list(trainer.train_dataloader)
+        refuse_iterators(loaders)
         try:
             with without_logging(pl_module):
                 adapt_batchnorm(

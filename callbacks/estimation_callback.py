@@ -19,7 +19,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, can_be_read_again, two_samples
+from pl_personalize.callbacks.pass_over_data import (
+    PassOverData,
+    as_list,
+    can_be_read_again,
+    refuse_iterators,
+    two_samples,
+)
 from pl_personalize.callbacks.requirements import check_trainer
 from pl_personalize.callbacks.result_slot import ResultSlot
 
@@ -119,8 +125,27 @@ class EstimationCallback(Callback):
         """The data that were chosen; the training's if none were."""
         if self.dataloader is None:
             loaders = as_list(trainer.train_dataloader)
-            return self.pass_over(trainer, loaders, train_limits(trainer, loaders))
+            limits = train_limits(trainer, loaders)
+            is_endless = any(sized_len(loader) is None and n == inf for loader, n in zip(loaders, limits, strict=True))
+            if is_endless and trainer.fit_loop.total_batch_idx < 0:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: the fit makes no step, and its train data do not say where they end. Set "
+                    "limit_train_batches, or pass the data, dataloader=."
+                )
+            return self.run_pass(trainer, loaders, limits)
         return self.chosen_pass(trainer, pl_module)
+
+    def run_pass(self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float]) -> PassOverData:
+        """The batches of the run's own loaders.
+
+        Raises:
+            MisconfigurationException: If they can be read once alone, or cannot be divided among processes.
+        """
+        try:
+            refuse_iterators(loaders)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        return self.pass_over(trainer, loaders, limits)
 
     def try_out(
         self, trainer: Trainer, pl_module: LightningModule, estimate: Callable[[Iterable[Any]], object]
@@ -132,7 +157,9 @@ class EstimationCallback(Callback):
         """
         # Of a named stage nothing is set up yet: two training samples have to do.
         loaders = self.given_dataloaders() if self.is_given else as_list(trainer.train_dataloader)
-        if not self._stages:
+        if self.dataloader is None:
+            self.run_pass(trainer, loaders, trial_limits(trainer, loaders))
+        elif self.is_given:
             self.pass_over(trainer, loaders)
         if self.dataloader is None and len(loaders) > 1:
             self._refuse_hooks_of_combined_batches(trainer, pl_module)

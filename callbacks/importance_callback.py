@@ -106,9 +106,11 @@ class ImportanceCallback(EstimationCallback):
         self._predicts = True
         self._check_options(pl_module)
         if self.should_estimate(trainer, pl_module):
-            if not self.is_given:
+            if self.is_given:
+                self.pass_over(trainer, self.given_dataloaders())
+            else:
                 refuse_dropped_samplers(trainer)
-            self.pass_over(trainer, self._predicted(trainer))
+                self.run_pass(trainer, as_list(trainer.predict_dataloaders), trainer.num_predict_batches)
             self.refuse_unwritable(trainer)
 
     @override

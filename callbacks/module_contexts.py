@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
+from pl_personalize.functional.module_state import forward_state_kept
 
 
 def best_checkpoint(trainer: Trainer) -> str:
@@ -33,15 +38,29 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) 
     if not path:
         yield
         return
-    try:
-        state = read_state_dict(path)
-    except ArtifactError as error:
-        raise MisconfigurationException(
-            f"The weights of the best checkpoint cannot be used: {error} weights='last' takes those of the last epoch."
-        ) from error
-    with kept([*pl_module.parameters(), *pl_module.buffers()]):
-        pl_module.load_state_dict(state, strict=pl_module.strict_loading)
+    with kept([*pl_module.parameters(), *pl_module.buffers()]), forward_state_kept(pl_module):
+        try:
+            checkpoint = {"state_dict": _read(path)}
+            if is_overridden("on_load_checkpoint", pl_module):
+                pl_module.on_load_checkpoint(checkpoint)  # it may put back what it has left out of the file
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+        except Exception as error:  # whatever a hook of the user's makes of a checkpoint
+            what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
+            raise MisconfigurationException(
+                f"The weights of the best checkpoint cannot be used: {what} weights='last' takes those of the last "
+                "epoch."
+            ) from error
         yield
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The state dict in a checkpoint, which may be on a remote file system."""
+    if "://" not in path:
+        return read_state_dict(path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "best.ckpt")
+        get_filesystem(path).get_file(path, local)
+        return read_state_dict(local)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from math import inf
-from types import NoneType
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from pl_personalize.functional.batches import batch_size, slice_batch
+from pl_personalize.functional.module_state import random_state_kept
 
 
 class PassOverData:
@@ -45,7 +47,8 @@ class PassOverData:
     ) -> None:
         self._trainer, self._again = trainer, again
         self._limits = [None if limit == inf else int(limit) for limit in limits]
-        self._loaders = [_share(loader, trainer) for loader in loaders]
+        with random_state_kept(torch.device("cpu")):  # a sampler that is read here draws what it would have drawn
+            self._loaders = [_share(loader, trainer) for loader in loaders]
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self._trainer
@@ -58,8 +61,11 @@ class PassOverData:
                 yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
 
     def __len__(self) -> int:
-        lengths = (len(loader) for loader in self._loaders)  # type: ignore[arg-type]
-        return sum(n if limit is None else min(n, limit) for n, limit in zip(lengths, self._limits, strict=True))
+        lengths = [sized_len(loader) for loader in self._loaders]
+        if None in lengths:
+            raise TypeError("A loader does not say how many batches it has.")
+        known = [length or 0 for length in lengths]
+        return sum(n if limit is None else min(n, limit) for n, limit in zip(known, self._limits, strict=True))
 
 
 def as_list(loaders: Any) -> list[Iterable[Any]]:
@@ -83,11 +89,28 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
         as_list(trainer.predict_loop._data_source.dataloader()), as_list(trainer.predict_dataloaders), strict=False
     ):
         wanted, taken = (getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in (given, used))
-        if isinstance(taken, SequentialSampler) and not isinstance(wanted, SequentialSampler | NoneType):
+        if isinstance(taken, DistributedSampler) and isinstance(taken.dataset, _DatasetSamplerWrapper):
+            taken = taken.dataset._sampler
+        is_same = isinstance(wanted, SequentialSampler) and len(wanted) == len(taken or ())
+        if wanted is not None and isinstance(taken, SequentialSampler) and not is_same:
             outer = type(getattr(given, "batch_sampler", None)).__name__
             raise MisconfigurationException(
                 f"Lightning predicts all samples where a loader has a {type(wanted).__name__} inside a {outer}. "
                 "Pass the sampler itself: DataLoader(…, sampler=, batch_size=)."
+            )
+
+
+def refuse_iterators(loaders: Iterable[Iterable[Any]]) -> None:
+    """Refuse data of the Trainer's own that can be read once alone: a pass would take them away from the run.
+
+    Raises:
+        MisconfigurationException: If there are any.
+    """
+    for loader in loaders:
+        if isinstance(loader, Iterator):
+            raise MisconfigurationException(
+                f"The data of the run are a {type(loader).__name__}, which can be read once: by the run or by a pass, "
+                "not by both. Give the run a DataLoader or a list of batches, or pass other data, dataloader=."
             )
 
 
@@ -152,10 +175,13 @@ def _with(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
 
 def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]:
     """This process's indices, without those that fill it up to the size of the others."""
-    share = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    size: int = len(sampler.dataset)  # type: ignore[arg-type]
     if isinstance(sampler.dataset, _DatasetSamplerWrapper):  # around a user's sampler, which each process draws from
         return _of_rank_zero(trainer, sampler.dataset._sampler)[sampler.rank :: sampler.num_replicas]
-    return list(islice(sampler, share))
+    indices = list(sampler)
+    # A sampler of the user's own may take samples more than once, or not all: then there is nothing to fill up.
+    is_filled_up = len(indices) == -(-size // sampler.num_replicas)
+    return indices[: len(range(sampler.rank, size, sampler.num_replicas))] if is_filled_up else indices
 
 
 def _of_rank_zero(trainer: Trainer, sampler: Iterable[Any]) -> list[Any]:

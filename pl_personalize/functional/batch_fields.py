@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Size, Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 Readings = frozenset[int]
 
@@ -16,6 +17,8 @@ def items_of(field: Any) -> list[tuple[str, Any]] | None:
     """The parts of a dict, a tuple, a list or a dataclass, each with what it is called; ``None`` of anything else."""
     if isinstance(field, Mapping):
         return [(repr(key), value) for key, value in field.items()]
+    if isinstance(field, PackedSequence):  # its tensors have no dimension of the samples
+        return None
     if isinstance(field, tuple) and hasattr(field, "_fields"):
         return [(repr(name), value) for name, value in zip(field._fields, field, strict=True)]
     if isinstance(field, list | tuple) and not isinstance(field, Size):
@@ -51,11 +54,13 @@ def readings(field: Any) -> Readings | None:
 def agreed(said: list[Readings | None]) -> Readings | None:
     """What all fields that say anything can be read as; empty if they disagree.
 
-    A size of 1 beside a larger one is that of something which is the same for all samples.
+    A size of 1 behind a larger one is that of something which is the same for all samples. The first field is the
+    input, or a part of it, and no such thing.
     """
     speaking = [one for one in said if one is not None]
-    several = [one for one in speaking if one != {1}]
-    return frozenset.intersection(*(several or speaking)) if speaking else None
+    if not speaking:
+        return None
+    return frozenset.intersection(speaking[0], *(one for one in speaking[1:] if one != {1}))
 
 
 def _are_alike(items: list[Any]) -> bool:
@@ -70,7 +75,9 @@ def may_be_samples(batch: list[Any]) -> bool:
     if len(batch) < 2 or not _are_alike(batch):
         return False
     first = batch[0]
-    is_image = isinstance(first, Tensor) and first.is_floating_point() and first.dim() > 2
+    if isinstance(first, Mapping) and any(item.keys() != first.keys() for item in batch):
+        return False
+    is_image = isinstance(first, Tensor) and first.is_floating_point() and first.dim() == 3
     return (is_image and len(batch) > 2) or items_of(first) is not None
 
 

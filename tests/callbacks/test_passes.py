@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,9 +13,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import NoTraining, Rows, in_order, quiet_trainer
+from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_script
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from pl_personalize import adapt_batchnorm, estimate_importance
 from pl_personalize.callbacks import AdaBN, AdaBNS, FisherImportance, MASImportance
@@ -154,6 +163,14 @@ def test_a_sampler_that_lightning_drops_in_predict_is_refused(tmp_path, make, ho
     with pytest.raises(MisconfigurationException, match=r"Mine inside a BatchSampler.*DataLoader\(…, sampler="):
         trainer.predict(Net(), **data)
     assert seen.inputs == []
+
+
+def test_a_part_of_the_data_in_order_inside_a_batch_sampler_is_refused_too(tmp_path):
+    loader = DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(range(4)), 2, False))
+    with pytest.raises(MisconfigurationException, match="SequentialSampler inside a BatchSampler"):
+        quiet_trainer(tmp_path, MASImportance()).predict(Net(), loader)
+    whole = DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(Rows()), 4, False))
+    assert len(torch.cat(predicted(tmp_path, whole))) == 23
 
 
 def labelled(batch: Any) -> Any:
@@ -391,6 +408,39 @@ def test_a_stream_without_a_length_that_ends_is_read_to_its_end(tmp_path):
     assert len(torch.cat(trained(tmp_path, DataLoader(Stream(), 4), max_epochs=2))) == 10
 
 
+def test_an_endless_stream_of_which_nothing_is_taken_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"makes no step.*limit_train_batches"):
+        quiet_trainer(tmp_path, MASImportance(), max_epochs=0).fit(Net(), DataLoader(Endless(), 4))
+
+
+def test_a_stream_that_refuses_to_say_its_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([Rows()[k] for k in range(10)])
+
+        def __len__(self):
+            raise NotImplementedError
+
+    callback, net = MASImportance(), Net()
+    quiet_trainer(tmp_path, callback, enable_progress_bar=True).fit(net, DataLoader(Stream(), 4))
+    assert_sees(callback, net, [Rows().x[:10]])
+
+
+@pytest.mark.parametrize("make", [MASImportance, AdaBN, AdaBNS])
+def test_a_run_over_an_iterator_is_refused_before_it_begins(tmp_path, make):
+    """A pass would take the batches away from the run, or find none left."""
+    with pytest.raises(MisconfigurationException, match="are a generator, which can be read once"):
+        quiet_trainer(tmp_path, make(), seen := Seen()).fit(Net(), (batch for batch in in_order(Rows())))
+    assert seen.inputs == []
+    if make is not AdaBNS:
+        with pytest.raises(MisconfigurationException, match="are a generator, which can be read once"):
+            quiet_trainer(tmp_path, make(), seen).predict(Net(), (batch for batch in in_order(Rows())))
+        net, callback = Net(), make([Rows().x])  # other data leave them to the run
+        quiet_trainer(tmp_path, callback, seen).predict(net, (batch for batch in in_order(Rows())))
+        assert_sees(callback, net, [Rows().x])
+        assert len(torch.cat(seen.inputs)) == 23
+
+
 # What a pass leaves as it was
 
 
@@ -504,3 +554,102 @@ def test_batches_on_their_way_are_what_adapt_batchnorm_gets(tmp_path):
     quiet_trainer(tmp_path, callback).predict(net, DataLoader(Rows(), 4, sampler=ONE_USER))
     expected = adapt_batchnorm(Net(), [Rows().x[ONE_USER]])
     torch.testing.assert_close(net.norm.running_var, expected["norm.running_var"])
+
+
+# Several processes
+
+RANKS = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from pl_personalize.callbacks import MASImportance
+
+FOLDER = Path(sys.argv[1])
+X = torch.arange(12.0)[:, None] + 1
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Note(Callback):
+    def __init__(self, what):
+        self.what, self.batches = what, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch.flatten().tolist())
+
+    def on_train_end(self, trainer, pl_module):
+        content = json.dumps([self.batches, torch.rand(()).item()])
+        (FOLDER / f"{self.what}-{trainer.global_rank}.json").write_text(content)
+
+
+class ThreeTimes(DistributedSampler):
+    def __iter__(self):
+        return iter([*super().__iter__()] * 3)
+
+    def __len__(self):
+        return 3 * super().__len__()
+
+
+def trainer(*callbacks):
+    return Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=FOLDER, callbacks=[*callbacks],
+    )
+
+
+if __name__ == "__main__":
+    for what, callbacks in {"plain": [], "watched": [MASImportance(DataLoader(X, 2, shuffle=True)), MASImportance(
+        filename="own")]}.items():
+        torch.manual_seed(0)
+        sampler = WeightedRandomSampler(torch.ones(12), 12)
+        trainer(*callbacks, Note(what)).fit(Net(), DataLoader(X, 2, sampler=sampler))
+    try:
+        loader = DataLoader(X, batch_sampler=BatchSampler(SubsetRandomSampler(range(4)), 2, False))
+        trainer(MASImportance()).predict(Net(), loader, return_predictions=False)
+        refused = ""
+    except Exception as error:
+        refused = str(error)
+    often = MASImportance(filename="often")
+    shares = [ThreeTimes(X, num_replicas=2, rank=rank) for rank in (0, 1)]
+
+    class Data(Net):
+        def train_dataloader(self):
+            return DataLoader(X, 2, sampler=shares[self.global_rank])
+
+    trainer(often).fit(Data())
+    (FOLDER / "found.json").write_text(json.dumps([refused, often.importance.num_samples]))
+"""
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    """Seeds, samplers that Lightning drops, and samplers of a user's own that take samples more than once."""
+    run_script(tmp_path, RANKS)
+    for rank in (0, 1):
+        plain, watched = (json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for what in ("plain", "watched"))
+        assert plain == watched
+    refused, often = json.loads((tmp_path / "found.json").read_text())
+    assert "SubsetRandomSampler inside a BatchSampler" in refused
+    assert often == 36

@@ -239,6 +239,66 @@ def test_the_best_weights_whatever_the_hyperparameters_are(tmp_path, make, name)
     assert_right(callback, of_best)
 
 
+class Counts(Net):
+    """Keeps more in a checkpoint than tensors."""
+
+    epochs = 0
+
+    def on_train_epoch_end(self):
+        self.epochs += 1
+
+    def get_extra_state(self):
+        return {"epochs": self.epochs}
+
+    def set_extra_state(self, state):
+        self.epochs = state["epochs"]
+
+
+class LeavesOut(Net):
+    """Does not save a part, and puts it back when a checkpoint is loaded."""
+
+    def on_save_checkpoint(self, checkpoint):
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("norm.")]:
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint):
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("norm.")}
+        checkpoint["state_dict"].update(own)
+
+
+class Broken(LeavesOut):
+    def on_load_checkpoint(self, checkpoint):
+        raise KeyError("mine")
+
+
+def with_best(tmp_path, net, folder):
+    callback, best = MASImportance(), ModelCheckpoint(folder, monitor="score", mode="min")
+    trainer = quiet_trainer(tmp_path, callback, best, max_epochs=3, enable_checkpointing=True)
+    trainer.fit(net, in_order(Rows()), in_order(Rows(3)))
+    return callback
+
+
+def test_what_is_no_tensor_is_the_last_weights_again(tmp_path):
+    net = Counts()
+    with_best(tmp_path, net, tmp_path / "ck")
+    assert net.epochs == 3
+
+
+def test_a_module_that_mends_its_checkpoint_as_it_is_loaded(tmp_path):
+    net = LeavesOut()
+    callback = with_best(tmp_path, net, tmp_path / "ck")
+    assert callback.importance.num_samples == 23
+    assert not torch.allclose(callback.importance["head.weight"], expected(callback, net)["head.weight"])
+    with pytest.raises(MisconfigurationException, match=r"KeyError: 'mine'.*weights='last'"):
+        with_best(tmp_path, Broken(), tmp_path / "other")
+
+
+def test_a_best_checkpoint_on_a_remote_file_system(tmp_path):
+    callback = with_best(tmp_path, Net(), "memory://checkpoints")
+    local = with_best(tmp_path, Net(), tmp_path / "ck")
+    torch.testing.assert_close(dict(callback.importance), dict(local.importance))
+
+
 # Other runs of a callback
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from pl_personalize.functional.batches import (
     LABEL_KEYS,
@@ -164,6 +165,11 @@ _Pair = namedtuple("_Pair", ["x", "y"])
         pytest.param({"x": X, "targets": torch.zeros(9, 6)}, 4, id="boxes of all, in a dict"),
         pytest.param({"text": ["a", "b"]}, 2, id="strings alone"),
         pytest.param((X, X.shape), 4, id="a shape"),
+        pytest.param((torch.zeros(1, 3, 8, 8), torch.zeros(5, 4)), 1, id="one image and its boxes"),
+        pytest.param({"x": X, "positions": torch.zeros(1, 9)}, 4, id="a constant that broadcasts"),
+        pytest.param([torch.zeros(8, 3, 5, 5) for _ in range(3)], 8, id="three collated views"),
+        pytest.param([{"x": X}, {"y": Y}], 4, id="collated dicts of inputs and targets"),
+        pytest.param((pack_sequence([torch.ones(3), torch.ones(2)]), torch.tensor([3, 2])), 2, id="packed sequence"),
         pytest.param([torch.zeros(8, 3, 5, 5), torch.zeros(8)], 8, id="collated pair"),
         pytest.param(tuple(torch.zeros(8, 3, 5, 5) for _ in range(3)), 8, id="three views"),
     ],
@@ -175,6 +181,7 @@ def test_the_size_of_batches_of_all_forms(batch, size):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
+        ({"pixel_values": torch.zeros(1, 3), "boxes": torch.zeros(5, 4)}, "'pixel_values': 1, 'boxes': 5"),
         ({"edge_index": torch.zeros(2, 7), "x": torch.zeros(10, 3)}, "'edge_index': 2, 'x': 10"),
         ((X, Y, torch.ones(3)), "item 0: 4, item 1: 4, item 2: 3"),
         ((X, Y, [0.5, 0.5]), "item 0: 4, item 1: 4, item 2: 2"),
