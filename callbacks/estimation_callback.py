@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,6 +32,12 @@ from pl_personalize.callbacks.result_slot import ResultSlot
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+_RUNNING_STAGES = {
+    "train": RunningStage.TRAINING,
+    "val": RunningStage.VALIDATING,
+    "test": RunningStage.TESTING,
+    "predict": RunningStage.PREDICTING,
+}
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -60,8 +67,8 @@ class EstimationCallback(Callback):
             )
         if isinstance(dataloader, CombinedLoader) and dataloader._mode != "sequential":
             raise MisconfigurationException(
-                f"dataloader=CombinedLoader(mode={dataloader._mode!r}) has batches of several loaders at once, which "
-                "are not of one number of samples. Pass a list of the loaders, or mode='sequential'."
+                f"dataloader=CombinedLoader(mode={dataloader._mode!r}) yields batches of several loaders at once, and "
+                "a pass reads one loader at a time. Pass a list of the loaders, or mode='sequential'."
             )
         if weights not in ("best", "last"):
             raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
@@ -98,7 +105,8 @@ class EstimationCallback(Callback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and isinstance(other, EstimationCallback) and self._same_file(other):
                 raise MisconfigurationException(
-                    f"Two callbacks would write the same file, {self.target[1]}.safetensors. Set filename= for one."
+                    f"{type(self).__name__} and {type(other).__name__} would write the same file, "
+                    f"{self.target[1]}.safetensors. Set filename= or dirpath= for one."
                 )
         if stage == "fit":
             for name in self._stages:
@@ -112,12 +120,16 @@ class EstimationCallback(Callback):
     # For subclasses
 
     def pass_over(
-        self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float] | None = None
+        self,
+        trainer: Trainer,
+        loaders: Sequence[Iterable[Any]],
+        limits: Sequence[float] | None = None,
+        stages: Sequence[RunningStage] | None = None,
     ) -> PassOverData:
         """The batches of the loaders, divided among processes."""
         limits = trial_limits(trainer, loaders) if limits is None else limits
         try:
-            return PassOverData(trainer, loaders, limits, again=self.reads_again)
+            return PassOverData(trainer, loaders, limits, again=self.reads_again, stages=stages)
         except MisconfigurationException as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
@@ -164,7 +176,9 @@ class EstimationCallback(Callback):
         if self.dataloader is None and len(loaders) > 1:
             self._refuse_hooks_of_combined_batches(trainer, pl_module)
         self.refuse_unwritable(trainer)
-        if not (loaders := [loader for loader in loaders if can_be_read_again(loader)]):
+        loaders = [loader for loader in loaders if can_be_read_again(loader)]
+        # A hook or forward= for the batches of a named stage need not fit those of several train loaders.
+        if not loaders or (self._stages and len(loaders) > 1):
             return
         try:
             with warnings.catch_warnings():  # of two samples they say little; the pass itself gives them
@@ -187,15 +201,21 @@ class EstimationCallback(Callback):
             return self.pass_over(trainer, self.given_dataloaders())
         loaders: list[Iterable[Any]] = []
         limits: list[float] = []
+        running: list[RunningStage] = []
         for stage in self._stages:
-            owner = self._hook_owner(trainer, pl_module, stage)
-            if isinstance(owner, LightningDataModule):
-                owner.setup(_SETUP_STAGES[stage])
-            found = as_list(getattr(owner, f"{stage}_dataloader")())
-            limit = getattr(trainer, f"limit_{stage}_batches")
+            if stage == "train" and trainer.train_dataloader is not None:  # those that were trained on
+                found = as_list(trainer.train_dataloader)
+                limits += train_limits(trainer, found)
+            else:
+                owner = self._hook_owner(trainer, pl_module, stage)
+                if isinstance(owner, LightningDataModule):
+                    owner.setup(_SETUP_STAGES[stage])
+                found = as_list(getattr(owner, f"{stage}_dataloader")())
+                limit = getattr(trainer, f"limit_{stage}_batches")
+                limits += stream_limits(trainer, found, limit if isinstance(limit, int) else inf)
             loaders += found
-            limits += stream_limits(trainer, found, limit if isinstance(limit, int) else inf)
-        return self.pass_over(trainer, loaders, limits)
+            running += [_RUNNING_STAGES[stage]] * len(found)
+        return self.pass_over(trainer, loaders, limits, running)
 
     @property
     def is_given(self) -> bool:
@@ -300,8 +320,13 @@ class EstimationCallback(Callback):
         if is_overridden(hook, pl_module):
             return pl_module
         raise MisconfigurationException(
-            f"{type(self).__name__}(dataloader={stage!r}) needs a datamodule or a module with {hook}(); neither "
-            f"{type(datamodule).__name__} nor {type(pl_module).__name__} has one. Pass the dataloader itself."
+            f"{type(self).__name__}(dataloader={stage!r}) needs a datamodule or a module with {hook}(); "
+            + (
+                f"there is no datamodule, and {type(pl_module).__name__} has none"
+                if datamodule is None
+                else f"neither {type(datamodule).__name__} nor {type(pl_module).__name__} has one"
+            )
+            + ". Pass the dataloader itself to the callback, too."
         )
 
 

@@ -147,7 +147,8 @@ class ImportanceCallback(EstimationCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a ``predict`` run without a batch, of which no other hook hears."""
-        if stage == "predict" and not self._predicts and self.should_estimate(trainer, pl_module):
+        is_empty = stage == "predict" and not self._predicts and not any(trainer.num_predict_batches)
+        if is_empty and self.should_estimate(trainer, pl_module):
             raise MisconfigurationException(
                 f"{type(self).__name__}: the predict run has no batches (empty dataloaders, or "
                 "limit_predict_batches=0); importances need at least one sample."

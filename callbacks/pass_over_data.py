@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from math import inf
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
@@ -37,15 +38,23 @@ class PassOverData:
         loaders: Where the data come from.
         limits: Batches to take from each loader; infinity for all.
         again: Whether the data are read more than once, so that what an iterator yields is kept.
+        stages: The stage that each loader is of, which a hook may ask the Trainer for; by default the present one.
 
     Raises:
         MisconfigurationException: If a loader cannot be divided among several processes.
     """
 
     def __init__(
-        self, trainer: Trainer, loaders: Sequence[Iterable[Any]], limits: Sequence[float], *, again: bool = False
+        self,
+        trainer: Trainer,
+        loaders: Sequence[Iterable[Any]],
+        limits: Sequence[float],
+        *,
+        again: bool = False,
+        stages: Sequence[RunningStage] | None = None,
     ) -> None:
         self._trainer, self._again = trainer, again
+        self._stages = [None] * len(loaders) if stages is None else stages
         self._limits = [None if limit == inf else int(limit) for limit in limits]
         with random_state_kept(torch.device("cpu")):  # a sampler that is read here draws what it would have drawn
             self._loaders = [_share(loader, trainer) for loader in loaders]
@@ -56,9 +65,11 @@ class PassOverData:
             if self._again and isinstance(loader, Iterator):
                 loader = self._loaders[index] = list(islice(loader, limit))
             for batch in islice(loader, limit):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
-                yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                with _in_stage(trainer, self._stages[index]):
+                    batch = trainer.precision_plugin.convert_input(batch)
+                    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
+                    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                yield batch
 
     def __len__(self) -> int:
         lengths = [sized_len(loader) for loader in self._loaders]
@@ -66,6 +77,17 @@ class PassOverData:
             raise TypeError("A loader does not say how many batches it has.")
         known = [length or 0 for length in lengths]
         return sum(n if limit is None else min(n, limit) for n, limit in zip(known, self._limits, strict=True))
+
+
+@contextmanager
+def _in_stage(trainer: Trainer, stage: RunningStage | None) -> Iterator[None]:
+    """``trainer.training`` and its like say so of this stage inside."""
+    before = trainer.state.stage
+    trainer.state.stage = before if stage is None else stage
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 def as_list(loaders: Any) -> list[Iterable[Any]]:

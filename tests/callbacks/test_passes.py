@@ -284,6 +284,59 @@ def test_hooks_that_see_several_train_loaders_at_once_are_refused(tmp_path, make
         quiet_trainer(tmp_path, make(), NoTraining()).fit(Summed(), [in_order(Rows(8)), in_order(Rows(8))])
 
 
+class Augments(Net):
+    """Augments what it trains on, as many modules do."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 10, batch[1]] if self.trainer.training else batch
+
+
+class TrainAndVal(LightningDataModule):
+    """Divides its data anew at each ``setup("fit")``."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.rows = Rows(8, seed=getattr(self, "count", 1))
+            self.count = getattr(self, "count", 1) + 1
+
+    def train_dataloader(self):
+        return in_order(self.rows)
+
+    def val_dataloader(self):
+        return in_order(Rows(6, seed=2))
+
+
+def test_a_hook_is_told_the_stage_that_a_batch_is_of(tmp_path):
+    net, callback = Augments(), MASImportance(["train", "val"])
+    quiet_trainer(tmp_path, callback, limit_val_batches=0).fit(net, datamodule=TrainAndVal())
+    assert_sees(callback, net, [10 * Rows(8, seed=1).x, Rows(6, seed=2).x])
+
+
+def test_the_train_stage_by_name_is_what_was_trained_on(tmp_path):
+    named, plain = MASImportance("train", filename="named"), MASImportance(filename="plain")
+    data = TrainAndVal()
+    quiet_trainer(tmp_path, named, plain, limit_train_batches=1).fit(net := Net(), datamodule=data)
+    assert data.count == 2
+    assert_sees(named, net, [Rows(8, seed=1).x[:4]])
+    assert_sees(plain, net, [Rows(8, seed=1).x[:4]])
+
+
+def test_a_named_stage_beside_train_loaders_whose_batches_its_hooks_would_not_fit(tmp_path):
+    class Both(Net):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {name: [part[0] * 2, part[1]] for name, part in batch.items()} if self.trainer.training else batch
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)
+
+        def val_dataloader(self):
+            return in_order(Rows(6, seed=2))
+
+    net, callback = Both(), MASImportance("val")
+    quiet_trainer(tmp_path, callback).fit(net, {"a": in_order(Rows(8)), "b": in_order(Rows(8))})
+    assert_sees(callback, net, [Rows(6, seed=2).x])
+
+
 # Several loaders
 
 

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_script
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pl_personalize import BatchNormStatistics, Importance, adapt_batchnorm, estimate_importance
 from pl_personalize.callbacks import (
@@ -315,6 +317,35 @@ def test_validate_and_test_are_adapted_alike(tmp_path):
         torch.testing.assert_close(net.norm.running_mean, Rows(9, seed=3).x.mean(0))
         found[run] = float(trainer.callback_metrics["mean"])
     assert found["validate"] == found["test"]
+
+
+def test_validate_adapts_to_its_own_data_and_not_to_those_of_an_earlier_fit(tmp_path):
+    trainer = quiet_trainer(tmp_path, AdaBN("val"))
+
+    class Fitted(Net):
+        def train_dataloader(self):
+            return in_order(Rows())
+
+        def val_dataloader(self):
+            return in_order(Rows(5))
+
+    trainer.fit(Fitted())
+    trainer.validate(other := Net(), in_order(Rows(9, seed=3)), verbose=False)
+    torch.testing.assert_close(other.norm.running_mean, Rows(9, seed=3).x.mean(0))
+
+
+def test_a_search_for_a_batch_size_of_predict(tmp_path):
+    class Sized(Net):
+        batch_size = 2
+
+        def predict_dataloader(self):
+            return DataLoader(Rows(labels=False), batch_size=self.batch_size)
+
+    found = [
+        Tuner(quiet_trainer(tmp_path, *callbacks)).scale_batch_size(Sized(), method="predict", max_trials=2)
+        for callbacks in ([], [MASImportance()])
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])
