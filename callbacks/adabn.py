@@ -199,11 +199,7 @@ class AdaBN(EstimationCallback):
         if self.dataloader == stage or (self.dataloader is None and stage == "predict"):
             if stage == "predict":
                 refuse_dropped_samplers(trainer)
-            # Not trainer.val_dataloaders, which may still be those of an earlier fit.
-            loop: Any = {"val": trainer.validate_loop, "test": trainer.test_loop, "predict": trainer.predict_loop}[
-                stage
-            ]
-            loaders = as_list(loop._combined_loader)
+            loaders = as_list(getattr(trainer, f"{stage}_dataloaders"))
             data = self.run_pass(trainer, loaders, getattr(trainer, f"num_{stage}_batches"))
         elif self.dataloader is None:
             return self._written(trainer, pl_module)
