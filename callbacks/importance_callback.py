@@ -202,7 +202,10 @@ class ImportanceCallback(EstimationCallback):
     def _estimate_and_write(self, trainer: Trainer, pl_module: LightningModule, data: PassOverData) -> None:
         generator = self._generator(trainer, pl_module)
         progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        importance = self._estimate(trainer, pl_module, data, {"generator": generator}, progress=progress)
+        try:
+            importance = self._estimate(trainer, pl_module, data, {"generator": generator}, progress=progress)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__} on {type(pl_module).__name__}: {error}") from error
         self.finish(trainer, importance)
         if trainer.is_global_zero:
             for logger in trainer.loggers:

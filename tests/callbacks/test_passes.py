@@ -609,6 +609,11 @@ def test_batches_on_their_way_are_what_adapt_batchnorm_gets(tmp_path):
     torch.testing.assert_close(net.norm.running_var, expected["norm.running_var"])
 
 
+def test_data_without_the_labels_that_are_needed_name_the_callback(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"FisherImportance on Net: .*labels"):
+        quiet_trainer(tmp_path, FisherImportance(labels="true")).predict(Net(), in_order(Rows(labels=False)))
+
+
 # Several processes
 
 RANKS = """
