@@ -22,22 +22,27 @@ FOLDERS = {
 
 # A room imports from rooms of a lower rank only; of its own rank, only what PEERS says.
 RANKS = {
-    "functional": 0,
-    "artifacts": 1,
-    "batchnorm": 2,
-    "adaptation": 2,
-    "importance": 2,
-    "estimation": 2,
-    "merging": 2,
-    "metrics": 2,
-    "models": 2,
-    "callbacks": 3,
-    "datamodules": 3,
-    "modules": 3,
-    "runner": 4,
-    "cli": 5,
+    "registry": 0,
+    "functional": 1,
+    "per_sample": 2,
+    "artifacts": 2,
+    "batchnorm": 3,
+    "adaptation": 3,
+    "importance": 3,
+    "estimation": 3,
+    "merging": 3,
+    "metrics": 3,
+    "models": 3,
+    "callbacks": 4,
+    "datamodules": 4,
+    "adaptations": 5,
+    "modules": 6,
+    "stages": 7,
+    "methods": 8,
+    "runner": 9,
+    "cli": 10,
 }
-PEERS = {("modules", "callbacks"), ("estimation", "importance"), ("adaptation", "batchnorm")}
+PEERS = {("estimation", "importance"), ("adaptation", "batchnorm")}
 
 
 def _modules_below(folder: Path, package: str) -> dict[str, Path]:

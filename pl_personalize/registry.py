@@ -1,0 +1,80 @@
+"""Registries: the named entries of one kind of extension, such as merge rules, adaptations or methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Protocol, TypeVar
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """The name that it is registered by."""
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Mapping[str, T]):
+    """Entries of one kind by name, in order of registration.
+
+    Args:
+        kind: What an entry is called in messages, such as ``"merge rule"``.
+        entries: The entries to begin with.
+
+    Raises:
+        ValueError: If two entries have one name.
+
+    Example:
+        >>> from pathlib import Path
+        >>> files = Registry("file", [Path("a.txt")])
+        >>> files.register(Path("b.txt"))
+        PosixPath('b.txt')
+        >>> list(files)
+        ['a.txt', 'b.txt']
+        >>> files.find("B.TXT")
+        Traceback (most recent call last):
+        ValueError: Unknown file 'B.TXT'; did you mean 'b.txt'? Known: a.txt, b.txt.
+    """
+
+    def __init__(self, kind: str, entries: Iterable[T] = ()) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        for entry in entries:
+            self.register(entry)
+
+    def register(self, entry: T) -> T:
+        """Add an entry and return it, so that this also serves as a class decorator.
+
+        Raises:
+            ValueError: If its name is taken.
+        """
+        if entry.name in self._entries:
+            raise ValueError(f"There is already a {self.kind} called {entry.name!r}.")
+        self._entries[entry.name] = entry
+        return entry
+
+    def find(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            ValueError: If there is none; the message suggests the closest name.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        by_lower = {one.lower(): one for one in self._entries}
+        close = get_close_matches(str(name).lower(), by_lower, n=1)
+        hint = f"; did you mean {by_lower[close[0]]!r}?" if close else "."
+        raise ValueError(f"Unknown {self.kind} {name!r}{hint} Known: {', '.join(self._entries)}.")
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
