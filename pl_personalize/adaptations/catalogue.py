@@ -1,0 +1,50 @@
+"""The registry of adaptations, and the adaptations that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from pl_personalize.adaptations.adaptation import Adaptation, AdaptationSequence, option_names
+from pl_personalize.adaptations.expert_statistics import Average, Last, OfTheTask, Published, Unchanged
+from pl_personalize.adaptations.fine_tune import FineTune
+from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
+from pl_personalize.registry import Registry
+
+ADAPTATIONS: Registry[type[Adaptation]] = Registry(
+    "adaptation",
+    [Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune],
+)
+
+
+def find_adaptation(name: str, options: Mapping[str, Any] | None = None) -> AdaptationSequence:
+    """An adaptation by its name, or a sequence by names joined by ``+``.
+
+    Args:
+        name: Such as ``"AdaBN"`` or ``"recalibrate+AdaBN"``.
+        options: Options of the steps: by name of an adaptation its instance, or the options themselves, which every
+            step that has such an option takes.
+
+    Raises:
+        MisconfigurationException: If there is no such adaptation, or none of the steps has such an option.
+
+    Example:
+        >>> find_adaptation("AdaBN", {"exact": True}).steps
+        (AdaBN(exact=True, prior_samples=0.0, max_scratch_mb=256),)
+    """
+    try:
+        kinds = [ADAPTATIONS.find(part) for part in name.split("+")]
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    options = dict(options or {})
+    known = {option for kind in kinds for option in option_names(kind)}
+    if unknown := options.keys() - known:
+        raise MisconfigurationException(
+            f"The adaptation {name!r} has no option {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+    return AdaptationSequence(
+        tuple(kind(**{k: v for k, v in options.items() if k in option_names(kind)}) for kind in kinds)
+    )
