@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import naive_merge
 
-from pl_personalize.functional.merging import check_importance, prefix_merges
+from pl_personalize.functional.merge_rule import MergeInputs
+from pl_personalize.functional.merging import WeightedOptions, check_importance
+from pl_personalize.functional.merging import prefix_merges as merges_of_inputs
 
 THETAS = [torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[0.0, 4.0], [0.5, -1.0]]), torch.full((2, 2), 2.5)]
 OMEGAS = [
@@ -14,6 +16,11 @@ OMEGAS = [
     torch.tensor([[3.0, 0.5], [0.0, 0.0]]),
     torch.tensor([[0, 1e-6], [2, 0]]),
 ]
+
+
+def prefix_merges(thetas, omegas, weights, zero="mean", *, scales=None, bounds=None, start=0, out=None):
+    inputs = MergeInputs(thetas, weights, omegas, scales=scales, bounds=bounds)
+    return merges_of_inputs(inputs, WeightedOptions(zero), start, out)
 
 
 @pytest.mark.parametrize("zero", ["mean", "reference"])
