@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.state_dicts import StateDict
 from pl_personalize.functional.swapped_weights import call_with_weights
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
@@ -26,7 +27,6 @@ from pl_personalize.modules.batchnorm_policy import (
     statistics_names,
 )
 
-StateDict = Mapping[str, Tensor]
 Models = Literal["all", "last", "own"]
 
 

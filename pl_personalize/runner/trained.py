@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from pl_personalize.artifacts import TensorFile
-from pl_personalize.functional.state_dicts import module_versions, versions_below, with_versions
+from pl_personalize.functional.state_dicts import PrefixView, module_versions, with_versions
 from pl_personalize.modules.merge_module import EXPERT_KIND
 
 
@@ -28,9 +28,8 @@ def refuse_divergence(stage: str, network: nn.Module, what: str) -> None:
 
 def part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
     """The entries of a submodule, with names relative to it."""
-    prefix = f"{module}."
-    entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return with_versions(entries, versions_below(module_versions(state), module))
+    view = PrefixView(state, module)
+    return with_versions(view, module_versions(view))
 
 
 def open_expert(path: Path) -> TensorFile:
