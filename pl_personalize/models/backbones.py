@@ -15,9 +15,10 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision.models import MNASNet, SqueezeNet
 
+from pl_personalize.artifacts import open_state_dict
 from pl_personalize.models.splitting import as_conv_head, possible_heads, split_checked, split_in_place, why_no_head
 from pl_personalize.models.task_network import TaskNetwork
-from pl_personalize.models.weights import efficientnet_lite_to_timm, is_efficientnet_lite, load_weights, read_weights
+from pl_personalize.models.weights import efficientnet_lite_to_timm, is_efficientnet_lite, load_weights
 
 _TIMM = "timm:"
 # Their second classifiers, which in training come out beside the logits, are left out.
@@ -136,7 +137,7 @@ def _from_torchvision(
     with_head = published is not None and model.get_submodule(head).weight.shape[0] == num_classes
     if weights is not None and published is None:
         unused = _AUXILIARY.get(name, ())
-        with_head = load_weights(model, read_weights(weights), head, source=str(weights), unused=unused)
+        with_head = load_weights(model, open_state_dict(weights), head, source=str(weights), unused=unused)
     if isinstance(model, SqueezeNet):
         network = _split_squeezenet(model)
     elif isinstance(model, MNASNet):
@@ -198,7 +199,7 @@ def _from_timm(
         raise ValueError(f"timm's {name} has no linear layer or 1×1 convolution as its one head, but {why}: {layer!r}.")
     with_head = published and model.pretrained_cfg.get("num_classes") == num_classes
     if weights is not None and not published:
-        state = read_weights(weights)
+        state = open_state_dict(weights)
         if is_efficientnet_lite(state) and hasattr(model, "blocks"):
             state = efficientnet_lite_to_timm(state, [len(stage) for stage in model.blocks])
         with_head = load_weights(model, state, found[0], source=str(weights))
