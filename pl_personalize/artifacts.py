@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -146,7 +146,30 @@ def save_tensors(
     return write_atomically(path, data)
 
 
-class TensorFile(Mapping[str, Tensor]):
+class _LazyTensors(Mapping[str, Tensor]):
+    """The tensors of any safetensors file, read on access."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._names = file, dict.fromkeys(file.keys())
+        self.aliases: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(self.aliases.get(name, name))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class TensorFile(_LazyTensors):
     """A file of :func:`save_tensors` whose tensors are read one at a time, on access.
 
     Args:
@@ -166,42 +189,29 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = Path(path)
         if not self.path.is_file():
             raise ArtifactError(f"{path} does not exist; expected a file of kind {kind!r}.")
-        self._file, content = _open(self.path)
-        self._names = set(self._file.keys())
+        file, content = _open(self.path)
+        super().__init__(file)
         if not isinstance(content, dict) or content.keys() != _FIELDS:
             raise ArtifactError(f"{path} was not written by pl_personalize; expected a file of kind {kind!r}.")
         if content["kind"] != kind:
             raise ArtifactError(f"{path} holds {content['kind']!r}; expected {kind!r}.")
         if content["version"] != _VERSION:
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
-        self._order: list[str] = content["names"]
-        self.aliases: dict[str, str] = content["aliases"]
+        stored = _LazyTensors(file)
+        self._names, self.aliases = dict.fromkeys(content["names"]), content["aliases"]
         self.metadata: dict[str, Any] = {n: v for n, v in content["metadata"].items() if n != _MODULES}
         self._metadata: Versions | None = content["metadata"].get(_MODULES)
         if not verify:
             return
         expected = content.pop("sha256")
-        if (found := _checksum(content, _Lazy(self._file, self._names))) != expected:
+        if (found := _checksum(content, stored)) != expected:
             raise ArtifactError(
                 f"{path} was modified after it was written: its content has the SHA-256 {found}; expected {expected}."
             )
 
-    def __getitem__(self, name: str) -> Tensor:
-        target = self.aliases.get(name, name)
-        if target not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(target)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
     def load(self) -> dict[str, Tensor]:
         """Read all tensors into a state dict, in which tied entries are one tensor."""
-        loaded = {name: self._file.get_tensor(name) for name in sorted(self._names)}
+        loaded = {name: self[name] for name in sorted(self) if name not in self.aliases}
         return with_versions({name: loaded[self.aliases.get(name, name)] for name in self}, module_versions(self))
 
     def __repr__(self) -> str:
@@ -265,7 +275,7 @@ def open_state_dict(path: str | os.PathLike[str], *, kind: str | None = None) ->
         found = content.get("kind") if isinstance(content, dict) else None
         if found == "importance" != kind:
             raise ArtifactError(f"{path} holds {found!r}; expected {kind or _EXPECTED!r}.")
-        return _Lazy(file, list(file.keys())) if found is None else TensorFile(path, kind=kind or str(found))
+        return _LazyTensors(file) if found is None else TensorFile(path, kind=kind or str(found))
     try:
         inert = InertFile(source)
         state = inert.content
@@ -302,24 +312,6 @@ def _open(path: Path) -> tuple[Any, Any]:
         return file, json.loads((file.metadata() or {}).get(_KEY, "null"))
     except (SafetensorError, ValueError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """The tensors of any safetensors file, read on access."""
-
-    def __init__(self, file: Any, names: Collection[str]) -> None:
-        self._file, self._names = file, names
-        self.aliases: dict[str, str] = {}  # such a file has no tied tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
