@@ -1,4 +1,4 @@
-"""Networks with a ``body`` and a ``head``."""
+"""Networks with a body and a head."""
 
 from pl_personalize.models.backbones import backbone, backbone_names, check_backbone
 from pl_personalize.models.network_options import NetworkOptions

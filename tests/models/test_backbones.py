@@ -290,11 +290,11 @@ def test_options_reach_torchvision():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet81", r"no network 'resnet81'; did you mean .*resnet18"),
+        ("resnet81", r"Unknown network 'resnet81'; did you mean .*resnet18"),
         ("ResNet-18", "did you mean .*resnet18"),
         ("squeezenet", "did you mean squeezenet1_"),
         ("cnn-bn", "did you mean cnn_bn"),
-        ("zzz", r"no network 'zzz'. There are mlp, cnn_bn, torchvision's"),
+        ("zzz", r"Unknown network 'zzz'. Known: mlp, cnn_bn, torchvision's"),
     ],
 )
 def test_a_name_that_is_not_known(name, message):
@@ -365,19 +365,19 @@ def test_linear_layers_of_timms_own_class_are_heads(timm, name):
 def test_a_head_of_timm_that_computes_something_else_is_named(timm, monkeypatch):
     monkeypatch.setattr(timm.layers.Linear, "forward", lambda self, x: 2 * nn.Linear.forward(self, x))
     with pytest.raises(
-        ValueError, match=r"lcnet_035 has no linear .* but a Linear \(timm\..*\), whose forward computes"
+        ValueError, match=r"lcnet_035 is not a linear .* but a Linear \(timm\..*\), whose forward differs"
     ):
         backbone("timm:lcnet_035", 3)
 
 
 def test_what_timm_has_that_does_not_fit(timm):
-    with pytest.raises(ValueError, match="deit_tiny_distilled_patch16_224 has no linear layer or 1×1 convolution as"):
+    with pytest.raises(ValueError, match="head of timm's deit_tiny_distilled_patch16_224 is not a linear layer"):
         backbone("timm:deit_tiny_distilled_patch16_224", 3)
-    with pytest.raises(ValueError, match="no network 'timm:resnet81'; did you mean timm:resnet"):
+    with pytest.raises(ValueError, match="Unknown network 'timm:resnet81'; did you mean timm:resnet"):
         backbone("timm:resnet81", 3)
-    with pytest.raises(ValueError, match="no network 'tf_efficientnet_lite0'; did you mean timm:tf_efficientnet_lite0"):
+    with pytest.raises(ValueError, match="Unknown network 'tf_efficientnet_lite0'; did you mean timm:tf_efficientnet_lite0"):
         backbone("tf_efficientnet_lite0", 3)
-    with pytest.raises(ValueError, match="weights='IMAGENET1K_V1' is no file; the name of timm's own weights"):
+    with pytest.raises(ValueError, match="weights='IMAGENET1K_V1' is not a file; the name of timm's own weights"):
         backbone("timm:resnet10t", 3, weights="IMAGENET1K_V1")
     assert "timm:resnet18" in backbone_names()
 

@@ -39,7 +39,7 @@ def test_options_that_do_not_fit_the_network_are_rejected(options, message):
         ({"name": "squeezenet1_1"}, (3, 4, 8), "squeezenet1_1 cannot process images of 4×8 pixels"),
         ({"name": "squeezenet1_1", "resize_to": 8}, SHAPE, "squeezenet1_1 cannot process images of 8×8 pixels"),
         ({"name": "squeezenet1_1"}, (1, 64, 64), "squeezenet1_1 cannot process images of 64×64 pixels"),
-        ({"name": "resnet18", "weights": "nowhere.pth"}, SHAPE, "weights='nowhere.pth' is no"),
+        ({"name": "resnet18", "weights": "nowhere.pth"}, SHAPE, "weights='nowhere.pth' is neither a file"),
     ],
 )
 def test_check_rejects_a_network_that_cannot_take_the_images(options, shape, message):
