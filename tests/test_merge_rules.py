@@ -109,7 +109,10 @@ def test_out_may_be_an_expert_and_ties_stay(tmp_path):
         ({"rule": "arithmetic", "base": BASE, "scale": 0}, "scale must be positive; got 0"),
         ({"rule": "arithmetic", "base": {"v": BASE["w"]}}, "base has no entries w; it has v"),
         ({"rule": "arithmetic", "base": {"m.w": BASE["w"]}}, "base has no entries w.*With the prefix 'm.'"),
-        ({"rule": "arithmetic", "base": {"w": torch.ones(3)}}, r"'w' has shape \(3,\) in base and \(2,\) in expert 3"),
+        (
+            {"rule": "arithmetic", "base": {"w": torch.ones(3)}},
+            r"'w' is torch.float32 \(3,\) in base and torch.float32 \(2,\) in expert 3",
+        ),
         ({"rule": "arithmetic", "base": {"w": [1.0]}}, "'w' is a list in base"),
         ({"rule": "arithmetic", "base": {"w": torch.tensor([torch.nan, 1])}}, "parameter 'w' .* NaN or infinite"),
     ],

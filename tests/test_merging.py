@@ -392,10 +392,14 @@ def _with(rows, k, **entries):
             E_, _with(I_, 0, v=None), {"parameters": ["v"]}, "Expert 1 has no importance for 'v'", id="chosen"
         ),
         pytest.param(
-            _with(E_, 0, w=torch.ones(3)), None, {}, r"'w' has shape \(3,\) in expert 1 and \(2,\)", id="shapes"
+            _with(E_, 0, w=torch.ones(3)),
+            None,
+            {},
+            r"'w' is torch.float32 \(3,\) in expert 1 and torch.float32 \(2,\)",
+            id="shapes",
         ),
         pytest.param(
-            _with(E_, 0, v=torch.ones(2)), None, {}, r"'v' has shape \(2,\) in expert 1", id="would broadcast"
+            _with(E_, 0, v=torch.ones(2)), None, {}, r"'v' is torch.float32 \(2,\) in expert 1", id="would broadcast"
         ),
         pytest.param(_with(E_, 0, w=None), None, {}, "different entries: w", id="missing entry"),
         pytest.param(_with(E_, 1, x=torch.ones(1)), None, {}, "different entries: x", id="additional entry"),

@@ -54,8 +54,8 @@ def test_out_with_tied_entries_keeps_them_tied_and_equal():
     ("change", "message"),
     [
         ({"w": None}, "out has no entries w; it has "),
-        ({"w": torch.zeros(3)}, r"out\['w'\] is \(3,\) of torch.float32; the experts' is \(2,\)"),
-        ({"w": torch.zeros(2, dtype=torch.float64)}, r"of torch.float64; the experts' is \(2,\) of torch.float32"),
+        ({"w": torch.zeros(3)}, r"out\['w'\] is torch.float32 \(3,\); the experts' is torch.float32 \(2,\)"),
+        ({"w": torch.zeros(2, dtype=torch.float64)}, r"is torch.float64 \(2,\); the experts' is torch.float32 \(2,\)"),
         ({"v": torch.zeros(2, 2).T.contiguous().T}, "of out are not contiguous in memory: v"),
     ],
 )

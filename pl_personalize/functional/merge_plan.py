@@ -101,13 +101,8 @@ class MergePlan:
         if missing := [name for name in last if name not in out]:
             raise ValueError(f"out has no entries {some(missing)}; it has {some(out)}.{prefix_hint(missing, out)}")
         for name, value in last.items():
-            if not isinstance(out[name], Tensor):
-                raise ValueError(f"out[{name!r}] is a {type(out[name]).__name__}; the experts' is a tensor.")
-            if out[name].shape != value.shape or out[name].dtype != value.dtype:
-                raise ValueError(
-                    f"out[{name!r}] is {tuple(out[name].shape)} of {out[name].dtype}; the experts' is "
-                    f"{tuple(value.shape)} of {value.dtype}."
-                )
+            if (found := _description(out[name])) != (expected := _description(value)):
+                raise ValueError(f"out[{name!r}] is {found}; the experts' is {expected}.")
         merged, tied = {name for names in self.groups.values() for name in names}, shared_entries(out)
         first: dict[str, str] = {}
         for name in last:
@@ -149,15 +144,11 @@ class MergePlan:
                     f"Expert {k + 1} has no importance for {source!r}; it has those for {some(importance)}."
                     + (prefix_hint([source], importance) or self._apart(source))
                 )
-            value, shape = importance[name], tuple(self.experts[-1][source].shape)
-            if not isinstance(value, Tensor):
+            value, parameter = importance[name], self.experts[-1][source]
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 raise ValueError(
-                    f"The importance of {name!r} for expert {k + 1} is a {type(value).__name__}; pass tensors by name."
-                )
-            if tuple(value.shape) != shape:
-                raise ValueError(
-                    f"The importance of {name!r} for expert {k + 1} has shape {tuple(value.shape)}; the parameter has "
-                    f"{shape}."
+                    f"The importance of {name!r} for expert {k + 1} is {_description(value)}; the parameter is "
+                    f"{_description(parameter)}."
                 )
             found.append(name)
         return found
@@ -183,15 +174,10 @@ class MergePlan:
             raise ValueError(f"There are {len(self.experts)} experts but {len(importances)} importances.")
         found = []
         for k, importance in enumerate(importances):
-            if importance is not None and not isinstance(importance, Mapping):
+            if not isinstance(importance, Mapping) or len(importance) == 0:
                 raise ValueError(
-                    f"The importances of expert {k + 1} are a {type(importance).__name__}; pass a mapping, such as "
-                    "Importance.load(path)."
-                )
-            if importance is None or len(importance) == 0:
-                raise ValueError(
-                    f"Expert {k + 1} of {len(self.experts)} has no importances. Pass one mapping per expert, or "
-                    "importances=None for the plain mean."
+                    f"Expert {k + 1} of {len(self.experts)} has no importances but {_description(importance)}. Pass "
+                    "one mapping per expert, such as Importance.load(path), or importances=None for the plain mean."
                 )
             _check_tensors(importance, f"The importances of expert {k + 1} have")
             found.append(importance)
@@ -258,20 +244,14 @@ class MergePlan:
         others += [] if self.base is None else [("base", self.base)]
         for source in self.groups:
             if not _can_be_averaged(value := last[source]):
-                what = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
-                raise ValueError(f"{source!r} is {what} and cannot be averaged: leave it out.")
-            for where, state in others:
-                other = state[source]
-                if not isinstance(other, Tensor) or other.is_complex() != value.is_complex():
-                    what = other.dtype if isinstance(other, Tensor) else f"a {type(other).__name__}"
+                raise ValueError(f"{source!r} is {_description(value)} and cannot be averaged: leave it out.")
+            for where, other in ((where, state[source]) for where, state in others):
+                fits = isinstance(other, Tensor) and other.is_complex() == value.is_complex()
+                if not fits or other.shape != value.shape:
                     raise ValueError(
-                        f"{source!r} is {what} in {where} and {value.dtype} in expert {count}: leave it out."
-                    )
-                if other.shape != value.shape:
-                    raise ValueError(
-                        f"{source!r} has shape {tuple(other.shape)} in {where} and {tuple(value.shape)} in expert "
-                        f"{count}; only models of one architecture can be merged. If only their heads differ, merge "
-                        "the state dicts of the shared part, such as expert.body.state_dict()."
+                        f"{source!r} is {_description(other)} in {where} and {_description(value)} in expert {count}; "
+                        "only models of one architecture can be merged. If only their heads differ, merge the state "
+                        "dicts of the shared part, such as expert.body.state_dict()."
                     )
 
     def _check_versions(self) -> None:
@@ -296,11 +276,10 @@ class MergePlan:
             # Once per tensor, where two parameters share an importance.
             values = (importance[name] for name in dict.fromkeys(names[k] for names in self._sources.values()))
             if self.normalize == "sum":
-                scale = sum(float(value.sum(dtype=torch.float64)) for value in values)
+                scales.append(sum(float(value.sum(dtype=torch.float64)) for value in values))
             else:
-                scale = max((float(value.max()) for value in values if value.numel()), default=0.0)
-            scales.append(1 / (scale or 1.0))
-        return scales
+                scales.append(max((float(value.max()) for value in values if value.numel()), default=0.0))
+        return [1 / (scale or 1.0) for scale in scales]
 
 
 def _check_tensors(state: StateDict, has: str) -> None:
@@ -321,6 +300,10 @@ def _check_importance(k: int, name: str, value: Tensor) -> Bounds:
         return check_importance(name, value)
     except ValueError as error:
         raise ValueError(f"Expert {k + 1}: {error}") from error
+
+
+def _description(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _can_be_averaged(value: Any) -> bool:

@@ -144,33 +144,21 @@ class _ChunkMerger:
 
     def merge(self, thetas: list[Tensor], omegas: list[Tensor], results: list[Tensor]) -> bool:
         """Write the last merges of a chunk, flat tensors, and return whether they are finite."""
-        merge = self._merge_weighted if omegas else self._merge_means
         wide = any(value.dtype == torch.float64 for value in (*thetas, *omegas)) or max(self.factors) > _LARGE
-        return (not wide and merge(thetas, omegas, results, torch.float32)) or merge(
-            thetas, omegas, results, torch.float64
-        )
+        types = (torch.float64,) if wide else (torch.float32, torch.float64)
+        return any(self._merge(thetas, omegas, results, dtype) for dtype in types)
 
-    def _merge_means(
-        self, thetas: list[Tensor], omegas: list[Tensor], results: list[Tensor], dtype: torch.dtype
-    ) -> bool:
+    def _merge(self, thetas: list[Tensor], omegas: list[Tensor], results: list[Tensor], dtype: torch.dtype) -> bool:
+        """Return whether the range of ``dtype`` suffices."""
         first = len(thetas) - len(results)
-        for t, mean in enumerate(self._means(thetas, dtype)):
-            if t >= first:
-                results[t - first].copy_(mean if t else thetas[0])
-        return all(_is_finite(result) for result in results)
-
-    def _merge_weighted(
-        self, thetas: list[Tensor], omegas: list[Tensor], results: list[Tensor], dtype: torch.dtype
-    ) -> bool:
-        """Return whether the range of ``dtype`` suffices for the sums."""
-        first = len(thetas) - len(results)
-        for t, (weighted, total) in enumerate(self._sums(_as(dtype, thetas), _as(dtype, omegas))):
+        sums = self._sums(_as(dtype, thetas), _as(dtype, omegas)) if omegas else self._means(thetas, dtype)
+        for t, (value, total) in enumerate(sums):
             if t < first:
                 continue
             result = results[t - first]
-            if t == 0:
-                result.copy_(thetas[0])
-            elif not self._divide(weighted, total, thetas[: t + 1], result):
+            if t == 0 or total is None:
+                result.copy_(value if t else thetas[0])
+            elif not self._divide(value, total, thetas[: t + 1], result):
                 return False
             if not _is_finite(result):
                 return False
@@ -195,20 +183,20 @@ class _ChunkMerger:
                 return False
         quotient = torch.div(weighted, total, out=result if result.dtype == dtype else None)
         if empty is not None and self.zero == "mean":
-            *_, mean = self._means(thetas, dtype)
+            *_, (mean, _) = self._means(thetas, dtype)
             quotient.addcmul_(empty, mean)
         if quotient is not result:
             result.copy_(quotient)
         return True
 
-    def _means(self, thetas: list[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    def _means(self, thetas: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, None]]:
         """The weighted means of the first experts, in one tensor that is updated."""
         mean, total = thetas[0].to(dtype, copy=True), self.weights[0]
-        yield mean
+        yield mean, None
         for theta, weight in zip(thetas[1:], self.weights[1:], strict=False):
             total += weight
             mean.lerp_(theta.to(dtype), weight / total)
-            yield mean
+            yield mean, None
 
     def _sums(self, thetas: list[Tensor], omegas: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The sums of importance times parameter and of importance over the first experts, updated in place."""
