@@ -65,6 +65,7 @@ class MergePlan:
         self.options = rule.make_options(options)
         self._ties = [shared_entries(expert) for expert in experts]
         self.importances = self._check_importances(importances)
+        self._known = [i.bounds if isinstance(i, Bounded) else lambda name: None for i in self.importances or ()]
         self.weights = self._check_weights(weights)
         self.groups = self._groups(parameters)
         self._check_entries()
@@ -121,11 +122,9 @@ class MergePlan:
         base = None if self.base is None else self.base[source]
         if self.importances is None:
             return MergeInputs(thetas, self.weights, base=base)
-        omegas, bounds = [], []
-        for k, (importance, name) in enumerate(zip(self.importances, self._sources[source], strict=True)):
-            omegas.append(importance[name])
-            known = importance.bounds(name) if isinstance(importance, Bounded) else None
-            bounds.append(known or _check_importance(k, name, omegas[-1]))
+        names = self._sources[source]
+        omegas = [importance[name] for importance, name in zip(self.importances, names, strict=True)]
+        bounds = [self._known[k](name) or _check_importance(k, name, omegas[k]) for k, name in enumerate(names)]
         scales = self.scales
         if self.normalize == "layer":
             scales = [1 / (high or 1.0) for _, high in bounds]
