@@ -46,11 +46,6 @@ class MergeInputs:
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """The options of a rule that has none."""
-
-
-@dataclass(frozen=True)
 class MergeRule:
     """A named rule for merging experts, computed for one parameter tensor at a time.
 
@@ -58,7 +53,8 @@ class MergeRule:
         name: The name that :func:`~pl_personalize.merge` takes.
         reference: The paper.
         function: A pure function from :class:`MergeInputs` and the options to the merged tensor.
-        options: A dataclass of the rule's options, which checks its values and raises ``ValueError``.
+        options: A dataclass of the rule's options, which checks its values and raises ``ValueError``; ``None`` without
+            options.
         needs_base: Whether the rule reads the parameters of a base model.
         uses_importances: Whether the rule reads importances.
         prefixes: For rules that can compute the merges of experts 1..t incrementally: a function of the inputs, the
@@ -75,7 +71,7 @@ class MergeRule:
     name: str
     reference: str
     function: Callable[[MergeInputs, Any], Tensor]
-    options: type = NoOptions
+    options: type | None = None
     needs_base: bool = False
     uses_importances: bool = True
     prefixes: Callable[[MergeInputs, Any, int, Sequence[Tensor] | None], list[Tensor]] | None = None
@@ -86,13 +82,13 @@ class MergeRule:
         Raises:
             ValueError: If the rule has no such option, or does not take its value.
         """
-        known = [field.name for field in fields(self.options)]
+        known = [] if self.options is None else [field.name for field in fields(self.options)]
         if unknown := [name for name in given if name not in known]:
             raise ValueError(
                 f"The merge rule {self.name!r} has no option {', '.join(unknown)}; its options: "
                 f"{', '.join(known) or 'none'}."
             )
-        return self.options(**given)
+        return None if self.options is None else self.options(**given)
 
     def merge(
         self, inputs: MergeInputs, options: Any, *, start: int = 0, out: Sequence[Tensor] | None = None
