@@ -19,11 +19,9 @@ Bounds = tuple[float, float]
 
 @runtime_checkable
 class Aliased(Protocol):
-    """A state dict that knows its tied entries, such as one that reads from a file."""
+    """A state dict that knows its tied entries, see :func:`shared_entries`, such as one that reads from a file."""
 
-    @property
-    def aliases(self) -> dict[str, str]:
-        """The names of entries that share the storage of an earlier one, each with that one's name."""
+    aliases: dict[str, str]
 
 
 @runtime_checkable
@@ -35,11 +33,9 @@ class Versioned(Protocol):
 
 @runtime_checkable
 class Described(Protocol):
-    """Importances that know how they were computed."""
+    """Importances whose metadata say how they were computed, as ``kind`` and ``reduction``."""
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """With the entries ``kind`` and ``reduction``."""
+    metadata: Mapping[str, Any]
 
 
 @runtime_checkable

@@ -67,9 +67,11 @@ def backbone(
     check_backbone(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}.")
-    if name.startswith(_TIMM):
-        return _from_timm(name.removeprefix(_TIMM), num_classes, weights, options)
-    return _from_torchvision(name, num_classes, weights, options)
+    make = _from_timm if name.startswith(_TIMM) else _from_torchvision
+    network, with_head = make(name.removeprefix(_TIMM), num_classes, weights, options)
+    if not with_head:
+        network.new_head(num_classes)
+    return network
 
 
 def backbone_names() -> list[str]:
@@ -114,19 +116,18 @@ def _torchvision_names() -> list[str]:
 
 def _from_torchvision(
     name: str, num_classes: int, weights: str | os.PathLike[str] | None, options: dict[str, Any]
-) -> TaskNetwork:
+) -> tuple[TaskNetwork, bool]:
     if name in _AUXILIARY:
         if options.get("aux_logits"):
             raise ValueError(f"{name} has two outputs with aux_logits=True; only one head is supported.")
         # Avoids torchvision's warning, and seconds of drawing parameters that are replaced.
         options = {"init_weights": weights is None} | options | {"aux_logits": False}
-    published = None
-    if weights is not None and str(weights) in (names := _published(name)):
-        published = names[str(weights)]
-    elif weights is not None and not os.path.isfile(weights):
+    names = {} if weights is None else dict(torchvision_models.get_model_weights(name).__members__)
+    published = names.get(str(weights))
+    if weights is not None and published is None and not os.path.isfile(weights):
         raise ValueError(
             f"weights={str(weights)!r} is neither a file nor the name of weights of torchvision's {name}, which are: "
-            f"{', '.join(_published(name)) or 'none'}."
+            f"{', '.join(names) or 'none'}."
         )
     if published is not None:
         options.pop("init_weights", None)
@@ -139,19 +140,8 @@ def _from_torchvision(
         unused = _AUXILIARY.get(name, ())
         with_head = load_weights(model, open_state_dict(weights), head, source=str(weights), unused=unused)
     if isinstance(model, SqueezeNet):
-        network = _split_squeezenet(model)
-    elif isinstance(model, MNASNet):
-        network = _split_mnasnet(model)
-    else:
-        network = split_in_place(model, head)
-    if not with_head:
-        network.new_head(num_classes)
-    return network
-
-
-def _published(name: str) -> dict[str, Any]:
-    """Torchvision's published weights of a network, by name."""
-    return dict(torchvision_models.get_model_weights(name).__members__)
+        return _split_squeezenet(model), with_head
+    return _split_mnasnet(model) if isinstance(model, MNASNet) else split_in_place(model, head), with_head
 
 
 def _split_squeezenet(model: SqueezeNet) -> TaskNetwork:
@@ -187,7 +177,7 @@ def _timm_names() -> list[str]:
 
 def _from_timm(
     name: str, num_classes: int, weights: str | os.PathLike[str] | None, options: dict[str, Any]
-) -> TaskNetwork:
+) -> tuple[TaskNetwork, bool]:
     published = weights is not None and str(weights) == "DEFAULT"
     if weights is not None and not published and not os.path.isfile(weights):
         raise ValueError(f"weights={str(weights)!r} is not a file; the name of timm's own weights is 'DEFAULT'.")
@@ -203,10 +193,7 @@ def _from_timm(
         if is_efficientnet_lite(state) and hasattr(model, "blocks"):
             state = efficientnet_lite_to_timm(state, [len(stage) for stage in model.blocks])
         with_head = load_weights(model, state, found[0], source=str(weights))
-    network = split_checked(model, found[0], _example(model, options))
-    if not with_head:
-        network.new_head(num_classes)
-    return network
+    return split_checked(model, found[0], _example(model, options)), with_head
 
 
 def _example(model: Any, options: dict[str, Any]) -> torch.Tensor:
