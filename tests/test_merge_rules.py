@@ -36,6 +36,7 @@ def rules(monkeypatch):
     added = [
         MergeRule("arithmetic", "Ilharco et al., ICLR 2023", task_arithmetic, ArithmeticOptions, True, False),
         MergeRule("most_important", "none", most_important),
+        MergeRule("smaller", "none", lambda inputs, options: inputs.parameters[0][:1]),
     ]
     monkeypatch.setattr("pl_personalize.merging.MERGE_RULES", Registry("merge rule", [*MERGE_RULES.values(), *added]))
 
@@ -102,6 +103,7 @@ def test_out_may_be_an_expert_and_ties_stay(tmp_path):
     [
         ({"rule": "arithmetics", "base": BASE}, "Unknown merge rule 'arithmetics'; did you mean 'arithmetic'"),
         ({"rule": "arithmetic"}, "'arithmetic' needs base="),
+        ({"rule": "smaller"}, r"'smaller' returned a tensor of shape \(1,\); expected \(2,\)"),
         ({"base": BASE}, "'weighted' does not use base"),
         ({"rule": "arithmetic", "base": BASE, "importances": OMEGAS}, "'arithmetic' does not use importances"),
         ({"rule": "arithmetic", "base": BASE, "zero": "mean"}, "has no option zero; its options: scale"),

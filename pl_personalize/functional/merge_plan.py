@@ -216,7 +216,7 @@ class MergePlan:
             )
         if not chosen:
             raise ValueError("There is nothing to merge: no parameter was chosen.")
-        if parameters is None:  # importances have one name for what is one tensor in the expert that they are of
+        if parameters is None:  # an importance has one name for entries that are tied in its expert
             for ties in self._ties:
                 tied = {ties.get(name, name) for name in chosen}
                 chosen += [name for name in last if ties.get(name, name) in tied]

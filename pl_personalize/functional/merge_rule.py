@@ -103,6 +103,7 @@ class MergeRule:
 
         Raises:
             FloatingPointError: If a merged entry is NaN or infinite.
+            ValueError: If the rule changed the shape.
         """
         if self.prefixes is not None:
             return self.prefixes(inputs, options, start, out)
@@ -110,6 +111,9 @@ class MergeRule:
         results = out or [torch.empty_like(value, memory_format=torch.contiguous_format) for value in like]
         for t, result in enumerate(results, start):
             merged = inputs.parameters[0] if t == 0 else self.function(inputs.first(t + 1), options)
+            if merged.shape != result.shape:
+                shapes = f"{tuple(merged.shape)}; expected {tuple(result.shape)}"
+                raise ValueError(f"The merge rule {self.name!r} returned a tensor of shape {shapes}.")
             if not bool(merged.isfinite().all()):
                 raise FloatingPointError("A merged entry is NaN or infinite.")
             result.detach().copy_(merged.detach())
