@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
-from pl_personalize.functional.merging import Bounds, check_importance
+from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.state_dicts import Bounds
 
 Kind = Literal["mas", "fisher", "empirical_fisher"]
 Reduction = Literal["sample", "batch"]
@@ -71,6 +72,11 @@ class Importance(Mapping[str, Tensor]):
             f"parameters={len(self)})"
         )
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """How the importances were computed, as stored in files."""
+        return {"kind": self.kind, "num_samples": self.num_samples, "reduction": self.reduction, "paths": self.paths}
+
     def bounds(self, name: str) -> Bounds | None:
         """The smallest and the largest entry of a tensor, or ``None`` if it was, or may be, changed in place since."""
         version, bounds = self._bounds[name]
@@ -99,13 +105,7 @@ class Importance(Mapping[str, Tensor]):
         Returns:
             The path.
         """
-        metadata = {
-            "kind": self.kind,
-            "num_samples": self.num_samples,
-            "reduction": self.reduction,
-            "paths": self.paths,
-        }
-        return str(save_tensors(path, self, kind=ARTIFACT_KIND, metadata=metadata))
+        return str(save_tensors(path, self, kind=ARTIFACT_KIND, metadata=self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:

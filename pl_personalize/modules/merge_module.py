@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,15 +17,14 @@ from pl_personalize.artifacts import TensorFile, open_state_dict
 from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.names import some
 from pl_personalize.functional.state_dicts import (
-    Versions,
+    PrefixView,
+    StateDict,
     module_versions,
-    shared_entries,
     versions_above,
-    versions_below,
     with_versions,
 )
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
-from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
+from pl_personalize.merging import Normalize, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.sequence_evaluator import Cell, Models, SequenceEvaluator
 
@@ -97,8 +96,7 @@ class MergeModule(SequenceEvaluator):
         if isinstance(experts, str | os.PathLike):
             raise MisconfigurationException(f"experts must be a sequence, one for each task; got {str(experts)!r}.")
         states = [_open_expert(expert) for expert in experts]
-        heads = [_Part(state, "head") for state in states]
-        bodies = [_Part(state, "body") for state in states]
+        heads, bodies = ([_part(state, module) for state in states] for module in ("head", "body"))
         super().__init__(network, bodies, heads, models=models, bn_policy=bn_policy, bn_options=bn_options)
         if isinstance(importances, Mapping):
             for name, one in importances.items():
@@ -191,43 +189,18 @@ class MergeModule(SequenceEvaluator):
         return with_versions(state, versions or None)
 
 
-class _Part(Mapping[str, Tensor]):
-    """The entries of a state dict below one module, with names relative to it; read when asked for."""
+def _part(state: StateDict, module: str) -> StateDict:
+    """The entries of a submodule.
 
-    def __init__(self, state: StateDict, module: str) -> None:
-        self._state, self._prefix = state, f"{module}."
-        self._names = [name for name in state if name.startswith(self._prefix)]
-        if not self._names:
-            raise MisconfigurationException(
-                f"An expert must be a state dict of a TaskNetwork; it has nothing below {module!r}: {some(state)}."
-            )
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Entries that are the same storage, see :func:`~pl_personalize.artifacts.shared_entries`."""
-        inside = {name: first for name, first in shared_entries(self._state).items() if first in self._names}
-        return {
-            a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names
-        }
-
-    @property
-    def _metadata(self) -> Versions | None:
-        """Versions of the modules, by the name that PyTorch looks for."""
-        return versions_below(module_versions(self._state), self._prefix.removesuffix("."))
-
-    @property
-    def kind(self) -> str | None:
-        """The kind of importances, if that is what these are."""
-        return kind_of(self._state)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._state[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    Raises:
+        MisconfigurationException: If there are none.
+    """
+    part = PrefixView(state, module)
+    if not part:
+        raise MisconfigurationException(
+            f"An expert must be a state dict of a TaskNetwork; it has no entries below {module!r}: {some(state)}."
+        )
+    return part
 
 
 def _open_expert(expert: Expert) -> StateDict:
@@ -235,7 +208,7 @@ def _open_expert(expert: Expert) -> StateDict:
     if isinstance(expert, nn.Module):
         raise MisconfigurationException(f"An expert must be a state dict or a file; got a {type(expert).__name__}.")
     state = expert if isinstance(expert, Mapping) else open_state_dict(expert, kind=EXPERT_KIND)
-    return _Part(state, "network") if any(name.startswith("network.body.") for name in state) else state
+    return PrefixView(state, "network") if any(name.startswith("network.body.") for name in state) else state
 
 
 def _open_importance(importance: StateDict | str | os.PathLike[str], body: set[str]) -> StateDict:
@@ -244,5 +217,5 @@ def _open_importance(importance: StateDict | str | os.PathLike[str], body: set[s
     if not set(opened) <= body:
         for module in ("network.body", "body"):
             if any(name.startswith(f"{module}.") for name in opened):
-                return _Part(opened, module)
+                return PrefixView(opened, module)
     return opened
