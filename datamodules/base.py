@@ -39,11 +39,11 @@ class TaskIncrementalDataModule(LightningDataModule):
         tasks: Names of the tasks, in order.
         classes: Names of the classes of each task.
         users: Names of the users.
-        task: The present task, an index from 0 or a name; also an attribute that may be set before ``setup``.
-        user: The present user, likewise.
-        batch_size: For training.
-        eval_batch_size: For everything else.
-        seed: What the order of training data depends on.
+        task: Current task, by name or index; ``None`` for all tasks. The attribute may be set before ``setup``.
+        user: Current user, by name or index. The attribute may be set before ``setup``.
+        batch_size: Batch size for training.
+        eval_batch_size: Batch size for everything else.
+        seed: Seed of the order and the augmentation of training data.
 
     Raises:
         MisconfigurationException: If a task or user is not there, names of tasks, users or of a task's classes are
@@ -105,6 +105,19 @@ class TaskIncrementalDataModule(LightningDataModule):
     def about_user(self, user: int | str) -> str:
         """What makes a user different, in a few words for results and figures; here nothing."""
         return ""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of the images that a network receives, (channels, height, width); by default that of the first one."""
+        images = self.server_split(0)[0].images[:1]
+        return tuple(self.transform(images).shape[1:])
+
+    def decisive_options(self) -> dict[str, Any]:
+        """Options that results depend on, as JSON values, but for ``task``, ``user`` and ``seed``.
+
+        A subclass adds its own, with paths resolved, and leaves out those that change no image, such as ``download``.
+        """
+        return {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
 
     # Where we are
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,8 @@ class DigitsDataModule(TaskIncrementalDataModule):
     user's are halved into adapt and eval. Nothing is downloaded.
 
     Args:
-        task: See :class:`TaskIncrementalDataModule`.
-        user: See there; ``"scan"`` (0) or ``"camera"`` (1).
-        batch_size: See there.
-        eval_batch_size: See there.
-        seed: What the order of training data depends on.
-        split_seed: What the division of the images depends on.
+        split_seed: Seed of the division of the images among server and users.
+        **options: Further arguments of :class:`TaskIncrementalDataModule`.
 
     Example:
         >>> data = DigitsDataModule(task=0, user="camera")
@@ -45,28 +42,19 @@ class DigitsDataModule(TaskIncrementalDataModule):
         (('0-1', '2-3', '4-5', '6-7', '8-9'), ('scan', 'camera'))
     """
 
-    def __init__(
-        self,
-        *,
-        task: int | str | None = None,
-        user: int | str | None = None,
-        batch_size: int = 20,
-        eval_batch_size: int = 256,
-        seed: int = 0,
-        split_seed: int = 27,
-    ) -> None:
+    def __init__(self, *, split_seed: int = 27, **options: Any) -> None:
         pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
-        super().__init__(
-            tasks=["-".join(pair) for pair in pairs],
-            classes=pairs,
-            users=["scan", "camera"],
-            task=task,
-            user=user,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-        )
+        super().__init__(tasks=["-".join(pair) for pair in pairs], classes=pairs, users=["scan", "camera"], **options)
         self.split_seed = split_seed
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return IMAGE_SHAPE
+
+    @override
+    def decisive_options(self) -> dict[str, Any]:
+        return super().decisive_options() | {"split_seed": self.split_seed}
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torchvision
@@ -32,8 +32,8 @@ class NumbersDataModule(TaskIncrementalDataModule):
 
     The server has at most ``max_per_source`` random training images of each task and source, 80 % of them for training.
     A user has the test images of one source, halved into adapt and eval. Images are 3×28×28 floats: MNIST is
-    standardised with mean 0.1307 and deviation 0.3081; every other source is brought to RGB 32×32 (bilinear), cropped
-    to the middle 28×28, and standardised with 0.5 and 0.5.
+    normalized with mean 0.1307 and std 0.3081; every other source is resized to RGB 32×32 (bilinear), center-cropped to
+    28×28, and normalized with mean and std 0.5.
 
     Args:
         data_dir: Folder of the collections that have names.
@@ -42,13 +42,9 @@ class NumbersDataModule(TaskIncrementalDataModule):
             also in subfolders.
         download: Fetch collections that are missing.
         max_per_source: Cap on the server's images of a task and source; ``None`` for all.
-        task: See :class:`TaskIncrementalDataModule`.
-        user: See there.
-        batch_size: See there.
-        eval_batch_size: See there.
-        seed: What the order of training data depends on.
-        split_seed: What the choice and the division of the images depend on; ``"seed"``: on ``seed``, so that each seed
-            of an experiment has images of its own.
+        split_seed: Seed of the choice and the division of the images; ``"seed"``: the same as ``seed``, so that each
+            seed of an experiment has its own images.
+        **options: Further arguments of :class:`TaskIncrementalDataModule`.
 
     Raises:
         MisconfigurationException: If a source is unknown or missing; the message says where it was looked for.
@@ -61,12 +57,8 @@ class NumbersDataModule(TaskIncrementalDataModule):
         *,
         download: bool = False,
         max_per_source: int | None = 10_000,
-        task: int | str | None = None,
-        user: int | str | None = None,
-        batch_size: int = 20,
-        eval_batch_size: int = 256,
-        seed: int = 0,
         split_seed: int | Literal["seed"] = 27,
+        **options: Any,
     ) -> None:
         names = [source if source in _COLLECTIONS else Path(source).name for source in sources]
         if not names or len(set(names)) != len(names):
@@ -74,19 +66,24 @@ class NumbersDataModule(TaskIncrementalDataModule):
         if max_per_source is not None and max_per_source < 1:
             raise MisconfigurationException(f"max_per_source must be positive or None; got {max_per_source}.")
         pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
-        super().__init__(
-            tasks=["-".join(pair) for pair in pairs],
-            classes=pairs,
-            users=names,
-            task=task,
-            user=user,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-        )
+        super().__init__(tasks=["-".join(pair) for pair in pairs], classes=pairs, users=names, **options)
         self.data_dir, self.sources, self.download = Path(data_dir).expanduser(), tuple(sources), download
         self.max_per_source, self.split_seed = max_per_source, split_seed
         self._raw: dict[tuple[str, bool], _Raw] = {}
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return IMAGE_SHAPE
+
+    @override
+    def decisive_options(self) -> dict[str, Any]:
+        return super().decisive_options() | {
+            "data_dir": str(self.data_dir.resolve()),
+            "sources": list(self.sources),
+            "max_per_source": self.max_per_source,
+            "split_seed": self.split_seed,
+        }
 
     @property
     def _division(self) -> int:
@@ -124,14 +121,14 @@ class NumbersDataModule(TaskIncrementalDataModule):
             images, labels = self._of_task(source, True, task)
             generator = torch.Generator().manual_seed(derive_seed(self._division, name, task))
             order = torch.randperm(len(labels), generator=generator)[: self.max_per_source]
-            parts.append(LabelledImages(_standardise(images[order], source), labels[order]))
+            parts.append(LabelledImages(_normalize(images[order], source), labels[order]))
         return random_split(concatenate(parts), 0.8, self._division, "server", task)
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
         """The test images of the user's source, halved."""
         images, labels = self._of_task(self.sources[user], False, task)
-        found = LabelledImages(_standardise(images, self.sources[user]), labels)
+        found = LabelledImages(_normalize(images, self.sources[user]), labels)
         evaluation, adapt = random_split(found, 0.5, self._division, "user", self.users[user], task)
         return adapt, evaluation
 
@@ -161,7 +158,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
             ) from error
 
 
-def _standardise(images: Tensor, source: str) -> Tensor:
+def _normalize(images: Tensor, source: str) -> Tensor:
     if source == "mnist":
         return images.float().div_(255).sub_(0.1307).div_(0.3081).expand(-1, 3, -1, -1)
     if images.shape[-2:] != (32, 32):

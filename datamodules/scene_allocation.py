@@ -84,13 +84,13 @@ def transprior_files(pools: Pools, scenes: Names, extra_images: int, *seed: int 
     """The images that every user of TransPrior has in a task.
 
     Of the n test images of a class, the first floor(n / 2) are in eval, the others in adapt, whatever the seed.
-    ``extra_images`` of all extra images of the task are drawn and halved; where they are odd in number, adapt has one
+    ``extra_images`` of all extra images of the task are sampled and halved; where they are odd in number, adapt has one
     more.
     """
     halves = [(pools.test[scene], len(pools.test[scene]) // 2) for scene in scenes]
-    drawn = _shuffled([name for scene in scenes for name in pools.extra[scene]], *seed, "extra")[:extra_images]
-    evaluation = [*(n for names, half in halves for n in names[:half]), *drawn[: extra_images // 2]]
-    adapt = [*(n for names, half in halves for n in names[half:]), *drawn[extra_images // 2 :]]
+    sampled = _shuffled([name for scene in scenes for name in pools.extra[scene]], *seed, "extra")[:extra_images]
+    evaluation = [*(n for names, half in halves for n in names[:half]), *sampled[: extra_images // 2]]
+    adapt = [*(n for names, half in halves for n in names[half:]), *sampled[extra_images // 2 :]]
     _assert_disjoint(adapt, evaluation)
     return UserFiles(_shuffled(adapt, *seed, "adapt"), _shuffled(evaluation, *seed, "eval"))
 

@@ -87,7 +87,7 @@ def _read_list(path: Path, known: set[str]) -> set[str]:
     return set(lines)
 
 
-def read_supercategories(path: Path | None) -> dict[str, str]:
+def read_supercategories(path: str | os.PathLike[str] | None) -> dict[str, str]:
     """The supercategory of each class, from a CSV file; by default that of MIT Indoor Scenes.
 
     Blanks around names, of any kind, do not count.
@@ -97,7 +97,7 @@ def read_supercategories(path: Path | None) -> dict[str, str]:
     """
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_supercategories.csv"
     try:
-        text = (packaged if path is None else path).read_text("utf-8-sig")
+        text = (packaged if path is None else Path(path).expanduser()).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The supercategories cannot be read from {path}: {error}") from error
     lines = [line for line in text.splitlines() if trimmed(line)]

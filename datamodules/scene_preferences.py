@@ -49,7 +49,7 @@ def read_preferences(
         raise MisconfigurationException(f"The preferences cannot be read from {name}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tasks, dict) for tasks in found.values()):
         raise MisconfigurationException(f"{name} must be a JSON object: user -> task -> list of classes.")
-    way_out = "Give a file that does, or a number (preferences=1): then they are drawn by that seed."
+    way_out = "Give a file that does, or a number (preferences=1): then they are sampled with that seed."
     if len(found) < num_users:
         raise MisconfigurationException(f"{name}: {len(found)} user(s), but num_users={num_users}. {way_out}")
     home = {scene: task for task, scenes in classes.items() for scene in scenes}
@@ -102,12 +102,12 @@ def _from_one(numbers: Sequence[int | None], count: int) -> bool:
 
 
 def _number(user: str) -> int | None:
-    """3 for user3, User_3, 3 or user3-draw1."""
-    found = re.fullmatch(r"(?:user)?[\s_-]*([0-9]{1,9})(?:-draw[0-9]+)?", user.strip(), re.IGNORECASE)
+    """3 for user3, User_3, 3 or user3-seed1."""
+    found = re.fullmatch(r"(?:user)?[\s_-]*([0-9]{1,9})(?:-seed[0-9]+)?", user.strip(), re.IGNORECASE)
     return int(found[1]) if found else None
 
 
-def draw_preferences(
+def sample_preferences(
     extra: Mapping[str, Names], classes: Mapping[str, Names], num_users: int, count: int, images: int, seed: int
 ) -> Preferences:
     """Preferences at random, among the classes that have enough extra images left.
@@ -118,18 +118,18 @@ def draw_preferences(
         num_users: How many users there are.
         count: How many classes of a task each prefers.
         images: Extra images that a user gets of each.
-        seed: What the draw depends on.
+        seed: Seed of the sampling.
 
     Raises:
         MisconfigurationException: If there are not enough images for any preferences.
     """
-    drawn: Preferences = [{} for _ in range(num_users)]
+    sampled: Preferences = [{} for _ in range(num_users)]
     for task, scenes in classes.items():
         room = {scene: len(extra[scene]) // images if images else num_users for scene in scenes}
         if not _possible(room, num_users, count):
             there = sum(min(times, num_users) for times in room.values())
             raise MisconfigurationException(
-                f"No preferences can be drawn for {task!r}: {num_users} users × {count} preferred classes are "
+                f"No preferences can be sampled for {task!r}: {num_users} users × {count} preferred classes are "
                 f"{num_users * count} shares of {images} extra images, each user's of different classes, and the "
                 f"{len(scenes)} classes have room for {there}: they have "
                 f"{', '.join(str(len(extra[scene])) for scene in scenes)} extra images. Ask for fewer with "
@@ -140,9 +140,9 @@ def draw_preferences(
             for chosen in _choices(room, count, generator):
                 left = {scene: times - (scene in chosen) for scene, times in room.items()}
                 if _possible(left, num_users - user - 1, count):
-                    drawn[user][task], room = chosen, left
+                    sampled[user][task], room = chosen, left
                     break
-    return drawn
+    return sampled
 
 
 def _possible(room: Mapping[str, int], users: int, count: int) -> bool:

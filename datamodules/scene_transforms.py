@@ -10,15 +10,15 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 _AREAS = (0.08, 1.0)
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
 
 
-def standardise(images: Tensor, mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION) -> Tensor:
-    """uint8 (n, 3, height, width) as floats with the given mean and deviation; by default ImageNet's."""
-    centre, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, deviation))
+def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 (n, 3, height, width) as floats with the given mean and standard deviation subtracted and divided by."""
+    centre, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
     return images.float().div_(255).sub_(centre).div_(scale)
 
 

@@ -26,7 +26,7 @@ def test_each_source_is_a_user_named_after_it(data_dir):
     assert data.tasks == ("0-1", "2-3", "4-5", "6-7", "8-9")
 
 
-def test_images_are_standardised_as_in_the_protocol(data_dir):
+def test_images_are_normalized_as_in_the_protocol(data_dir):
     data = numbers(data_dir, max_per_source=None)
     mnist = torch.cat([split.images for split in data.user_split("mnist", "4-5")])
     photos = torch.cat([split.images for split in data.user_split("photos", "4-5")])

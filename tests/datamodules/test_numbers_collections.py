@@ -170,7 +170,7 @@ def doubled(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def standardised(name: str, pixels: np.ndarray) -> np.ndarray:
+def normalized(name: str, pixels: np.ndarray) -> np.ndarray:
     """What the protocol says of raw pixels (n, 1 or 3, height, width)."""
     values = pixels.astype(float)
     if name == "mnist":
@@ -211,22 +211,22 @@ def test_a_download_puts_every_file_in_its_place(server, tmp_path, name):
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_the_server_has_the_training_images_value_by_value(server, tmp_path, name):
     found = server_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "train"]), server.digits[name, "train"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "train"]), server.digits[name, "train"])
 
 
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_a_user_has_the_test_images_value_by_value(server, tmp_path, name):
     found = user_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
 
 
 def test_three_collections_are_three_users_and_one_server(server, tmp_path):
     data = fetched(tmp_path, *COLLECTIONS)
     assert data.users == COLLECTIONS
     for name in COLLECTIONS:
-        expected = standardised(name, server.pixels[name, "test"])
+        expected = normalized(name, server.pixels[name, "test"])
         assert_same_samples(user_data(data, name), expected, server.digits[name, "test"])
-    expected = np.concatenate([standardised(name, server.pixels[name, "train"]) for name in COLLECTIONS])
+    expected = np.concatenate([normalized(name, server.pixels[name, "train"]) for name in COLLECTIONS])
     digits = np.concatenate([server.digits[name, "train"] for name in COLLECTIONS])
     assert_same_samples(server_data(data), expected, digits)
 
@@ -291,7 +291,7 @@ def test_without_download_nothing_is_fetched_and_nothing_raised_if_all_is_there(
     server.requests.clear()
     data = NumbersDataModule(tmp_path, [name], max_per_source=None)
     data.prepare_data()
-    assert_same_samples(user_data(data), standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(user_data(data), normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
     assert server.requests == []
 
 
@@ -381,7 +381,7 @@ def test_after_a_transfer_that_broke_off_the_next_call_fetches_the_whole(server,
         fetched(tmp_path, name)
     point_to(monkeypatch, server, server.url)
     found = user_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
 
 
 @pytest.mark.parametrize("length", [0, 2, 3, 10, 0.5, -1], ids=lambda length: f"length {length}")
@@ -479,14 +479,14 @@ def test_a_folder_may_have_images_of_any_mode(folder, mode, colour):
 def test_a_folder_image_of_32_by_32_is_cropped_to_its_middle(folder):
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "test" / "4" / "black.png")
-    expected = standardised("own", pixels.transpose(2, 0, 1)[None])[0]
+    expected = normalized("own", pixels.transpose(2, 0, 1)[None])[0]
     np.testing.assert_allclose(folder_image(folder), expected, atol=1e-6)
 
 
 def test_a_folder_image_of_16_by_16_is_doubled_bilinearly(folder):
     pixels = np.random.default_rng(2).integers(0, 16, (16, 16, 3), dtype=np.uint8) * 16
     Image.fromarray(pixels).save(folder / "test" / "4" / "black.png")
-    expected = standardised("usps", pixels.transpose(2, 0, 1)[None])[0]
+    expected = normalized("usps", pixels.transpose(2, 0, 1)[None])[0]
     np.testing.assert_allclose(folder_image(folder), expected, atol=1e-6)
 
 
@@ -553,11 +553,11 @@ def test_an_image_cut_off_anywhere_is_named(folder):
             user_data(NumbersDataModule(sources=[folder]))
 
 
-def test_a_folder_beside_a_collection_is_standardised_on_its_own(server, tmp_path, folder):
+def test_a_folder_beside_a_collection_is_normalized_on_its_own(server, tmp_path, folder):
     data = fetched(tmp_path, str(folder), "mnist")
     assert data.users == ("own", "mnist")
     np.testing.assert_allclose(user_data(data, "own")[0].numpy(), -1)
-    expected = standardised("mnist", server.pixels["mnist", "test"])
+    expected = normalized("mnist", server.pixels["mnist", "test"])
     assert_same_samples(user_data(data, "mnist"), expected, server.digits["mnist", "test"])
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.scene_preferences import draw_preferences, read_preferences
+from pl_personalize.datamodules.scene_preferences import read_preferences, sample_preferences
 
 CLASSES = {"home": ("attic", "bath", "cellar"), "store": ("deli", "mall")}
 
@@ -78,7 +78,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_drawn_preferences_follow_from_the_seed():
-    drawn = [draw_preferences(extra(), CLASSES, 6, 2, 10, seed) for seed in (1, 1, 2)]
+    drawn = [sample_preferences(extra(), CLASSES, 6, 2, 10, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     for chosen in drawn[0]:
         for task, scenes in chosen.items():
@@ -90,7 +90,7 @@ def test_drawn_preferences_follow_from_the_seed():
 @pytest.mark.parametrize("seed", range(20))
 def test_drawing_succeeds_whenever_it_is_possible(seed):
     """The attic has room for all, the other two together for one each: a careless draw would run into a dead end."""
-    drawn = draw_preferences(extra(attic=40, bath=20, cellar=20), CLASSES, 4, 2, 10, seed)
+    drawn = sample_preferences(extra(attic=40, bath=20, cellar=20), CLASSES, 4, 2, 10, seed)
     assert Counter(scene for chosen in drawn for scene in chosen["home"]) == {"attic": 4, "bath": 2, "cellar": 2}
 
 
@@ -99,16 +99,16 @@ def test_drawing_is_refused_with_the_arithmetic():
         MisconfigurationException,
         match=r"for .home.: 4 users × 2 preferred classes are 8 shares of 10 extra .* room for 7: they have 40, 20, 19",
     ):
-        draw_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
+        sample_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
 
 
 def test_a_class_cannot_be_preferred_twice_by_a_user():
     with pytest.raises(MisconfigurationException, match="1 users × 3 preferred classes"):
-        draw_preferences(extra(), CLASSES, 1, 3, 1, 1)
+        sample_preferences(extra(), CLASSES, 1, 3, 1, 1)
 
 
 def test_without_extra_images_any_class_may_be_preferred():
-    assert len(draw_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5
+    assert len(sample_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u200b"])
