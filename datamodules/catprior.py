@@ -1,4 +1,4 @@
-"""CatPrior: users who prefer other classes."""
+"""CatPrior: users with different preferred classes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pl_personalize.datamodules.scenes import SceneDataModule
 class CatPriorDataModule(SceneDataModule):
     """The CatPrior benchmark of De Lange et al., CVPR 2020: scenes of users who see some classes more than others.
 
-    Of each class a user has a share of the test images, and of the classes that he prefers ``extra_images`` more; no
-    image belongs to two users. Each part is halved into adapt and eval. The published code can never draw a class's
-    last extra image, and loses one with every user; here all are equally likely.
+    A user has a share of the test images of each class, and ``extra_images`` more of each class that they prefer; no
+    image belongs to two users. Each part is halved into adapt and eval. Unlike in the published code, which never
+    samples a class's last extra image and loses one with every user, all extra images are equally likely.
 
     Args:
         *args: The folder of the scenes, as for :class:`SceneDataModule`.
@@ -33,7 +33,7 @@ class CatPriorDataModule(SceneDataModule):
         **options: Further arguments of :class:`SceneDataModule`.
 
     Raises:
-        MisconfigurationException: If an option is out of range, or a table or the preferences are unfit.
+        MisconfigurationException: If an option is out of range, or a table or the preferences are invalid.
 
     Example:
         >>> data = CatPriorDataModule("data/mit-indoor", task="home")
@@ -53,30 +53,29 @@ class CatPriorDataModule(SceneDataModule):
         super().__init__(*args, num_users=num_users, **options)
         self.preferred_classes = whole("preferred_classes", preferred_classes, 1)
         self.extra_images = whole("extra_images", extra_images, 0)
-        self._preferences_seed: int | None = None
-        self._preferences_file = None if preferences is None else str(preferences)
+        self._preferences: int | str | None = None if preferences is None else str(preferences)
         if preferences is None or isinstance(preferences, (str, os.PathLike)):
             stored = read_preferences(preferences, self.classes_by_task(), self.num_users, self.preferred_classes)
             self._shared["preferences"] = stored
         else:
-            self._preferences_seed = whole("preferences, if it is no file,", preferences)
+            self._preferences = whole("preferences, unless a file,", preferences)
 
     @override
     def decisive_options(self) -> dict[str, Any]:
         return super().decisive_options() | {
             "preferred_classes": self.preferred_classes,
             "extra_images": self.extra_images,
-            "preferences": self._preferences_file if self._preferences_seed is None else self._preferences_seed,
+            "preferences": self._preferences,
         }
 
     @override
     def about_user(self, user: int | str) -> str:
-        """The preferred classes."""
+        """Preferred classes."""
         chosen = self.preferences()[self.profile_of(user)]
         return "; ".join(f"{task}: {', '.join(chosen[task])}" for task in self.tasks)
 
     def preferences(self) -> Preferences:
-        """For each profile and task, the preferred classes."""
+        """Preferred classes for each profile and task."""
         if "preferences" not in self._shared:
             self.pools()  # samples them, given the number of images
         found: Preferences = self._shared["preferences"]
@@ -84,15 +83,10 @@ class CatPriorDataModule(SceneDataModule):
 
     @override
     def check(self, pools: Pools) -> None:
-        if self._preferences_seed is not None:
-            self._shared["preferences"] = sample_preferences(
-                pools.extra,
-                self.classes_by_task(),
-                self.num_users,
-                self.preferred_classes,
-                self.extra_images,
-                self._preferences_seed,
-            )
+        if isinstance(self._preferences, int):
+            numbers = self.num_users, self.preferred_classes, self.extra_images
+            sampled = sample_preferences(pools.extra, self.classes_by_task(), *numbers, self._preferences)
+            self._shared["preferences"] = sampled
         check_catprior(pools, self.classes_by_task(), self._shared["preferences"], self.extra_images)
 
     @override

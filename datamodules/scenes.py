@@ -1,4 +1,4 @@
-"""What the benchmarks on scenes have in common."""
+"""Base class for benchmarks on scenes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
-from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
+from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
 from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
 from pl_personalize.datamodules.labelled_images import LabelledImages
@@ -41,18 +41,11 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 class UserPool(NamedTuple):
-    """Images that are decoded together: a name, how a file is decoded, and what that depends on."""
+    """Images decoded together: name, decoder of a file, and what the decoder depends on."""
 
     name: str
     read: Read
     depends: tuple[str | int, ...] = ()
-
-
-class _Plan(NamedTuple):
-    """Who gets which images: the server of each task, each user of each task."""
-
-    server: list[ServerFiles]
-    users: list[list[UserFiles]]
 
 
 class SceneDataModule(TaskIncrementalDataModule):
@@ -135,6 +128,7 @@ class SceneDataModule(TaskIncrementalDataModule):
         cache = None if cache_dir is None else Path(cache_dir).expanduser()
         self._store = ImageStore(self.data_dir / "Images", image_size, cache)
         self._shared: dict[str, Any] = {}  # between views
+        self._allocations: dict[tuple[int, int], list[UserFiles]] = {}
 
     @property
     @override
@@ -161,61 +155,50 @@ class SceneDataModule(TaskIncrementalDataModule):
             "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         }
 
-    # What a benchmark defines
+    # Hooks for subclasses
 
     @abstractmethod
     def check(self, pools: Pools) -> None:
-        """See that there are images for all users.
-
-        Raises:
-            MisconfigurationException: If there are not; with the arithmetic, and the way out.
-        """
+        """Raise MisconfigurationException if there are too few images for the users, with the numbers and a remedy."""
 
     @abstractmethod
     def allocate(self, pools: Pools, task: int, allocation_seed: int) -> list[UserFiles]:
         """Allocate images of a task to each profile."""
 
+    def pool_of(self, profile: int) -> UserPool:
+        """Pool of a profile's images; profiles that see images alike share one."""
+        return UserPool("users", self.read_scene)
+
+    # Allocation of image files
+
     def classes_by_task(self) -> dict[str, Names]:
-        """The classes of each task."""
+        """Classes of each task."""
         return dict(zip(self.tasks, self.classes, strict=True))
 
     def profile_of(self, user: int | str) -> int:
-        """The profile of a user, from 0."""
+        """Profile of a user, from 0."""
         return self._profiles[self.user_index(user)][0]
-
-    def pool_of(self, profile: int) -> UserPool:
-        """The pool of a profile's images; profiles that see images alike share one."""
-        return UserPool("users", self.read_scene)
-
-    # Which images
 
     @override
     def prepare_data(self) -> None:
-        """Fetch the images if they are missing and it was asked for; see that there are enough for everybody.
-
-        Of a table of your own, it says which classes belong to no task and are left out.
+        """Download missing images if ``download`` is set, and check them; log which classes a custom table leaves out.
 
         Raises:
-            MisconfigurationException: If they are missing, do not fit the tables, or are too few.
+            MisconfigurationException: If images are missing, do not match the tables, or are too few.
         """
         if self.download:
             fetch(MIT_INDOOR, self.data_dir, self.archive_md5)
-        if self._table is not None and "plan" not in self._shared:
-            self._say_what_is_left_out()
-        self._plan()
-
-    def _say_what_is_left_out(self) -> None:
-        """Of a table of the user's own: in the packaged one, it is the published benchmark that leaves some out."""
         left_out = Counter(of for of in self.supercategories.values() if of not in self.tasks)
-        if left_out:
+        if self._table is not None and left_out and "pools" not in self._shared:
             listed = ", ".join(f"{name!r} ({count})" for name, count in sorted(left_out.items()))
             rank_zero_info(
-                f"{left_out.total()} class(es) are left out: their supercategories are none of the tasks "
-                f"{', '.join(map(repr, self.tasks))}. These are {listed}."
+                f"{left_out.total()} class(es) are left out because their supercategories are not among the tasks "
+                f"{', '.join(map(repr, self.tasks))}: {listed}."
             )
+        self.pools()
 
     def pools(self) -> Pools:
-        """The names of all images."""
+        """Names of all images."""
         if "pools" not in self._shared:
             pools = read_pools(self.data_dir)
             check_classes(pools, self.supercategories, self.classes, self.data_dir / "Images")
@@ -226,33 +209,26 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     def server_files(self, task: int | str) -> ServerFiles:
         """Names of the server's images of a task, ``class/file``, in the order of the splits."""
-        return self._plan().server[self.task_index(task)]
+        index = self.task_index(task)
+        return server_files(self.pools(), self.classes[index], self.split_seed, "server", self.tasks[index])
 
     def user_files(self, user: int | str, task: int | str) -> UserFiles:
         """Names of a user's images of a task, ``class/file``, in the order of the splits."""
-        return self._plan().users[self.user_index(user)][self.task_index(task)]
-
-    def _plan(self) -> _Plan:
-        if "plan" not in self._shared:
-            pools, tasks = self.pools(), range(len(self.tasks))
-            server = [
-                server_files(pools, self.classes[task], self.split_seed, "server", self.tasks[task]) for task in tasks
-            ]
-            given = {(seed, task): self.allocate(pools, task, seed) for seed in self.allocation_seeds for task in tasks}
-            users = [[given[seed, task][profile] for task in tasks] for profile, seed in self._profiles]
-            self._shared["plan"] = _Plan(server, users)
-        plan: _Plan = self._shared["plan"]
-        return plan
+        profile, allocation_seed = self._profiles[self.user_index(user)]
+        key = self.task_index(task), allocation_seed
+        if key not in self._allocations:
+            self._allocations[key] = self.allocate(self.pools(), *key)
+        return self._allocations[key][profile]
 
     # The images
 
     def read_scene(self, path: Path) -> NDArray[np.uint8]:
-        """An image file as the server sees it."""
-        return crop_centre(resize_shorter(read_rgb(path), self.image_size), self.image_size)
+        """Decode an image file as the server sees it."""
+        return center_square(resize_shorter(read_rgb(path), self.image_size), self.image_size)
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The images of the list of training images, 80 % for training."""
+        """Load the images of the training list, 80 % for training."""
         splits = self.server_files(task)
         files = sorted({name for split in splits for name in split})
         pool = self._store.pool(f"server-{self.tasks[task]}", files, self.read_scene)
@@ -260,7 +236,7 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """What the user was given; the images of all users who see the same are decoded together."""
+        """Load the user's images; those of all users who see images alike are decoded together."""
         mine = self.pool_of(self.profile_of(user))
         sharing = [k for k, (profile, _) in enumerate(self._profiles) if self.pool_of(profile).name == mine.name]
         files = sorted({name for k in sharing for split in self.user_files(k, task) for name in split})
@@ -276,14 +252,14 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     @override
     def transform(self, images: Tensor, seed: int | None = None) -> Tensor:
-        """Normalize a batch; before it, take random parts, if it is to train on and ``augment`` was asked for."""
+        """Normalize a batch, after random crops if it is for training and ``augment`` is set."""
         if self.augment and seed is not None:
             images = random_crops(images, seed)
         return normalize(images, self.mean, self.std)
 
 
 def _are_three(values: Sequence[float], least: float, most: float) -> bool:
-    """Whether they are three numbers in a range."""
+    """Whether the values are three numbers in a range."""
     try:
         return len(values) == 3 and all(least <= value <= most for value in values)
     except TypeError:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from pl_personalize.datamodules import distortions
 from pl_personalize.datamodules.base import whole
-from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
+from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
 from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
 from pl_personalize.datamodules.scene_folder import Pools
 from pl_personalize.datamodules.scenes import SceneDataModule, UserPool
@@ -24,7 +24,7 @@ DistortAt = Literal["resized", "reference"]
 
 
 class TransPriorDataModule(SceneDataModule):
-    """The TransPrior benchmark of De Lange et al., CVPR 2020: users see the same scenes, each in his own distortion.
+    """The TransPrior benchmark of De Lange et al., CVPR 2020: users see scenes through different distortions.
 
     A user has half of the test images of each class in adapt and half in eval, and of ``extra_images`` images of each
     task half in each. The server's data are those of :class:`CatPriorDataModule`.
@@ -44,7 +44,7 @@ class TransPriorDataModule(SceneDataModule):
         **options: Further arguments of :class:`SceneDataModule`.
 
     Raises:
-        MisconfigurationException: If an option is out of range, or the table of supercategories unfit.
+        MisconfigurationException: If an option is out of range, or the table of supercategories is invalid.
 
     Example:
         >>> data = TransPriorDataModule("data/mit-indoor", user="user10")
@@ -63,7 +63,7 @@ class TransPriorDataModule(SceneDataModule):
     ) -> None:
         if whole("num_users", num_users) > len(distortions.DISTORTIONS):
             raise MisconfigurationException(
-                f"There are {len(distortions.DISTORTIONS)} distortions, one for each user; got num_users={num_users}."
+                f"num_users={num_users} is not supported: there are {len(distortions.DISTORTIONS)} distortions."
             )
         severity = whole("severity", severity)
         if severity not in range(1, 6):
@@ -81,22 +81,22 @@ class TransPriorDataModule(SceneDataModule):
 
     @override
     def about_user(self, user: int | str) -> str:
-        """The distortion."""
+        """Name of the distortion."""
         return self.distortion_of(user)
 
     def distortion_of(self, user: int | str) -> str:
-        """The name of a user's distortion."""
+        """Name of a user's distortion."""
         return distortions.DISTORTIONS[self.profile_of(user)]
 
     @override
     def prepare_data(self) -> None:
-        """See :meth:`SceneDataModule.prepare_data`; besides, that what the distortions need is installed."""
+        """Also check that the packages required by the distortions are installed."""
         super().prepare_data()
         for name in distortions.DISTORTIONS[: self.num_users]:
             try:
                 distortions.distort(np.zeros((8, 8, 3), np.uint8), name, severity=self.severity, seed=0)
-            except ImportError as error:  # of a package that is missing, or that lacks a library of the system
-                raise MisconfigurationException(f"The distortion {name!r} cannot be made: {error}") from error
+            except ImportError as error:  # a package or a system library is missing
+                raise MisconfigurationException(f"The distortion {name!r} is not available: {error}") from error
 
     @override
     def check(self, pools: Pools) -> None:
@@ -114,7 +114,7 @@ class TransPriorDataModule(SceneDataModule):
         return UserPool(f"user{profile + 1}", partial(self.read_distorted, profile=profile), depends)
 
     def read_distorted(self, path: Path, profile: int) -> NDArray[np.uint8]:
-        """An image file as the users of a profile (from 0) see it."""
+        """Decode an image file as the users of a profile see it."""
         image = read_rgb(path)
         if self.distort_at == "resized":
             image = resize_shorter(image, self.image_size)
@@ -122,6 +122,6 @@ class TransPriorDataModule(SceneDataModule):
         seed = derive_seed(self.split_seed, profile, folder, path.name)
         try:
             distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
-        except Exception as error:  # what OpenCV and Pillow raise at images of extreme sizes
+        except Exception as error:  # raised by OpenCV or Pillow for extreme sizes
             raise MisconfigurationException(f"{path} cannot be distorted ({name}): {error}") from error
-        return crop_centre(Image.fromarray(distorted), self.image_size)
+        return center_square(Image.fromarray(distorted), self.image_size)

@@ -111,7 +111,7 @@ def test_too_few_extra_images_are_refused_before_anything_is_decoded(scenes, tmp
     catprior(scenes, **options, extra_images=3).prepare_data()
     data = catprior(scenes, **options, extra_images=4)
     with pytest.raises(
-        MisconfigurationException, match=r"'attic': wanted by 3 user\(s\) × 4 = 12, there are 9; 'gym'.*at most 3"
+        MisconfigurationException, match=r"'attic': 3 user\(s\) × 4 = 12, there are 9; 'gym'.*at most 3"
     ):
         data.prepare_data()
     with pytest.raises(MisconfigurationException, match=r"9 shares of 4 extra"):

@@ -51,9 +51,9 @@ def test_an_image_that_is_in_two_pools_is_noticed():
     twice = dict(pools.extra)
     twice["bathroom"] = (*pools.test["bathroom"][:3], *twice["bathroom"])
     broken = pools._replace(extra=twice)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
         catprior_files(broken, CLASSES["home"], [("bathroom", "bedroom", "closet")] * 5, 70, 0)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
         transprior_files(broken, ("bathroom",), len(twice["bathroom"]), 0)
 
 
@@ -195,7 +195,7 @@ def test_the_papers_preferences_need_350_images_of_the_casino():
     check_catprior(listing(350), FOUR, stored, 70)
     with pytest.raises(
         MisconfigurationException,
-        match=r"'casino': wanted by 5 user\(s\) × 70 = 350, there are 349\. .*extra_images= \(at most 69 ",
+        match=r"'casino': 5 user\(s\) × 70 = 350, there are 349\. .*extra_images= \(at most 69 ",
     ):
         check_catprior(listing({"casino": 349}), FOUR, stored, 70)
 
@@ -209,7 +209,8 @@ def test_more_users_than_test_images_are_refused():
     drawn = sample_preferences(listing(2000).extra, FOUR, 9, 3, 70, 1)
     check_catprior(listing(2000), FOUR, drawn[:8], 70)
     with pytest.raises(
-        MisconfigurationException, match=r"Each of the 9 users .* makes 18; .* 'fastfood_restaurant' has 17\. .*num_"
+        MisconfigurationException,
+        match=r"Each of the 9 users .*, 18 in total; .* 'fastfood_restaurant' has 17\. .*num_",
     ):
         check_catprior(listing(2000), FOUR, drawn, 70)
 
