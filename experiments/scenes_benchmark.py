@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +19,12 @@ from pl_personalize.runner.command_line import errors_in_one_line
 
 PAPER_BACKBONES = {"alexnet": "AlexNet", "vgg11": "VGG11", "vgg11_bn": "VGG11-BN"}
 ELSEWHERE = {"task", "user", "seed"}  # set by the runner
-WITHOUT_EFFECT = {"data_dir", "cache_dir", "download", "archive_md5"}  # on results, or named apart
 TRAINING = TrainingOptions(epochs=50)
 
 
 def compare(
     data: SceneDataModule,
     benchmark: str,
-    data_options: Mapping[str, Any],
     *,
     backbone: str = "vgg11",
     weights: str | None = "DEFAULT",
@@ -44,7 +38,6 @@ def compare(
     Args:
         data: The benchmark.
         benchmark: Its name.
-        data_options: Of the benchmark, on which results depend.
         backbone: A classification model of torchvision (``alexnet``, ``vgg11``, ``vgg11_bn`` in the paper), or of timm,
             if it is installed (``timm:tf_efficientnet_lite0``).
         weights: The name of published weights (``DEFAULT``) or the path of a file with a state dict; null for random
@@ -65,24 +58,11 @@ def compare(
         data,
         network_maker(backbone, weights, data.image_size, channels_last),
         training=training,
-        options={
-            **data_options,
-            "data_dir": str(data.data_dir.resolve()),
-            "images": digest_of_images(data),
-            "weights": weights,
-            "channels_last": channels_last,
-        },
+        options={**data.decisive_options(), "weights": weights, "channels_last": channels_last},
         paper=None if published is None else paper_by_label(benchmark, published),
         paper_note="In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
         **options,
     )
-
-
-def digest_of_images(data: SceneDataModule) -> str:
-    """Which images server and users have: other lists, tables or preferences in the same files have another."""
-    server = [data.server_files(task) for task in data.tasks]
-    users = [data.user_files(user, task) for user in data.users for task in data.tasks]
-    return hashlib.sha256(json.dumps([server, users]).encode()).hexdigest()[:16]
 
 
 def to_channels_last(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -129,17 +109,9 @@ def run(benchmark: str, datamodule: type[SceneDataModule], description: str) -> 
     """Take the options of the command line: those of the datamodule, and those of :func:`compare`."""
     parser = ArgumentParser(description=description.partition("\n\n    python")[0])  # which would lose its line breaks
     parser.add_argument("--config", action="config", help="Path to a configuration file.")
-    parser.add_class_arguments(datamodule, skip=ELSEWHERE)
-    parser.add_function_arguments(compare, skip={"data", "benchmark", "data_options"})
+    names = parser.add_class_arguments(datamodule, skip=ELSEWHERE)
+    parser.add_function_arguments(compare, skip={"data", "benchmark"})
     chosen = dict(parser.instantiate(parser.parse_args()))
-    data_options = {name: chosen[name] for name in inspect.signature(datamodule).parameters if name in chosen}
-    decisive = {
-        name: str(value) if isinstance(value, os.PathLike) else value
-        for name, value in data_options.items()
-        if name not in WITHOUT_EFFECT
-    }
-    options = {name: value for name, value in chosen.items() if name not in {"config", *data_options}}
+    options = {name: value for name, value in chosen.items() if name not in {"config", *names}}
     with errors_in_one_line():
-        data = datamodule(**data_options)
-        one_or_several = {"tasks": list(data.tasks), "iterations": list(data.iterations)}
-        compare(data, benchmark, decisive | one_or_several, **options)
+        compare(datamodule(**{name: chosen[name] for name in names}), benchmark, **options)

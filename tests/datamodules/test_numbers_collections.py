@@ -170,7 +170,7 @@ def doubled(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def standardised(name: str, pixels: np.ndarray) -> np.ndarray:
+def normalized(name: str, pixels: np.ndarray) -> np.ndarray:
     """What the protocol says of raw pixels (n, 1 or 3, height, width)."""
     values = pixels.astype(float)
     if name == "mnist":
@@ -194,7 +194,7 @@ def assert_same_samples(found: tuple[torch.Tensor, torch.Tensor], images: np.nda
 
 def assert_names_it(error: pytest.ExceptionInfo, name: str, data_dir: Path) -> None:
     assert error.type is MisconfigurationException
-    assert f"The data set {name!r}" in str(error.value)
+    assert f"data set {name!r}" in str(error.value)
     assert str(data_dir.resolve()) in str(error.value)
 
 
@@ -211,22 +211,22 @@ def test_a_download_puts_every_file_in_its_place(server, tmp_path, name):
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_the_server_has_the_training_images_value_by_value(server, tmp_path, name):
     found = server_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "train"]), server.digits[name, "train"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "train"]), server.digits[name, "train"])
 
 
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_a_user_has_the_test_images_value_by_value(server, tmp_path, name):
     found = user_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
 
 
 def test_three_collections_are_three_users_and_one_server(server, tmp_path):
     data = fetched(tmp_path, *COLLECTIONS)
     assert data.users == COLLECTIONS
     for name in COLLECTIONS:
-        expected = standardised(name, server.pixels[name, "test"])
+        expected = normalized(name, server.pixels[name, "test"])
         assert_same_samples(user_data(data, name), expected, server.digits[name, "test"])
-    expected = np.concatenate([standardised(name, server.pixels[name, "train"]) for name in COLLECTIONS])
+    expected = np.concatenate([normalized(name, server.pixels[name, "train"]) for name in COLLECTIONS])
     digits = np.concatenate([server.digits[name, "train"] for name in COLLECTIONS])
     assert_same_samples(server_data(data), expected, digits)
 
@@ -291,7 +291,7 @@ def test_without_download_nothing_is_fetched_and_nothing_raised_if_all_is_there(
     server.requests.clear()
     data = NumbersDataModule(tmp_path, [name], max_per_source=None)
     data.prepare_data()
-    assert_same_samples(user_data(data), standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(user_data(data), normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
     assert server.requests == []
 
 
@@ -314,7 +314,7 @@ def test_a_data_folder_below_home_is_one_folder(server, tmp_path, monkeypatch, n
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_a_wrong_md5_is_a_misconfiguration(server, tmp_path, monkeypatch, name):
     point_to(monkeypatch, server, server.url, md5="0" * 32)
-    with pytest.raises(MisconfigurationException, match="cannot be fetched or read") as error:
+    with pytest.raises(MisconfigurationException, match="Cannot download or read") as error:
         fetched(tmp_path, name)
     assert_names_it(error, name, tmp_path)
 
@@ -323,7 +323,7 @@ def test_a_wrong_md5_is_a_misconfiguration(server, tmp_path, monkeypatch, name):
 def test_a_file_with_a_wrong_md5_is_not_taken_by_the_next_call(server, tmp_path, monkeypatch, name):
     point_to(monkeypatch, server, server.url, md5="0" * 32)
     for _ in range(3):  # the first may stop at the training file, and the second at the test file
-        with pytest.raises(MisconfigurationException, match="cannot be fetched or read") as error:
+        with pytest.raises(MisconfigurationException, match="Cannot download or read") as error:
             fetched(tmp_path, name)
         assert_names_it(error, name, tmp_path)
 
@@ -369,7 +369,7 @@ def test_a_server_that_does_not_speak_http_is_a_misconfiguration(server, tmp_pat
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_a_transfer_that_breaks_off_is_a_misconfiguration(server, tmp_path, monkeypatch, name):
     point_to(monkeypatch, server, f"{server.url}short/")
-    with pytest.raises(MisconfigurationException, match="cannot be fetched or read") as error:
+    with pytest.raises(MisconfigurationException, match="Cannot download or read") as error:
         fetched(tmp_path, name)
     assert_names_it(error, name, tmp_path)
 
@@ -381,7 +381,7 @@ def test_after_a_transfer_that_broke_off_the_next_call_fetches_the_whole(server,
         fetched(tmp_path, name)
     point_to(monkeypatch, server, server.url)
     found = user_data(fetched(tmp_path, name))
-    assert_same_samples(found, standardised(name, server.pixels[name, "test"]), server.digits[name, "test"])
+    assert_same_samples(found, normalized(name, server.pixels[name, "test"]), server.digits[name, "test"])
 
 
 @pytest.mark.parametrize("length", [0, 2, 3, 10, 0.5, -1], ids=lambda length: f"length {length}")
@@ -394,7 +394,7 @@ def test_a_truncated_file_is_a_misconfiguration(server, tmp_path, file, length):
     data = NumbersDataModule(tmp_path, [name])
     data.prepare_data()
     read = server_data if "train" in file or file.endswith("usps.bz2") else user_data
-    with pytest.raises(MisconfigurationException, match="cannot be read") as error:
+    with pytest.raises(MisconfigurationException, match="Cannot read") as error:
         read(data)
     assert_names_it(error, name, tmp_path)
 
@@ -403,7 +403,7 @@ def test_a_truncated_file_is_a_misconfiguration(server, tmp_path, file, length):
 def test_a_web_page_in_place_of_a_file_is_a_misconfiguration(server, tmp_path, name):
     fetched(tmp_path, name)
     (tmp_path / FILES[name][-1]).write_text("<!DOCTYPE html><html><body>Please log in.</body></html>")
-    with pytest.raises(MisconfigurationException, match="cannot be read") as error:
+    with pytest.raises(MisconfigurationException, match="Cannot read") as error:
         user_data(NumbersDataModule(tmp_path, [name]))
     assert_names_it(error, name, tmp_path)
 
@@ -412,9 +412,7 @@ def test_a_web_page_in_place_of_a_file_is_a_misconfiguration(server, tmp_path, n
 @pytest.mark.parametrize("stage", ["prepare", "server", "user"])
 def test_missing_files_are_named_with_the_two_ways_to_get_them(server, tmp_path, name, stage):
     data = NumbersDataModule(tmp_path, [name])
-    with pytest.raises(
-        MisconfigurationException, match=r"Either fetch it with download=True .*, or put these"
-    ) as error:
+    with pytest.raises(MisconfigurationException, match=r"Download it with download=True .*, or put these") as error:
         {"prepare": data.prepare_data, "server": partial(server_data, data), "user": partial(user_data, data)}[stage]()
     assert_names_it(error, name, tmp_path)
     assert all(file in str(error.value) for file in FILES[name])
@@ -479,14 +477,14 @@ def test_a_folder_may_have_images_of_any_mode(folder, mode, colour):
 def test_a_folder_image_of_32_by_32_is_cropped_to_its_middle(folder):
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "test" / "4" / "black.png")
-    expected = standardised("own", pixels.transpose(2, 0, 1)[None])[0]
+    expected = normalized("own", pixels.transpose(2, 0, 1)[None])[0]
     np.testing.assert_allclose(folder_image(folder), expected, atol=1e-6)
 
 
 def test_a_folder_image_of_16_by_16_is_doubled_bilinearly(folder):
     pixels = np.random.default_rng(2).integers(0, 16, (16, 16, 3), dtype=np.uint8) * 16
     Image.fromarray(pixels).save(folder / "test" / "4" / "black.png")
-    expected = standardised("usps", pixels.transpose(2, 0, 1)[None])[0]
+    expected = normalized("usps", pixels.transpose(2, 0, 1)[None])[0]
     np.testing.assert_allclose(folder_image(folder), expected, atol=1e-6)
 
 
@@ -527,7 +525,7 @@ def test_a_digit_with_nothing_but_stray_files_is_named(folder):
 def test_a_folder_with_nothing_but_stray_files_has_no_images(folder):
     for image in (folder / "test").rglob("*.png"):
         image.rename(image.with_suffix(".txt"))
-    with pytest.raises(MisconfigurationException, match="No images were found in"):
+    with pytest.raises(MisconfigurationException, match="No images found in"):
         user_data(NumbersDataModule(sources=[folder]))
 
 
@@ -553,11 +551,11 @@ def test_an_image_cut_off_anywhere_is_named(folder):
             user_data(NumbersDataModule(sources=[folder]))
 
 
-def test_a_folder_beside_a_collection_is_standardised_on_its_own(server, tmp_path, folder):
+def test_a_folder_beside_a_collection_is_normalized_on_its_own(server, tmp_path, folder):
     data = fetched(tmp_path, str(folder), "mnist")
     assert data.users == ("own", "mnist")
     np.testing.assert_allclose(user_data(data, "own")[0].numpy(), -1)
-    expected = standardised("mnist", server.pixels["mnist", "test"])
+    expected = normalized("mnist", server.pixels["mnist", "test"])
     assert_same_samples(user_data(data, "mnist"), expected, server.digits["mnist", "test"])
 
 
@@ -608,7 +606,7 @@ def test_a_folder_without_readable_images_says_what_is_there_and_what_is_read(fo
         user_data(NumbersDataModule(sources=[folder]))
     for image in (folder / "test").rglob("*.png"):
         image.rename(image.with_suffix(".raw"))
-    with pytest.raises(MisconfigurationException, match=r"No images were found in .*9 with \.raw"):
+    with pytest.raises(MisconfigurationException, match=r"No images found in .*9 with \.raw"):
         user_data(NumbersDataModule(sources=[folder]))
 
 
@@ -616,7 +614,7 @@ def test_a_folder_without_readable_images_says_what_is_there_and_what_is_read(fo
 def test_a_folder_that_writes_a_digit_otherwise_is_refused(folder, name):
     (folder / "train" / name).mkdir()
     draw("RGB").save(folder / "train" / name / "a.png")
-    with pytest.raises(MisconfigurationException, match="images of that digit must be in '4'"):
+    with pytest.raises(MisconfigurationException, match="rename it to '4' or move"):
         NumbersDataModule(sources=[folder]).server_split(2)
 
 

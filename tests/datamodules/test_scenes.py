@@ -13,7 +13,7 @@ from scene_files import COUNTS, SIZE, TABLE, catprior, names_of, transprior, wri
 from torch import Tensor
 
 from pl_personalize.datamodules.image_store import ImageStore
-from pl_personalize.datamodules.scene_transforms import standardise
+from pl_personalize.datamodules.scene_transforms import normalize
 
 TASKS = ("home", "leisure", "public", "store")
 
@@ -45,15 +45,15 @@ def test_tasks_are_supercategories_and_classes_their_alphabetical_ranks(scenes):
 
 
 @pytest.mark.parametrize(
-    ("iterations", "users"),
+    ("allocation_seeds", "users"),
     [
         ([1], ("user1", "user2")),
         ([5], ("user1", "user2")),
-        ([1, 4], ("user1-draw1", "user1-draw4", "user2-draw1", "user2-draw4")),
+        ([1, 4], ("user1-seed1", "user1-seed4", "user2-seed1", "user2-seed4")),
     ],
 )
-def test_users_are_persons_in_iterations(scenes, iterations, users):
-    assert catprior(scenes, num_users=2, iterations=iterations).users == users
+def test_users_are_profiles_in_iterations(scenes, allocation_seeds, users):
+    assert catprior(scenes, num_users=2, allocation_seeds=allocation_seeds).users == users
 
 
 def test_the_server_has_the_listed_training_images(scenes, scene_names):
@@ -75,7 +75,7 @@ def test_the_server_has_the_listed_training_images(scenes, scene_names):
 
 
 @pytest.mark.parametrize("make", [catprior, transprior])
-def test_every_loader_gives_standardised_images(scenes, make, plain_distortions):
+def test_every_loader_gives_normalized_images(scenes, make, plain_distortions):
     data = make(scenes, task="public", user="user2")
     data.prepare_data()
     for stage in ("fit", "validate", "test", "predict"):
@@ -92,12 +92,12 @@ def test_every_loader_gives_standardised_images(scenes, make, plain_distortions)
         "test": (data.test_dataloader()[2], user[1]),
     }
     for what, (loader, split) in expected.items():
-        found, wanted = images_of(loader), standardise(split.images[:])
+        found, wanted = images_of(loader), normalize(split.images[:])
         assert found.shape == (len(split.labels), 3, SIZE, SIZE), what
         assert sorted(found.flatten(1).tolist()) == sorted(wanted.flatten(1).tolist()), what
         assert found.dtype == torch.float32, what
     both = images_of(data.server_dataloader("public"))
-    assert torch.equal(both, torch.cat([standardise(split.images[:]) for split in server]))
+    assert torch.equal(both, torch.cat([normalize(split.images[:]) for split in server]))
     assert len(next(iter(data.adapt_dataloader("public", batch_size=9)))) == 9
 
 
@@ -125,7 +125,7 @@ def test_joint_data_share_the_images(scenes, scene_names):
 
 
 def test_another_mean_and_deviation(scenes):
-    data = catprior(scenes, mean=(0.1, 0.2, 0.3), deviation=(1.0, 2.0, 4.0), user=0)
+    data = catprior(scenes, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0), user=0)
     stored, batch = data.user_split(0, 0)[0].images[:], next(iter(data.adapt_dataloader(0)))
     scale = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
     expected = (stored[: len(batch)] / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / scale
@@ -136,21 +136,21 @@ def test_another_mean_and_deviation(scenes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"mean": [0.5]}, {"mean": [124, 117, 104]}, {"mean": "abc"}, {"deviation": [1.0, 1.0]},
-        {"deviation": [1.0, 0.0, 1.0]}, {"deviation": [1e-300] * 3}, {"deviation": [float("inf")] * 3},
+        {"mean": [0.5]}, {"mean": [124, 117, 104]}, {"mean": "abc"}, {"std": [1.0, 1.0]},
+        {"std": [1.0, 0.0, 1.0]}, {"std": [1e-300] * 3}, {"std": [float("inf")] * 3},
     ],
 )  # fmt: skip
-def test_a_mean_or_deviation_that_does_not_fit_is_refused(scenes, options):
+def test_a_mean_or_std_that_does_not_fit_is_refused(scenes, options):
     with pytest.raises(MisconfigurationException, match="three channels"):
         catprior(scenes, **options)
 
 
-def test_a_row_by_index_is_standardised_too(scenes):
+def test_a_row_by_index_is_normalized_too(scenes):
     data = catprior(scenes, task=0)
     dataset = data.train_dataloader().dataset
     image, label = dataset[3]
     split = data.server_split(0)[0]
-    assert torch.equal(image, standardise(split.images[3:4])[0])
+    assert torch.equal(image, normalize(split.images[3:4])[0])
     assert label == split.labels[3]
 
 
@@ -169,7 +169,7 @@ def test_augmentation_is_for_training_alone_and_new_in_every_epoch(textured_scen
     assert labels == labels_of(plain.train_dataloader())
     reference = batches(plain.train_dataloader(), 0)
     assert not any(torch.equal(a, b) for a, b in zip(first, reference, strict=True))
-    stored = standardise(data.server_split(1)[0].images[:]).flatten(1).tolist()
+    stored = normalize(data.server_split(1)[0].images[:]).flatten(1).tolist()
     for epoch in (first, second):
         assert not [row for batch in epoch for row in batch.flatten(1).tolist() if row in stored]
     for ask in (
@@ -237,7 +237,7 @@ def test_mapped_files_have_the_same_images(scenes, tmp_path, make, plain_distort
 
 
 def test_users_and_iterations_of_catprior_share_the_images(scenes):
-    data = catprior(scenes, iterations=[1, 2])
+    data = catprior(scenes, allocation_seeds=[1, 2])
     pools = {id(data.user_split(user, 0)[k].images.pools[0]) for user in range(6) for k in (0, 1)}
     assert len(pools) == 1
     assert data.view(user=3).user_split(3, 0)[0].images is data.user_split(3, 0)[0].images
@@ -259,21 +259,21 @@ def test_setup_decodes_what_the_stage_needs(scenes):
     [
         ({"num_users": 0}, "num_users must be at least 1; got 0"),
         ({"image_size": 0}, "image_size must be at least 1; got 0"),
-        ({"iterations": []}, r"iterations must be at least one, each once; got \[\]"),
-        ({"iterations": [2, 2]}, r"each once; got \[2, 2\]"),
+        ({"allocation_seeds": []}, r"allocation_seeds must be one or several different seeds; got \[\]"),
+        ({"allocation_seeds": [2, 2]}, r"different seeds; got \[2, 2\]"),
         (
             {"tasks": ["home", "garden"]},
-            r"each at most once: home, leisure, public, store, work; got \['home', 'garden'\]",
+            r"out of home, leisure, public, store, work; got \['home', 'garden'\]",
         ),
-        ({"tasks": ["home", "home"]}, "tasks must be supercategories"),
+        ({"tasks": ["home", "home"]}, "tasks must be different supercategories"),
         ({"tasks": []}, r"got \[\]"),
         ({"extra_images": -1}, "extra_images must be at least 0; got -1"),
-        ({"extra_images": 3.0}, r"extra_images must be a whole number; got 3\.0"),
-        ({"num_users": 2.0}, r"num_users must be a whole number; got 2\.0"),
-        ({"image_size": 8.0}, r"image_size must be a whole number; got 8\.0"),
-        ({"split_seed": "x"}, "split_seed must be a whole number; got 'x'"),
-        ({"iterations": [1.5]}, r"iterations must be a whole number; got 1\.5"),
-        ({"num_users": True}, "num_users must be a whole number; got True"),
+        ({"extra_images": 3.0}, r"extra_images must be an integer; got 3\.0"),
+        ({"num_users": 2.0}, r"num_users must be an integer; got 2\.0"),
+        ({"image_size": 8.0}, r"image_size must be an integer; got 8\.0"),
+        ({"split_seed": "x"}, "split_seed must be an integer; got 'x'"),
+        ({"allocation_seeds": [1.5]}, r"allocation_seeds must be an integer; got 1\.5"),
+        ({"num_users": True}, "num_users must be an integer; got True"),
         ({"supercategories": "none.csv"}, r"cannot be read from none\.csv"),
     ],
 )
@@ -286,23 +286,23 @@ def test_options_out_of_range_are_refused(scenes, make, options, message):
 @pytest.mark.parametrize("make", [catprior, transprior])
 def test_every_option_arrives(scenes, make):
     options = {
-        "num_users": 2, "tasks": ("store", "home"), "iterations": (4, 7), "image_size": 6, "augment": True,
-        "mean": (0.1, 0.2, 0.3), "deviation": (1.0, 2.0, 3.0), "download": True, "archive_md5": "0" * 32,
+        "num_users": 2, "tasks": ("store", "home"), "allocation_seeds": (4, 7), "image_size": 6, "augment": True,
+        "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "download": True, "archive_md5": "0" * 32,
         "batch_size": 3, "eval_batch_size": 9, "seed": 11, "split_seed": 12, "extra_images": 2,
     }  # fmt: skip
-    data = make(scenes, task="home", user="user2-draw4", cache_dir=scenes / "cache", **options)
+    data = make(scenes, task="home", user="user2-seed4", cache_dir=scenes / "cache", **options)
     assert {name: getattr(data, name) for name in options} == options
-    assert (data.task, data.user, data._store.cache_dir) == ("home", "user2-draw4", scenes / "cache")
+    assert (data.task, data.user, data._store.cache_dir) == ("home", "user2-seed4", scenes / "cache")
 
 
 @pytest.mark.parametrize("make", [catprior, transprior])
 def test_numpys_integers_and_single_values_will_do(scenes, tmp_path, make):
     numbers = {"num_users": 2, "image_size": 6, "extra_images": 2, "split_seed": 5}
-    plain = make(scenes, tasks=["home"], iterations=[3], **numbers)
-    arrays = make(scenes, tasks=np.array(["home"]), iterations=np.array([3]), **numbers)
-    assert (arrays.tasks, arrays.iterations) == (("home",), (3,))
+    plain = make(scenes, tasks=["home"], allocation_seeds=[3], **numbers)
+    arrays = make(scenes, tasks=np.array(["home"]), allocation_seeds=np.array([3]), **numbers)
+    assert (arrays.tasks, arrays.allocation_seeds) == (("home",), (3,))
     other = make(
-        scenes, tasks="home", iterations=np.int64(3), cache_dir=tmp_path,
+        scenes, tasks="home", allocation_seeds=np.int64(3), cache_dir=tmp_path,
         **{name: np.int64(value) for name, value in numbers.items()},
     )  # fmt: skip
     assert other.user_files(1, 0) == plain.user_files(1, 0)
@@ -312,7 +312,7 @@ def test_numpys_integers_and_single_values_will_do(scenes, tmp_path, make):
 def test_preferences_are_a_file_or_a_whole_number(scenes):
     assert catprior(scenes, preferences=np.int64(1)).preferences() == catprior(scenes, preferences=1).preferences()
     for neither in ({}, True):
-        with pytest.raises(MisconfigurationException, match="if it is no file, must be a whole number; got "):
+        with pytest.raises(MisconfigurationException, match="unless a file, must be an integer; got "):
             catprior(scenes, preferences=neither)
 
 
@@ -339,7 +339,7 @@ def refused(folder, message, make=catprior, **options):
         ("scene,super\nattic,home\n", "must have the columns scene_class and supercategory"),
         ("scene_class,supercategory\nattic,home\nattic,store\n", "with each class once; got .*store"),
         ("scene_class,supercategory\nattic,\n", "must have the columns"),
-        ("", "has no classes; it needs lines scene_class,supercategory"),
+        ("", "has no classes; add lines scene_class,supercategory"),
     ],
 )
 def test_a_table_that_is_none_is_refused(scenes, tmp_path, text, message):
@@ -350,8 +350,7 @@ def test_a_table_that_is_none_is_refused(scenes, tmp_path, text, message):
 def test_missing_data_are_named_with_the_ways_to_get_them(tmp_path):
     refused(
         catprior_folder_of(tmp_path),
-        r"looked for in .*/nothing, where there is no Images and no TrainImages\.txt and no TestImages\.txt\. "
-        r"Fetch MIT Indoor Scenes with download=True .* or put there yourself .* or set data_dir=",
+        r"No Images and no TrainImages\.txt and no TestImages\.txt found in data_dir=.*/nothing.*download=True",
     )
 
 
@@ -363,24 +362,24 @@ def catprior_folder_of(tmp_path):
 
 def test_a_missing_list_alone_is_named(copy):
     (copy / "TestImages.txt").unlink()
-    refused(copy, r"where there is no TestImages\.txt\. Fetch")
+    refused(copy, r"No TestImages\.txt found in")
 
 
 def test_a_list_that_names_a_missing_image_is_refused(copy):
     (copy / "Images" / "gym" / "00_train.png").unlink()
-    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png', which is not in .*Images \(of 140 lines, 1\)")
+    refused(copy, r"TrainImages\.txt names 'gym/00_train\.png', which is not in .*Images \(1 of 140 lines\)")
 
 
 @pytest.mark.parametrize("written", ["GYM/00_train.PNG", "gym\\00_train.png"])
 def test_a_list_that_writes_a_name_otherwise_is_told_how_it_is_written(copy, written):
     (copy / "TrainImages.txt").write_text(written)
-    refused(copy, r"which is not in .*Images, where it is 'gym/00_train\.png' \(of 1 lines, 1\)")
+    refused(copy, r"which is not in .*Images, where it is 'gym/00_train\.png' \(1 of 1 lines\)")
 
 
 @pytest.mark.parametrize("name", ["TrainImages.txt", "TestImages.txt"])
 def test_an_empty_list_is_refused(copy, name):
     (copy / name).write_text("\ufeff\n")
-    refused(copy, rf"The list .*{name} is empty; it needs a line <class>/<file>")
+    refused(copy, rf"The list .*{name} is empty; add a line <class>/<file>")
 
 
 def test_an_image_in_both_lists_is_refused(copy):
@@ -397,7 +396,7 @@ def test_an_image_twice_in_a_list_is_refused(copy):
 
 def test_a_class_without_a_supercategory_is_refused(copy):
     shutil.copytree(copy / "Images" / "gym", copy / "Images" / "zoo")
-    refused(copy, r"the class\(es\) 'zoo' have no supercategory; name them in the table")
+    refused(copy, r"the class\(es\) 'zoo' have no supercategory; add them to the table")
 
 
 def test_a_class_that_the_table_writes_otherwise_is_refused_with_its_name(copy):
@@ -407,9 +406,7 @@ def test_a_class_that_the_table_writes_otherwise_is_refused_with_its_name(copy):
 
 def test_a_table_with_an_unknown_class_is_refused(copy):
     write_table(copy / "supercategories.csv", TABLE | {"zoo": "public"})
-    refused(
-        copy, r"names the class\(es\) 'zoo', for which there is no folder in .*Images; it must be the table of these"
-    )
+    refused(copy, r"names the class\(es\) 'zoo', for which there is no folder in .*Images; pass the table of these")
 
 
 def test_a_table_of_other_data_names_the_first_classes_alone(scenes):
@@ -428,7 +425,7 @@ def test_a_class_without_training_images_is_refused(copy):
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("truncated", "cannot be read as an image"), ("16 bits", "is grey with more than 8 bits; convert it to 8")],
+    [("truncated", "cannot be read as an image"), ("16 bits", "is grayscale with more than 8 bits; convert it to 8")],
 )
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_image_that_cannot_be_decoded_is_named(copy, tmp_path, what, message, cached):

@@ -32,14 +32,14 @@ def network(classes: int) -> TaskNetwork:
     [(catprior, ["FT", "MAS", "FIM-RACL"]), (transprior, ["Joint", "MAS-IMM"])],
     ids=["CatPrior", "TransPrior"],
 )
-def test_all_methods_see_standardised_images(scenes, tmp_path, make, methods, plain_distortions):
-    data = make(scenes, tasks=["home", "store"], num_users=2, iterations=[1, 2], augment=True)
+def test_all_methods_see_normalized_images(scenes, tmp_path, make, methods, plain_distortions):
+    data = make(scenes, tasks=["home", "store"], num_users=2, allocation_seeds=[1, 2], augment=True)
     rows = call(
         tmp_path, data=data, network=network, methods=methods, adaptations=["last", "AdaBN-S"],
         adaptation=AdaptationOptions(epochs=1), baselines=BaselineOptions(ft_epochs=1),
     )  # fmt: skip
     users = {row.user for row in rows}
-    assert users == {"all", "user1-draw1", "user1-draw2", "user2-draw1", "user2-draw2"}
+    assert users == {"all", "user1-seed1", "user1-seed2", "user2-seed1", "user2-seed2"}
     assert all(0 <= row.avg_acc <= 100 for row in rows)
     lines = (tmp_path / "results.md").read_text().partition("Users:")[2].splitlines()
     for user in data.users:
