@@ -112,6 +112,16 @@ class ParameterPenalty(Callback):
         """Whether to add the penalty to this step. Override to decide otherwise."""
         return True
 
+    def add_gradient_(
+        self,
+        parameters: Sequence[nn.Parameter],
+        anchors: Sequence[Tensor],
+        importances: Sequence[Tensor] | None,
+        strength: float,
+    ) -> None:
+        """Add the penalty's gradient to the parameters' ``.grad``. Override for another penalty."""
+        add_penalty_gradient_(parameters, anchors, importances, strength)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the files, and refuse what cannot work before any training."""
@@ -183,7 +193,7 @@ class ParameterPenalty(Callback):
             return
         ids = set(map(id, stepped))
         own = [k for k, p in enumerate(self._pulled) if id(p) in ids]
-        add_penalty_gradient_(
+        self.add_gradient_(
             [self._pulled[k] for k in own],
             [self._anchors[k] for k in own],
             None if self._importances is None else [self._importances[k] for k in own],

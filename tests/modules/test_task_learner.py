@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pl_personalize.callbacks import PlateauSchedule
+from pl_personalize.callbacks import ParameterPenalty, PlateauSchedule
 from pl_personalize.datamodules import tensor_loader
 from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.modules import TaskLearner
@@ -120,30 +120,38 @@ def test_the_anchor_stays_where_it_was(tmp_path):
     before = copy.deepcopy(start.body.state_dict())
     learner = TaskLearner(start, lr=0.5, anchor=start.body.state_dict())
     fit(tmp_path, learner, batch=4)
-    assert set(learner.anchors) == {name for name, _ in start.body.named_parameters()}
-    assert all(torch.equal(value, before[name]) for name, value in learner.anchors.items())
+    anchor = learner.penalty.anchor
+    assert set(anchor) == {name for name, _ in start.body.named_parameters()}
+    assert all(torch.equal(value, before[name]) for name, value in anchor.items())
     assert not torch.equal(start.body[0].weight, before["0.weight"])
 
 
-def test_names_that_only_differ_in_dots_are_kept_apart():
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.a_weight = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(2, 2))
+def test_the_trainers_own_penalty_adds_to_the_learners(tmp_path):
+    """Lightning would replace it: the learner's is of a subclass."""
+    start, before, anchor = network(), network(), network(5).body.state_dict()
+    head = {f"head.{name}": value + 1 for name, value in before.head.state_dict().items()}
+    wanted = penalised_gradient(before, [data()], anchor, 0.7)
+    for name, p in before.head.named_parameters():
+        wanted[f"head.{name}"] = wanted[f"head.{name}"] + 2 * 0.3 * (p - head[f"head.{name}"])
+    own = ParameterPenalty(0.3, anchor={f"network.{name}": v for name, v in head.items()}, module="network.head")
+    fit(tmp_path, TaskLearner(start, lr=0.5, momentum=0.0, l2_transfer=0.7, anchor=anchor), callbacks=[own])
+    for (name, p), q in zip(start.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.5 * wanted[name])
 
-        def forward(self, x):
-            return self.a(x) @ self.a_weight
 
-    body = Body()
-    anchor = {"a.weight": torch.full((2, 2), 3.0), "a_weight": torch.full((2, 2), 4.0)}
-    anchors = TaskLearner(TaskNetwork(body, nn.Linear(2, 2)), anchor=anchor).anchors
-    assert {name: float(value[0, 0]) for name, value in anchors.items()} == {"a.weight": 3.0, "a_weight": 4.0}
+def test_a_trainer_that_is_used_again_has_the_penalty_of_the_learner_at_hand(tmp_path):
+    first, second = (TaskLearner(network(), lr=0.1, anchor=network(k).body.state_dict()) for k in (5, 6))
+    t = fit(tmp_path, first)
+    loader = tensor_loader(*data(), batch_size=12)
+    for learner, wanted in ((first, first.penalty), (second, second.penalty), (TaskLearner(network()), None)):
+        t.test(learner, loader, verbose=False)
+        assert [c for c in t.callbacks if isinstance(c, ParameterPenalty)] == [wanted] * (wanted is not None)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda anchor: anchor.pop("3.weight"), r"has nothing for the body's parameter '3.weight', which is \(4, 5\)"),
+        (lambda anchor: anchor.pop("3.weight"), r"has nothing for the parameter '3.weight', which is \(4, 5\)"),
         (lambda anchor: anchor.update({"0.bias": torch.ones(6)}), r"has \(6,\) for .* '0.bias', which is \(5,\)"),
     ],
 )
