@@ -50,8 +50,8 @@ class TaskLearner(LightningModule):
         anchor: The preceding expert's body: its state dict, or the entries of its parameters.
         seed: Seed of the run.
         task: Number of the task, which the seeds of the steps depend on.
-        drop_after: See :class:`~pl_personalize.callbacks.PlateauSchedule`.
-        stop_after: See there.
+        lr_patience: See :class:`~pl_personalize.callbacks.PlateauSchedule`.
+        stop_patience: See there.
 
     Attributes:
         penalty: The callback that adds L2-transfer's gradient; ``None`` without an anchor, or if λ is 0.
@@ -71,8 +71,8 @@ class TaskLearner(LightningModule):
         anchor: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         task: int = 0,
-        drop_after: int = 5,
-        stop_after: int = 11,
+        lr_patience: int = 5,
+        stop_patience: int = 11,
     ) -> None:
         super().__init__()
         if not isinstance(network, TaskNetwork):
@@ -86,7 +86,7 @@ class TaskLearner(LightningModule):
             )
         # By name: what subclasses take besides, such as networks, would not load with weights_only.
         self.save_hyperparameters(
-            "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "drop_after", "stop_after"
+            "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "lr_patience", "stop_patience"
         )
         self.network = network
         self.val_accuracy = Accuracy(task="multiclass", num_classes=network.num_classes, average="micro")
@@ -120,7 +120,7 @@ class TaskLearner(LightningModule):
             callbacks = [callback for callback in trainer.callbacks if type(callback) is ParameterPenalty]
             callbacks.append(self.penalty)
         if not any(isinstance(callback, PlateauSchedule) for callback in trainer.callbacks):
-            options = {key: self.hparams[key] for key in ("drop_after", "stop_after")}
+            options = {key: self.hparams[key] for key in ("lr_patience", "stop_patience")}
             callbacks.append(PlateauSchedule("val/acc", **options))
         return callbacks
 

@@ -22,8 +22,8 @@ class TrainingOptions:
         weight_decay: Of SGD.
         l2_transfer: λ of the pull to the preceding expert. ``reference``: as in the published code, where λ is 1, the
             second task has none, and from the third on the new head is pulled to its initial values, too.
-        drop_after: Epochs without better validation accuracy before the learning rate drops.
-        stop_after: Epochs without better validation accuracy before training stops.
+        lr_patience: Epochs without better validation accuracy before the learning rate drops.
+        stop_patience: Epochs without better validation accuracy before training stops.
     """
 
     epochs: int = 10
@@ -31,8 +31,8 @@ class TrainingOptions:
     momentum: float = 0.9
     weight_decay: float = 0.0
     l2_transfer: float | Literal["reference"] = 0.001
-    drop_after: int = 5
-    stop_after: int = 11
+    lr_patience: int = 5
+    stop_patience: int = 11
 
 
 @dataclass

@@ -195,14 +195,14 @@ def test_frozen_parameters_are_not_optimized():
 
 def test_the_schedule_is_the_protocols(tmp_path):
     t = trainer(tmp_path, max_epochs=0)
-    t.fit(TaskLearner(network(), drop_after=2, stop_after=4), tensor_loader(*data(), batch_size=4))
+    t.fit(TaskLearner(network(), lr_patience=2, stop_patience=4), tensor_loader(*data(), batch_size=4))
     (schedule,) = [c for c in t.callbacks if isinstance(c, PlateauSchedule)]
-    numbers = (schedule.monitor, schedule.mode, schedule.drop_after, schedule.stop_after, schedule.factor)
+    numbers = (schedule.monitor, schedule.mode, schedule.lr_patience, schedule.stop_patience, schedule.factor)
     assert numbers == ("val/acc", "max", 2, 4, 0.1)
 
 
 def test_a_schedule_of_the_trainer_takes_the_place_of_ours(tmp_path):
-    own = PlateauSchedule("val/loss", mode="min", drop_after=1, stop_after=2)
+    own = PlateauSchedule("val/loss", mode="min", lr_patience=1, stop_patience=2)
     t = trainer(tmp_path, max_epochs=1, callbacks=[own])
     t.fit(TaskLearner(network()), tensor_loader(*data(), batch_size=4), tensor_loader(*data(), batch_size=4))
     assert [c for c in t.callbacks if isinstance(c, PlateauSchedule)] == [own]
@@ -210,7 +210,7 @@ def test_a_schedule_of_the_trainer_takes_the_place_of_ours(tmp_path):
 
 def test_stagnation_lowers_the_rate_and_stops(tmp_path):
     """With a rate this small val/acc never changes: one drop after two epochs, stop after four."""
-    learner = TaskLearner(network(), lr=1e-12, drop_after=2, stop_after=4)
+    learner = TaskLearner(network(), lr=1e-12, lr_patience=2, stop_patience=4)
     t = fit(tmp_path, learner, max_epochs=20)
     assert t.current_epoch == 5
     assert t.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-13)
@@ -266,7 +266,7 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_no_network(tmp_path):
 
     assert saved["hyper_parameters"] == {
         "lr": 0.25, "momentum": 0.9, "weight_decay": 0.0, "l2_transfer": 0.001, "seed": 4, "task": 2,
-        "drop_after": 5, "stop_after": 11,
+        "lr_patience": 5, "stop_patience": 11,
     }  # fmt: skip
     assert set(saved["state_dict"]) == {f"network.{name}" for name in network().state_dict()}  # no second copy
     again = TaskLearner.load_from_checkpoint(tmp_path / "x.ckpt", network=network(9))
