@@ -1,4 +1,4 @@
-"""Batch norm adapted to a user's labelled data: γ and β trained, all other parameters fixed."""
+"""AdaBN-S: batch-norm scales and shifts trained on labelled data."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pl_personalize.adaptation import adapt_batchnorm, check_adaptation
+from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.batchnorm import batchnorm_layers
-from pl_personalize.callbacks.estimation_callback import train_limits
-from pl_personalize.callbacks.module_contexts import all_reduce_of, without_logging
+from pl_personalize.callbacks.data_source import train_limits
+from pl_personalize.callbacks.module_contexts import pass_options, silent_and_synchronized
 from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
-from pl_personalize.callbacks.requirements import check_trainer, is_resumed
+from pl_personalize.callbacks.requirements import check_trainer, is_resumed, naming_errors
 from pl_personalize.functional.batchnorm_pass import Forward
 
 
 class AdaBNS(BaseFinetuning):
-    """Trains the scales and shifts (γ and β) of batch-norm layers alone: AdaBN-S of De Lange et al., CVPR 2020.
+    """Trains only the scales and shifts (γ and β) of batch norm: AdaBN-S of De Lange et al., CVPR 2020.
 
-    For a user who has a few labelled images::
+    For a user with a few labelled images::
 
         Trainer(max_epochs=5, callbacks=[AdaBNS()]).fit(model, labelled_images)
 
-    Loss, optimiser and labels are the module's own; all other parameters need no gradient while ``fit`` runs, and are
-    after it as they were. Before the first step the running statistics are re-estimated on the training images, as
-    :func:`~pl_personalize.adapt_batchnorm` does, and then fixed: γ and β are trained for the statistics that are used
-    afterwards, and a last batch of one image does no harm.
+    Loss, optimizer and labels are the module's. All other parameters are frozen during ``fit``, and thawed afterwards.
+    By default the running statistics are re-estimated once, on the train loaders, before the first step, and then
+    fixed: γ and β are trained for the statistics that are used afterwards, and a last batch of one image is harmless.
 
     Args:
-        statistics: ``"adapt"``, see above; ``"keep"`` fixes those that the model has; ``"batch"`` is what training
-            usually does, and what the published code did: each step normalises by its batch, and the running statistics
-            move along by the layer's momentum.
-        module: Only batch norm below this submodule.
+        statistics: ``"adapt"``: re-estimate and fix the statistics, see above; ``"keep"``: fix those of the model;
+            ``"batch"``: normalize each step by its batch and update the running statistics with the layer's momentum,
+            as training usually does and as the published code did.
+        module: Only train batch norm below this submodule.
         exact: For ``"adapt"``, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: For ``"adapt"``, see there.
-        forward: For ``"adapt"``: ``(module, batch) -> anything`` where calling the module on the input is not enough.
+        prior_samples: For ``"adapt"``, see :func:`~pl_personalize.adapt_batchnorm`.
+        forward: For ``"adapt"``: ``(module, batch) -> anything``, if calling the module on the input is not enough.
 
     Raises:
-        MisconfigurationException: In ``setup``, for an unknown option, a strategy that shards parameters, a module that
-            does not exist, or a layer with ``track_running_stats=False``. Without batch-norm layers, or if none has γ
-            and β, there is a warning, and the callback does nothing.
+        MisconfigurationException: In ``setup``, for an unknown option, a strategy that shards parameters, an unknown
+            module, or a layer with ``track_running_stats=False``. If no batch-norm layer has γ and β, the callback
+            warns and does nothing.
     """
 
     def __init__(
@@ -62,10 +61,8 @@ class AdaBNS(BaseFinetuning):
         super().__init__()
         if statistics not in ("adapt", "keep", "batch"):
             raise MisconfigurationException(f"statistics must be 'adapt', 'keep' or 'batch'; got {statistics!r}.")
-        try:
+        with naming_errors(self):
             check_adaptation(prior_samples, max_scratch_mb=1)
-        except ValueError as error:
-            raise MisconfigurationException(f"AdaBNS: {error}") from error
         self.statistics, self.module = statistics, module
         self._options: dict[str, Any] = {"exact": exact, "prior_samples": prior_samples, "forward": forward}
         self._layers: list[_BatchNorm] = []
@@ -79,35 +76,34 @@ class AdaBNS(BaseFinetuning):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, then freeze."""
+        """Refuse invalid options, then freeze."""
         check_trainer(self, trainer, pl_module)
         others = [c for c in trainer.callbacks if isinstance(c, BaseFinetuning) and c is not self]  # type: ignore[attr-defined]
         if stage == "fit" and others:
             raise MisconfigurationException(
                 f"AdaBNS and {type(others[0]).__name__} in one Trainer would each freeze what the other trains. Use "
-                "one of them; a single AdaBNS trains the batch-norm layers of a part, module=, or of the whole."
+                "only one of them; AdaBNS(module=) trains the batch-norm layers of a submodule."
             )
-        if stage == "fit" and not is_overridden("configure_model", pl_module):  # else there may be no layers yet
+        if stage == "fit" and not is_overridden("configure_model", pl_module):  # else the layers may not exist yet
             super().setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze a module that ``configure_model`` has made."""
         if is_overridden("configure_model", pl_module):
-            if trainer.world_size > 1:  # DDP was told before which parameters need a gradient
+            if trainer.world_size > 1:  # DDP already knows which parameters need a gradient
                 raise MisconfigurationException(
-                    "AdaBNS in several processes needs the layers before configure_model: make them in __init__."
+                    "AdaBNS in several processes does not support layers made in configure_model: make them in "
+                    "__init__."
                 )
             self.freeze_before_training(pl_module)
         super().on_fit_start(trainer, pl_module)
 
     @override
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        """Let γ and β of the chosen layers need a gradient, and nothing else."""
-        try:
+        """Require gradients for γ and β of the chosen layers only."""
+        with naming_errors(self, pl_module):
             layers = list(batchnorm_layers(pl_module, self.module).values())
-        except ValueError as error:
-            raise MisconfigurationException(f"AdaBNS on {type(pl_module).__name__}: {error}") from error
         affine = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
         if not affine:
             rank_zero_warn(
@@ -118,7 +114,7 @@ class AdaBNS(BaseFinetuning):
         self._layers = layers
         self._before = [(p, p.requires_grad) for p in pl_module.parameters()]
         self._modes = [(layer, layer.training) for layer in pl_module.modules() if isinstance(layer, _BatchNorm)]
-        # Not by Lightning's freeze(): that would switch off the running statistics of layers that are not trained.
+        # Lightning's freeze() would disable the running statistics of frozen layers.
         for parameter in pl_module.parameters():
             parameter.requires_grad_(False)
         for parameter in affine:
@@ -126,46 +122,40 @@ class AdaBNS(BaseFinetuning):
 
     @override
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
-        """Nothing is unfrozen on the way."""
+        """Unfreeze nothing during training."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adapt the statistics; a run that is resumed has them from its checkpoint."""
-        self._fix()  # a run that is resumed within an epoch does not come to its start
+        """Adapt the statistics; a resumed run loads them from its checkpoint."""
+        self._fix()  # a run resumed within an epoch has no epoch start
         if not self._layers or self.statistics != "adapt" or is_resumed(trainer):
             return
         loaders = as_list(trainer.train_dataloader)
-        refuse_iterators(loaders)
-        try:
-            with without_logging(pl_module):
-                adapt_batchnorm(
-                    pl_module,
-                    PassOverData(trainer, loaders, train_limits(trainer, loaders)),
-                    module=self.module,
-                    all_reduce=all_reduce_of(trainer),
-                    **self._options,
-                )
-        except ValueError as error:
-            raise MisconfigurationException(f"AdaBNS on {type(pl_module).__name__}: {error}") from error
+        with naming_errors(self, pl_module), silent_and_synchronized(trainer, pl_module):
+            refuse_iterators(loaders)
+            data = PassOverData(trainer, loaders, train_limits(trainer, loaders))
+            options = self._options | pass_options(trainer)
+            statistics = estimate_batchnorm(pl_module, data, module=self.module, **options)
+        statistics.apply(pl_module if self.module is None else pl_module.get_submodule(self.module))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the statistics fixed, unless they move along."""
+        """Keep the statistics fixed, except for ``"batch"``."""
         super().on_train_epoch_start(trainer, pl_module)
         self._fix()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let every parameter need a gradient, and every layer be in the mode, as before."""
+        """Restore ``requires_grad`` and the modes."""
         self._restore()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same when the training was interrupted."""
+        """Restore them when training is interrupted."""
         self._restore()
 
     def _fix(self) -> None:
-        """Layers whose statistics do not move, those that are not trained among them, are in eval mode."""
+        """Put layers with fixed statistics, including those that are not trained, in eval mode."""
         for layer, _ in self._modes:
             if self.statistics != "batch" or layer not in self._layers:
                 layer.eval()

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from pl_personalize.callbacks.estimation_callback import Stage
+from pl_personalize.callbacks.data_source import Stage
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
 from pl_personalize.estimation import check_options
 from pl_personalize.functional.per_sample import Forward

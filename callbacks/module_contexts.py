@@ -1,10 +1,10 @@
-"""A module as a callback needs it for a pass of its own, and as it was afterwards."""
+"""Context managers for a callback's own passes over data, which leave the module unchanged."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,21 +15,22 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
-from pl_personalize.functional.module_state import forward_state_kept
+from pl_personalize.functional.module_state import buffers_kept, forward_state_kept
+
+_LOGS = ("log", "log_dict")
 
 
 def best_checkpoint(trainer: Trainer) -> str:
-    """The best checkpoint of a ModelCheckpoint that monitors a metric; empty if there is none."""
+    """Path of the best checkpoint of a ModelCheckpoint that monitors a metric; empty if there is none."""
     checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
     return next((c.best_model_path for c in checkpoints if c.best_model_path), "")
 
 
 @contextmanager
-def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) -> Iterator[None]:
-    """The weights of the best checkpoint inside, the present ones after.
+def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool = True) -> Iterator[None]:
+    """Load the weights of the best checkpoint, and restore the current ones on exit.
 
     Raises:
         MisconfigurationException: If there is a best checkpoint that cannot be read.
@@ -38,23 +39,29 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) 
     if not path:
         yield
         return
-    with kept([*pl_module.parameters(), *pl_module.buffers()]), forward_state_kept(pl_module):
-        try:
-            checkpoint = {"state_dict": _read(path)}
-            if is_overridden("on_load_checkpoint", pl_module):
-                pl_module.on_load_checkpoint(checkpoint)  # it may put back what it has left out of the file
-            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-        except Exception as error:  # whatever a hook of the user's makes of a checkpoint
-            what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
-            raise MisconfigurationException(
-                f"The weights of the best checkpoint cannot be used: {what} weights='last' takes those of the last "
-                "epoch."
-            ) from error
-        yield
+    before = [(parameter, parameter.detach().clone()) for parameter in pl_module.parameters()]
+    try:
+        with buffers_kept(pl_module), forward_state_kept(pl_module):
+            try:
+                checkpoint = {"state_dict": _read(path)}
+                if is_overridden("on_load_checkpoint", pl_module):
+                    pl_module.on_load_checkpoint(checkpoint)  # it may restore what it has left out of the file
+                pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            except Exception as error:  # a user's hook may raise anything
+                what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
+                raise MisconfigurationException(
+                    f"The weights of the best checkpoint cannot be used: {what} Use those of the last epoch with "
+                    "weights='last'."
+                ) from error
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The state dict in a checkpoint, which may be on a remote file system."""
+    """Read the state dict of a checkpoint, which may be on a remote file system."""
     if "://" not in path:
         return read_state_dict(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +72,7 @@ def _read(path: str) -> dict[str, Any]:
 
 @contextmanager
 def on_its_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The module on the Trainer's device inside; when ``fit`` ends, the strategy has moved it to the CPU."""
+    """Move the module to the Trainer's device; at the end of ``fit`` the strategy has moved it to the CPU."""
     before = pl_module.device
     pl_module.to(trainer.strategy.root_device)
     try:
@@ -75,14 +82,25 @@ def on_its_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
 
 
 @contextmanager
-def without_logging(pl_module: LightningModule) -> Iterator[None]:
-    """``self.log`` does nothing inside: a pass of a callback is none of the user's metrics."""
+def silent_and_synchronized(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Disable ``self.log``, and use rank zero's buffers on all ranks; both are restored on exit.
+
+    A callback's pass is not part of the user's metrics. DDP synchronizes batch-norm statistics only when a forward
+    starts.
+    """
     modules = [module for module in pl_module.modules() if isinstance(module, LightningModule)]
     before = [{name: vars(module)[name] for name in _LOGS if name in vars(module)} for module in modules]
-    for module in modules:
-        vars(module).update(dict.fromkeys(_LOGS, _log_nothing))
     try:
-        yield
+        for module in modules:
+            vars(module).update(dict.fromkeys(_LOGS, lambda *args, **kwargs: None))
+        if trainer.world_size == 1:
+            yield
+            return
+        with buffers_kept(pl_module):
+            with torch.no_grad():
+                for buffer in pl_module.buffers():
+                    buffer.copy_(trainer.strategy.broadcast(buffer))
+            yield
     finally:
         for module, own in zip(modules, before, strict=True):
             for name in _LOGS:
@@ -90,38 +108,8 @@ def without_logging(pl_module: LightningModule) -> Iterator[None]:
             vars(module).update(own)
 
 
-_LOGS = ("log", "log_dict")
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of ``self.log``."""
-
-
-@contextmanager
-def buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The same buffers on all ranks inside: DDP synchronises batch-norm statistics only when a forward starts."""
-    buffers = list(pl_module.buffers()) if trainer.world_size > 1 else []
-    with kept(buffers):
-        with torch.no_grad():
-            for buffer in buffers:
-                buffer.copy_(trainer.strategy.broadcast(buffer))
-        yield
-
-
-@contextmanager
-def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the values of tensors back at the end."""
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-
-
-def all_reduce_of(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
-    """Sums a tensor over the Trainer's processes; ``None`` for a single one."""
-    if trainer.world_size == 1:
-        return None
-    return partial(trainer.strategy.reduce, reduce_op="sum")
+def pass_options(trainer: Trainer) -> dict[str, Any]:
+    """Options of an estimate over a Trainer's data: a progress bar on rank zero, and sums over all processes."""
+    shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    reduce = None if trainer.world_size == 1 else partial(trainer.strategy.reduce, reduce_op="sum")
+    return {"progress": shown, "all_reduce": reduce}

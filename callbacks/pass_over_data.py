@@ -1,4 +1,4 @@
-"""Passes that callbacks make over a user's data: the batches that the user's loaders yield, divided among processes."""
+"""Passes over a user's data: the batches that the user's loaders yield, divided among processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from pl_personalize.functional.batches import batch_size, slice_batch
@@ -24,24 +23,24 @@ from pl_personalize.functional.module_state import random_state_kept
 
 
 class PassOverData:
-    """The batches of several loaders, one loader after the other, each batch on its device as the Trainer brings it.
+    """The batches of several loaders, one loader after the other, on the device and converted by the Trainer.
 
-    A loader is read as it is: its class, its samplers, its workers. What can be copied of its position (samplers and
-    generators) is read from a copy, so that training draws the same batches with and without the pass.
+    Each loader is read as it is: its class, samplers and workers. Samplers and generators are copied where possible, so
+    that training draws the same batches with and without the pass.
 
-    Among several processes the samples are divided, none of them twice: a loader with a ``DistributedSampler`` has its
-    own share in each process, less the repetitions that fill it up; the batches of any other are those that rank zero
-    draws, every n-th for one process.
+    With several processes each sample is read once: a loader with a ``DistributedSampler`` yields the share of its
+    process, without the samples repeated to fill it up. The batches of any other loader are those that rank zero draws,
+    every n-th for one process.
 
     Args:
-        trainer: Whose processes share the data, and whose hooks prepare a batch.
-        loaders: Where the data come from.
+        trainer: The Trainer whose processes share the data and whose hooks prepare a batch.
+        loaders: The loaders.
         limits: Batches to take from each loader; infinity for all.
-        again: Whether the data are read more than once, so that what an iterator yields is kept.
-        stages: The stage that each loader is of, which a hook may ask the Trainer for; by default the present one.
+        again: Whether the data are read more than once, so that the batches of an iterator are kept.
+        stages: The stage that each loader belongs to, as the Trainer tells hooks; by default the current one.
 
     Raises:
-        MisconfigurationException: If a loader cannot be divided among several processes.
+        ValueError: If a loader cannot be divided among several processes.
     """
 
     def __init__(
@@ -74,14 +73,14 @@ class PassOverData:
     def __len__(self) -> int:
         lengths = [sized_len(loader) for loader in self._loaders]
         if None in lengths:
-            raise TypeError("A loader does not say how many batches it has.")
+            raise TypeError("A loader has no length.")
         known = [length or 0 for length in lengths]
         return sum(n if limit is None else min(n, limit) for n, limit in zip(known, self._limits, strict=True))
 
 
 @contextmanager
 def _in_stage(trainer: Trainer, stage: RunningStage | None) -> Iterator[None]:
-    """``trainer.training`` and its like say so of this stage inside."""
+    """Set the stage that ``trainer.training`` and its like report."""
     before = trainer.state.stage
     trainer.state.stage = before if stage is None else stage
     try:
@@ -91,7 +90,7 @@ def _in_stage(trainer: Trainer, stage: RunningStage | None) -> Iterator[None]:
 
 
 def as_list(loaders: Any) -> list[Iterable[Any]]:
-    """The loaders in a loader, or in any nesting of lists and dicts of loaders, in order."""
+    """Flatten a loader, or any nesting of lists and dicts of loaders."""
     if isinstance(loaders, CombinedLoader):
         return list(loaders.flattened)
     if isinstance(loaders, Mapping):
@@ -102,10 +101,10 @@ def as_list(loaders: Any) -> list[Iterable[Any]]:
 
 
 def refuse_dropped_samplers(trainer: Trainer) -> None:
-    """Refuse predict loaders whose batch sampler has a sampler of its own, which Lightning replaces by all samples.
+    """Refuse predict loaders with a sampler inside their batch sampler, for which Lightning reads all samples instead.
 
     Raises:
-        MisconfigurationException: If there is one.
+        ValueError: If there is one.
     """
     for given, used in zip(
         as_list(trainer.predict_loop._data_source.dataloader()), as_list(trainer.predict_dataloaders), strict=False
@@ -116,33 +115,33 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
         is_same = isinstance(wanted, SequentialSampler) and len(wanted) == len(taken or ())
         if wanted is not None and isinstance(taken, SequentialSampler) and not is_same:
             outer = type(getattr(given, "batch_sampler", None)).__name__
-            raise MisconfigurationException(
-                f"Lightning predicts all samples where a loader has a {type(wanted).__name__} inside a {outer}. "
+            raise ValueError(
+                f"Lightning predicts all samples of a loader that has a {type(wanted).__name__} inside a {outer}. "
                 "Pass the sampler itself: DataLoader(…, sampler=, batch_size=)."
             )
 
 
 def refuse_iterators(loaders: Iterable[Iterable[Any]]) -> None:
-    """Refuse data of the Trainer's own that can be read once alone: a pass would take them away from the run.
+    """Refuse data of the run that can only be read once: a pass would consume them.
 
     Raises:
-        MisconfigurationException: If there are any.
+        ValueError: If there are any.
     """
     for loader in loaders:
         if isinstance(loader, Iterator):
-            raise MisconfigurationException(
-                f"The data of the run are a {type(loader).__name__}, which can be read once: by the run or by a pass, "
-                "not by both. Give the run a DataLoader or a list of batches, or pass other data, dataloader=."
+            raise ValueError(
+                f"the data of the run are a {type(loader).__name__}, which can be read once: by the run or by a pass. "
+                "Train on a DataLoader or a list of batches, or pass other data with dataloader=."
             )
 
 
 def can_be_read_again(loader: Iterable[Any]) -> bool:
-    """Whether a look at the first batch leaves the data as they were: not for an iterator or a stream."""
+    """Whether reading the first batch leaves the data unchanged, unlike that of an iterator or a stream."""
     return not isinstance(loader, Iterator) and not isinstance(getattr(loader, "dataset", None), IterableDataset)
 
 
 def two_samples(batches: Iterable[Any]) -> Iterator[Any]:
-    """The first two samples of each batch, to try something out."""
+    """The first two samples of each batch."""
     for batch in batches:
         yield slice_batch(batch, batch_size(batch), slice(0, 2))
 
@@ -164,24 +163,22 @@ def _share(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
         batch_sampler.sampler = indices  # type: ignore[attr-defined]
         return _with(copied, batch_sampler=batch_sampler)
     if type(loader).__iter__ is not DataLoader.__iter__:
-        raise _not_divisible(loader, trainer, "it has an __iter__ of its own; give it a DistributedSampler")
+        raise _not_divisible(loader, trainer, "it overrides __iter__; give it a DistributedSampler")
     name = "sampler" if batch_sampler is None else "batch_sampler"
     drawn = _of_rank_zero(trainer, getattr(copied, name))
     return _with(copied, **{name: drawn[trainer.global_rank :: trainer.world_size]})
 
 
-def _not_divisible(loader: Iterable[Any], trainer: Trainer, advice: str) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes: {advice}."
-    )
+def _not_divisible(loader: Iterable[Any], trainer: Trainer, advice: str) -> ValueError:
+    return ValueError(f"{type(loader).__name__} cannot be divided among {trainer.world_size} processes: {advice}.")
 
 
 def _copy(loader: DataLoader[Any], trainer: Trainer) -> DataLoader[Any]:
-    """A loader with the same data and samplers of its own, where these can be copied."""
+    """Copy a loader with its samplers, where these can be copied; the data are shared."""
     names: Mapping[str, Any] = vars(loader)
     position = {name: names[name] for name in ("sampler", "batch_sampler", "generator") if name in names}
     if isinstance(wrapper := position.get("batch_sampler"), _IndexBatchSamplerWrapper):
-        position["batch_sampler"] = wrapper._batch_sampler  # it notes indices for Lightning's prediction loop alone
+        position["batch_sampler"] = wrapper._batch_sampler  # it records indices for Lightning's prediction loop
     large = (loader.dataset, trainer, trainer.lightning_module, getattr(trainer, "datamodule", None))
     with suppress(Exception):  # a sampler may hold anything, such as a file or a lock
         position = copy.deepcopy(position, {id(shared): shared for shared in large})
@@ -189,19 +186,19 @@ def _copy(loader: DataLoader[Any], trainer: Trainer) -> DataLoader[Any]:
 
 
 def _with(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
-    """A shallow copy with other attributes; a DataLoader refuses to have some of them set."""
+    """Copy a loader with changed attributes, some of which a DataLoader refuses to have set."""
     copied = copy.copy(loader)
     vars(copied).update(changed, _iterator=None)
     return copied
 
 
 def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]:
-    """This process's indices, without those that fill it up to the size of the others."""
+    """This process's indices, without those repeated to fill it up."""
     size: int = len(sampler.dataset)  # type: ignore[arg-type]
-    if isinstance(sampler.dataset, _DatasetSamplerWrapper):  # around a user's sampler, which each process draws from
+    if isinstance(sampler.dataset, _DatasetSamplerWrapper):  # around a user's sampler
         return _of_rank_zero(trainer, sampler.dataset._sampler)[sampler.rank :: sampler.num_replicas]
     indices = list(sampler)
-    # A sampler of the user's own may take samples more than once, or not all: then there is nothing to fill up.
+    # A user's subclass may repeat or omit samples: then nothing was filled up.
     is_filled_up = len(indices) == -(-size // sampler.num_replicas)
     return indices[: len(range(sampler.rank, size, sampler.num_replicas))] if is_filled_up else indices
 

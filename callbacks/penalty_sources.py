@@ -1,4 +1,4 @@
-"""What a penalty is given, importances of tasks and an anchor, read from files or memory into tensors by name."""
+"""Importances and anchors of a penalty, read from files or memory into tensors by name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ TaskImportance: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 Anchor: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 
 SHARED_PARAMETERS = (
-    "Importances are of the parameters that tasks share: estimate them with the same module=, or leave out what "
-    "differs, such as a head, with exclude=."
+    "Tasks must share the parameters: estimate importances with the same module=, or exclude what differs, such as a "
+    "head, with exclude=."
 )
 
 
 def sum_of_importances(
     given: Sequence[TaskImportance] | TaskImportance | None, is_excluded: Callable[[str], bool]
 ) -> dict[str, Tensor] | None:
-    """Ω summed over tasks, on the CPU; ``None`` if none were given.
+    """Sum of Ω over tasks, on the CPU; ``None`` if none were given.
 
     Args:
-        given: Of one task or of several.
-        is_excluded: Which names have no part in it.
+        given: Importances of one task or of several.
+        is_excluded: Predicate for names to leave out.
 
     Raises:
-        ValueError: If a file cannot be read, or importances are no importances or cannot be added.
+        ValueError: If a file cannot be read, or tensors are not importances or cannot be added.
     """
     if given is None:
         return None
@@ -43,7 +43,7 @@ def sum_of_importances(
     for k, source in enumerate(tasks):
         if not isinstance(source, str | os.PathLike | Mapping):
             what = "None: has it been estimated?" if source is None else f"a {type(source).__name__}."
-            raise ValueError(f"importances[{k}] is {what} Give a mapping of names to tensors, or the path of a file.")
+            raise ValueError(f"importances[{k}] is {what} Pass a mapping of names to tensors, or the path of a file.")
         task = source if isinstance(source, Mapping) else Importance.load(source)
         if isinstance(task, Importance):
             kinds.add((task.kind, task.reduction))
@@ -51,7 +51,7 @@ def sum_of_importances(
             if is_excluded(name):
                 continue
             if not isinstance(value, Tensor):
-                raise ValueError(f"importances[{k}] has a {type(value).__name__} for {name!r}; it has to be a tensor.")
+                raise ValueError(f"importances[{k}] has a {type(value).__name__} for {name!r}: pass a tensor.")
             check_importance(name, value)
             value = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
             if name in total and value.shape != total[name].shape:
@@ -62,19 +62,19 @@ def sum_of_importances(
             total[name] = total[name] + value if name in total else value
     if len(kinds) > 1:
         raise ValueError(
-            f"importances of different kinds, {sorted(kinds)}, are not on one scale. Estimate all in the same way, "
-            "or give each kind a callback of its own."
+            f"importances of different kinds, {sorted(kinds)}, differ in scale. Estimate all in the same way, or use "
+            "one callback per kind."
         )
     return total
 
 
 def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, which no longer move with what it is of."""
+    """Copy the tensors of a state dict."""
     return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
 def read_anchor(anchor: Anchor | None) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a file that has one: :func:`~pl_personalize.artifacts.read_state_dict`.
+    """Tensors of a state dict or its file, see :func:`~pl_personalize.artifacts.read_state_dict`.
 
     Raises:
         ValueError: If the file cannot be read.
@@ -93,9 +93,9 @@ def anchor_of(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], mo
     """The anchor's entry for each parameter.
 
     Args:
-        parameters: By names relative to ``module``.
-        anchor: By names of the whole, or relative to ``module``.
-        module: Name of the submodule that the parameters are of.
+        parameters: Parameters by name, relative to ``module``.
+        anchor: Tensors by name, of the whole module or relative to ``module``.
+        module: Name of the parameters' submodule.
 
     Raises:
         ValueError: If one is missing, not finite or of another shape.
@@ -109,7 +109,7 @@ def anchor_of(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], mo
             found = "nothing" if value is None else tuple(value.shape)
             raise ValueError(
                 f"the anchor has {found} for the parameter {name!r}, which is {tuple(parameter.shape)}. Pass the "
-                "state dict of a module like this one, or leave parameters out with exclude=."
+                "state dict of such a module, or exclude parameters with exclude=."
                 + ("" if value is not None else prefix_hint([name], anchor))
             )
         if value.is_complex() and not parameter.is_complex():

@@ -1,6 +1,9 @@
-"""What the callbacks ask of a Trainer."""
+"""Requirements on a Trainer, and errors that name the callback."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -9,10 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def check_trainer(callback: Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Refuse a Trainer or a module of another package, and strategies under which no process has whole parameters.
+    """Refuse strategies that shard parameters, and a Trainer or module of the ``pytorch_lightning`` package.
 
-    ``pytorch_lightning`` has classes of its own: its checkpoints, loggers and strategies are none of
-    ``lightning.pytorch``, so that a callback would take them for absent and go on without.
+    ``pytorch_lightning`` has its own classes, so a callback would not recognize its checkpoints, loggers and
+    strategies, and would run as if there were none.
 
     Raises:
         MisconfigurationException: For ``pytorch_lightning``, FSDP, DeepSpeed and ModelParallel.
@@ -21,8 +24,8 @@ def check_trainer(callback: Callback, trainer: pl.Trainer, pl_module: pl.Lightni
     for what, given in (("Trainer", trainer), ("module", pl_module)):
         if any(parent.__module__.partition(".")[0] == "pytorch_lightning" for parent in type(given).__mro__):
             raise MisconfigurationException(
-                f"{name} is made for `lightning.pytorch`; the {what} is from `pytorch_lightning`, whose classes are "
-                "not the same. Change `import pytorch_lightning as pl` to `import lightning.pytorch as pl`."
+                f"{name} needs `lightning.pytorch`, but the {what} is from `pytorch_lightning`, whose classes differ. "
+                "Change `import pytorch_lightning as pl` to `import lightning.pytorch as pl`."
             )
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise MisconfigurationException(
@@ -32,8 +35,18 @@ def check_trainer(callback: Callback, trainer: pl.Trainer, pl_module: pl.Lightni
 
 
 def is_resumed(trainer: pl.Trainer) -> bool:
-    """Whether a training that begins goes on from a checkpoint with steps; asked in ``on_train_start``.
+    """Whether training resumes from a checkpoint with steps; valid in ``on_train_start``.
 
-    A search for a learning rate sets ``ckpt_path``, too, and goes back to step 0.
+    The learning-rate finder also sets ``ckpt_path``, but restarts at step 0.
     """
     return trainer.ckpt_path is not None and trainer.global_step > 0
+
+
+@contextmanager
+def naming_errors(callback: Callback, pl_module: pl.LightningModule | None = None) -> Iterator[None]:
+    """Convert a ``ValueError`` into a ``MisconfigurationException`` that names the callback and the module."""
+    try:
+        yield
+    except ValueError as error:
+        where = "" if pl_module is None else f" on {type(pl_module).__name__}"
+        raise MisconfigurationException(f"{type(callback).__name__}{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""Quadratic penalties on the distance to earlier parameters: their value, and their gradient."""
+"""Quadratic penalties on the distance to earlier parameters: value and gradient."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def quadratic_penalty(
 ) -> Tensor:
     r"""The penalty :math:`\lambda \sum_p \Omega_p |\theta_p - \theta^\mathrm{ref}_p|^2`, without a factor 1/2.
 
-    The sum is over all entries of all parameters. With importances it is EWC (Kirkpatrick et al., PNAS 2017, which
-    write λ/2: their λ is twice this one) or MAS (Aljundi et al., ECCV 2018); without, L2-transfer (Lee et al., NeurIPS
-    2017). The convention is that of De Lange et al., CVPR 2020.
+    The sum is over all entries of all parameters. With importances it is EWC (Kirkpatrick et al., PNAS 2017, who write
+    λ/2: their λ is twice this one) or MAS (Aljundi et al., ECCV 2018); without, L2-transfer (Lee et al., NeurIPS 2017).
+    The convention is that of De Lange et al., CVPR 2020.
 
     Args:
-        parameters: Of any shapes, real or complex.
-        anchors: What they are pulled to, θ_ref, of the same shapes; real for real parameters.
+        parameters: Real or complex tensors of any shapes.
+        anchors: θ_ref, of the same shapes; real for real parameters.
         importances: Ω, real, of the same shapes; ``None``: 1 everywhere.
         strength: λ.
 
     Returns:
-        A real scalar, differentiable in everything that needs a gradient; float32 for parameters of lower precision.
+        A real scalar, differentiable in all inputs that need a gradient; float32 for parameters of lower precision.
 
     Raises:
-        ValueError: If the numbers of tensors or their shapes differ, or one is complex that has to be real.
+        ValueError: If the numbers of tensors or their shapes differ, or a tensor is complex that must be real.
 
     Example:
         >>> theta, reference, omega = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 5.0]), torch.tensor([2.0, 1.0])
@@ -57,19 +57,19 @@ def add_penalty_gradient_(
 ) -> None:
     r"""Add :math:`2 \lambda \Omega (\theta - \theta_\mathrm{ref})`, the penalty's gradient, to ``.grad`` in place.
 
-    What a backward pass through :func:`quadratic_penalty` would add, without a graph: a parameter that has no gradient
-    yet gets one, a sparse one becomes dense, and one that does not need a gradient is left alone. That of a complex
-    parameter is the direction of steepest ascent, as everywhere in PyTorch.
+    Equals a backward pass through :func:`quadratic_penalty`, without a graph: a missing gradient is created, a sparse
+    one becomes dense, and parameters that need no gradient are skipped. The gradient of a complex parameter is the
+    direction of steepest ascent, as everywhere in PyTorch.
 
     Args:
-        parameters: Leaves, of any shapes.
+        parameters: Leaf tensors of any shapes.
         anchors: θ_ref, of the same shapes, types and devices.
-        importances: Ω, of the same shapes and devices; for parameters of half precision they may be float32. ``None``:
-            1 everywhere.
+        importances: Ω, of the same shapes and devices; may be float32 for parameters of half precision. ``None``: 1
+            everywhere.
         strength: λ.
 
     Raises:
-        ValueError: If the numbers of tensors or their shapes differ, or one is complex that has to be real.
+        ValueError: If the numbers of tensors or their shapes differ, or a tensor is complex that must be real.
 
     Example:
         >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
@@ -85,21 +85,24 @@ def add_penalty_gradient_(
     gradients = [_dense_gradient(parameters[k]) for k in pulled]
     values, targets = [parameters[k].detach() for k in pulled], [anchors[k] for k in pulled]
     factors = None if importances is None else [importances[k] for k in pulled]
-    add = _add_one_by_one if gradients[0].device.type == "cpu" else _add_at_once
-    add(gradients, values, targets, factors, 2 * strength)
+    if gradients[0].device.type == "cpu":  # a small difference is still in cache when it is added
+        for k, gradient in enumerate(gradients):
+            _add_differences([gradient], [values[k]], [targets[k]], None if factors is None else [factors[k]], strength)
+    else:
+        _add_differences(gradients, values, targets, factors, strength)
 
 
 @torch.no_grad()
 def add_l2_gradient_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], strength: float) -> None:
     r"""Add the gradient of :math:`\lambda \|\theta - \theta_\mathrm{ref}\|^2`, without a factor 1/2, to ``.grad``.
 
-    :func:`add_penalty_gradient_` without importances, in two additions and without a temporary copy; the results
-    differ by rounding. L2-transfer of Lee et al., NeurIPS 2017, in the convention of De Lange et al., CVPR 2020.
-    Parameters whose ``.grad`` is ``None`` are left alone.
+    Like :func:`add_penalty_gradient_` without importances, but in two fused additions without temporary tensors; the
+    results differ by rounding. L2-transfer of Lee et al., NeurIPS 2017, in the convention of De Lange et al., CVPR
+    2020. Parameters whose ``.grad`` is ``None`` are skipped.
 
     Args:
         parameters: The parameters.
-        anchors: What they are pulled to, of the same shapes.
+        anchors: θ_ref, of the same shapes.
         strength: λ.
     """
     pulled = [(p, a) for p, a in zip(parameters, anchors, strict=True) if p.grad is not None]
@@ -123,7 +126,7 @@ def _check_shapes(
                 )
             if tensor.is_complex() and (tensors is importances or not parameter.is_complex()):
                 raise ValueError(
-                    f"Number {k} of the {what} is {tensor.dtype}, and has to be real: "
+                    f"Number {k} of the {what} is {tensor.dtype}, but must be real: "
                     + ("importances are." if tensors is importances else f"its parameter is {parameter.dtype}.")
                 )
 
@@ -136,26 +139,16 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-# In both the difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
-
-
-def _add_one_by_one(
-    gradients: list[Tensor], values: list[Tensor], targets: list[Tensor], factors: list[Tensor] | None, scale: float
+def _add_differences(
+    gradients: list[Tensor],
+    values: list[Tensor],
+    targets: list[Tensor],
+    factors: list[Tensor] | None,
+    strength: float,
 ) -> None:
-    """For CPUs: a small difference is still in cache when it is added, and its memory is used again."""
-    for k, gradient in enumerate(gradients):
-        if factors is None:
-            gradient.add_(values[k] - targets[k], alpha=scale)
-        else:
-            gradient.addcmul_(values[k] - targets[k], factors[k], value=scale)
-
-
-def _add_at_once(
-    gradients: list[Tensor], values: list[Tensor], targets: list[Tensor], factors: list[Tensor] | None, scale: float
-) -> None:
-    """For GPUs: few kernels for many tensors."""
+    # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
     differences = torch._foreach_sub(values, targets)
     if factors is None:
-        torch._foreach_add_(gradients, differences, alpha=scale)
+        torch._foreach_add_(gradients, differences, alpha=2 * strength)
     else:
-        torch._foreach_addcmul_(gradients, differences, factors, value=scale)
+        torch._foreach_addcmul_(gradients, differences, factors, value=2 * strength)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Accuracy
 from typing_extensions import override
 
+from pl_personalize.callbacks.parameter_penalty import ParameterPenalty
+from pl_personalize.callbacks.penalty_sources import anchor_of
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.labels import class_labels
-from pl_personalize.functional.names import prefix_hint
 from pl_personalize.functional.penalties import add_l2_gradient_
 from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
@@ -49,8 +50,11 @@ class TaskLearner(LightningModule):
         anchor: The preceding expert's body: its state dict, or the entries of its parameters.
         seed: Seed of the run.
         task: Number of the task, which the seeds of the steps depend on.
-        drop_after: See :class:`~pl_personalize.callbacks.PlateauSchedule`.
-        stop_after: See there.
+        lr_patience: See :class:`~pl_personalize.callbacks.PlateauSchedule`.
+        stop_patience: See there.
+
+    Attributes:
+        penalty: The callback that adds L2-transfer's gradient; ``None`` without an anchor, or if λ is 0.
 
     Raises:
         MisconfigurationException: If the anchor does not fit the body, or a number is out of range.
@@ -67,8 +71,8 @@ class TaskLearner(LightningModule):
         anchor: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         task: int = 0,
-        drop_after: int = 5,
-        stop_after: int = 11,
+        lr_patience: int = 5,
+        stop_patience: int = 11,
     ) -> None:
         super().__init__()
         if not isinstance(network, TaskNetwork):
@@ -82,41 +86,22 @@ class TaskLearner(LightningModule):
             )
         # By name: what subclasses take besides, such as networks, would not load with weights_only.
         self.save_hyperparameters(
-            "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "drop_after", "stop_after"
+            "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "lr_patience", "stop_patience"
         )
         self.network = network
         self.val_accuracy = Accuracy(task="multiclass", num_classes=network.num_classes, average="micro")
-        self._anchor_names = self._register_anchor(anchor)
-        self._pulled: tuple[list[Tensor], list[Tensor]] | None = None
+        self.penalty = None if anchor is None else self._pull_to(anchor, l2_transfer)
 
-    def _register_anchor(self, anchor: Mapping[str, Tensor] | None) -> list[str]:
-        if anchor is None:
-            return []
-        names: list[str] = []
-        for name, parameter in self.network.body.named_parameters():
-            if name not in anchor or anchor[name].shape != parameter.shape:
-                found = tuple(anchor[name].shape) if name in anchor else "nothing"
-                raise MisconfigurationException(
-                    f"The anchor has {found} for the body's parameter {name!r}, which is {tuple(parameter.shape)}."
-                    + ("" if name in anchor else prefix_hint([name], anchor))
-                )
-            # Not in the checkpoint: the caller has it, and it would double the checkpoint's size.
-            self.register_buffer(
-                f"anchor_{name.replace('.', '_')}_{len(names)}", anchor[name].detach().clone(), persistent=False
-            )
-            names.append(name)
-        return names
+    def _pull_to(self, anchor: Mapping[str, Tensor], strength: float) -> ParameterPenalty | None:
+        try:
+            entries = anchor_of(dict(self.network.body.named_parameters()), anchor, None)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        return _L2Transfer(strength, anchor=entries, module="network.body", log_name=None) if strength else None
 
     def model_state(self) -> dict[str, Tensor]:
         """What is kept of the trained model: its entries ``body.…`` and ``head.…``."""
         return self.network.state_dict()
-
-    @property
-    def anchors(self) -> dict[str, Tensor]:
-        """What each parameter of the body is pulled to, by its name in the body."""
-        return {
-            name: self.get_buffer(f"anchor_{name.replace('.', '_')}_{k}") for k, name in enumerate(self._anchor_names)
-        }
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -125,23 +110,24 @@ class TaskLearner(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """The schedule, unless the Trainer has one."""
-        if any(isinstance(callback, PlateauSchedule) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            return []
-        options = {key: self.hparams[key] for key in ("drop_after", "stop_after")}
-        return [PlateauSchedule("val/acc", **options)]
+        """The schedule, unless the Trainer has one, and L2-transfer."""
+        trainer: Any = self.trainer
+        # Those of an earlier run with this Trainer go. Lightning drops the Trainer's own penalties in favor of the
+        # module's, so they are returned, too.
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, _L2Transfer)]
+        callbacks: list[Callback] = []
+        if self.penalty is not None:
+            callbacks = [callback for callback in trainer.callbacks if type(callback) is ParameterPenalty]
+            callbacks.append(self.penalty)
+        if not any(isinstance(callback, PlateauSchedule) for callback in trainer.callbacks):
+            options = {key: self.hparams[key] for key in ("lr_patience", "stop_patience")}
+            callbacks.append(PlateauSchedule("val/acc", **options))
+        return callbacks
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = {key: self.hparams[key] for key in ("lr", "momentum", "weight_decay")}
         return torch.optim.SGD([p for p in self.network.parameters() if p.requires_grad], **options)
-
-    @override
-    def on_train_start(self) -> None:
-        """Look up once what each step pulls, and where to."""
-        anchors, parameters = self.anchors, dict(self.network.body.named_parameters())
-        pulls = bool(anchors) and self.hparams["l2_transfer"] > 0
-        self._pulled = ([parameters[name] for name in anchors], list(anchors.values())) if pulls else None
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -180,12 +166,6 @@ class TaskLearner(LightningModule):
         return F.cross_entropy(self(x), y)
 
     @override
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of L2-transfer."""
-        if self._pulled:
-            add_l2_gradient_(*self._pulled, self.hparams["l2_transfer"])
-
-    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch[0], self._class_labels(batch[1])
         logits = self(x)
@@ -203,3 +183,18 @@ class TaskLearner(LightningModule):
         """The logits of images, which may come with labels."""
         logits: Tensor = self(as_input(batch))
         return logits
+
+
+class _L2Transfer(ParameterPenalty):
+    """The pull of a :class:`TaskLearner`."""
+
+    @override
+    def add_gradient_(
+        self,
+        parameters: Sequence[nn.Parameter],
+        anchors: Sequence[Tensor],
+        importances: Sequence[Tensor] | None,
+        strength: float,
+    ) -> None:
+        """Add the gradient in two fused steps, without temporary differences."""
+        add_l2_gradient_(parameters, anchors, strength)

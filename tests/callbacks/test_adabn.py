@@ -370,14 +370,15 @@ def test_the_last_weights_are_used_if_asked_for(tmp_path):
 
     def after(t, net):
         t.test(net, in_order(Rows(5, seed=3)), verbose=False)
-        with pytest.warns(UserWarning, match="no statistics for the weights at hand"):
+        assert_same(running(net.tested.pop()), wanted(net, Rows()))
+        net.tested.clear()
+        with pytest.raises(MisconfigurationException, match=r"adabn\.safetensors belongs to other weights"):
             t.test(net, in_order(Rows(5, seed=3)), ckpt_path="best", verbose=False)
 
     net, watch, _ = best_of_three(tmp_path, callback, after=after)
     expected = wanted(with_state(watch.epochs[2]), Rows())
     assert_same(BatchNormStatistics.load(callback.path), expected)
-    assert_same(running(net.tested[0]), expected)
-    assert_identical(running(net.tested[-1]), running(watch.epochs[1]))
+    assert net.tested == []
 
 
 def test_the_last_and_the_best_weights_may_both_be_tested(tmp_path):
@@ -470,7 +471,14 @@ def test_data_that_are_passed_count_more_than_the_file_of_an_earlier_run(tmp_pat
     assert_same(running(net.state_dict()), wanted(net, Rows(8, seed=3)))
 
 
-def test_predict_after_fit_uses_the_statistics_of_the_fit(tmp_path):
+def test_predict_after_fit_adapts_to_what_it_predicts(tmp_path):
+    net, callback, data = Net(), AdaBN(), Rows(9, seed=2, labels=False)
+    fitted(tmp_path, callback, net=net)
+    trainer(tmp_path, callback).predict(net, in_order(data))
+    assert_same(running(net.state_dict()), wanted(net, data))
+
+
+def test_predict_after_fit_uses_the_statistics_of_the_fit_for_data_that_were_passed(tmp_path):
     net, callback = Net(), AdaBN([Rows(9, seed=2).x])
     fitted(tmp_path, callback, net=net)
     expected = running(clone(net))
@@ -511,11 +519,15 @@ def test_adapting_to_the_tested_images_is_called_transductive(tmp_path, monkeypa
     assert_same(running(net.tested[0]), wanted(net, *parts))
 
 
-def test_a_test_with_unknown_weights_and_no_data_warns_and_leaves_the_model(tmp_path):
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_a_test_without_statistics_for_its_weights_is_refused(tmp_path, run):
     net, callback = Net(), AdaBN()
     before = clone(net)
-    with pytest.warns(UserWarning, match=r"no statistics for the weights at hand.*AdaBN\(dataloader\)"):
-        trainer(tmp_path, callback).test(net, in_order(Rows(5, seed=3)), verbose=False)
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"no statistics for the weights at hand: .*adabn\.safetensors does not exist.*AdaBN\(dataloader\)",
+    ):
+        getattr(trainer(tmp_path, callback), run)(net, in_order(Rows(5, seed=3)), verbose=False)
     assert_identical(clone(net), before)
     assert (callback.statistics, callback.path) == (None, None)
     assert list(tmp_path.rglob("*.safetensors")) == []
@@ -540,7 +552,7 @@ def test_a_file_of_other_weights_is_not_applied(tmp_path):
     written = (tmp_path / "batchnorm" / "adabn.safetensors").read_bytes()
     other = Net()
     before = clone(other)
-    with pytest.warns(UserWarning, match="no statistics for the weights at hand"):
+    with pytest.raises(MisconfigurationException, match=r"adabn\.safetensors belongs to other weights"):
         trainer(tmp_path, AdaBN()).test(other, in_order(Rows(5, seed=3)), verbose=False)
     assert_identical(clone(other), before)
     assert (tmp_path / "batchnorm" / "adabn.safetensors").read_bytes() == written

@@ -714,7 +714,7 @@ trainer:
     - class_path: pl_personalize.callbacks.PlateauSchedule
       init_args:
         monitor: score
-        drop_after: 2
+        lr_patience: 2
 model:
   norm: true
 """

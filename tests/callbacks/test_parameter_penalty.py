@@ -260,7 +260,7 @@ def test_a_parameter_that_no_optimiser_has_is_left_alone(tmp_path):
         pull = 10 * p.detach() if name.startswith("head") else 0
         torch.testing.assert_close(gradients.steps[0][name], p.grad + pull)
 
-    with pytest.warns(UserWarning, match=r"No optimiser has any of the parameters that ParameterPenalty is to pull"):
+    with pytest.warns(UserWarning, match=r"No optimizer has any of the parameters that ParameterPenalty pulls"):
         trained(tmp_path, HeadOnly(), ParameterPenalty(5.0, module="body"))
 
 
@@ -577,7 +577,7 @@ def test_a_checkpoint_from_a_run_without_the_penalty_is_an_anchor_with_a_warning
     first.fit(net := Net(), data())
     first.save_checkpoint(tmp_path / "plain.ckpt")
     began = point(net)
-    with pytest.warns(UserWarning, match=r"says nothing of where ParameterPenalty's run began"):
+    with pytest.warns(UserWarning, match=r"resume from has no ParameterPenalty anchor"):
         trainer(tmp_path, penalty := ParameterPenalty(1.0), max_epochs=3).fit(
             Net(), data(), ckpt_path=tmp_path / "plain.ckpt"
         )
@@ -725,12 +725,12 @@ def of_kind(kind, **options):
     [
         (
             {"importances": ones(tail=torch.ones(1))},
-            r"Net: no parameter is called 'tail'; .*body\.0\.weight.* exclude=",
+            r"Net: there is no parameter 'tail', only .*body\.0\.weight.* exclude=",
         ),
-        ({"importances": [ones()], "module": "body"}, r"no parameter is called 'body\.0\.weight'.* the same module="),
+        ({"importances": [ones()], "module": "body"}, r"there is no parameter 'body\.0\.weight'.* the same module="),
         (
             {"importances": {f"module.{name}": value for name, value in ones().items()}},
-            r"called 'module\.body\.0\.weight'.*; .* Without the prefix 'module\.' the names would match",
+            r"no parameter 'module\.body\.0\.weight', only .* Without the prefix 'module\.' the names would match",
         ),
         (
             {"anchor": {f"model.{name}": value for name, value in ones().items()}},

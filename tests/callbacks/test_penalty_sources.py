@@ -36,10 +36,10 @@ def test_an_anchor_that_is_an_importance_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([None], r"importances\[0\] is None: has it been estimated\? Give a mapping"),
+        ([None], r"importances\[0\] is None: has it been estimated\? Pass a mapping"),
         ([{"w": torch.ones(1)}, None], r"importances\[1\] is None: has it been estimated"),
-        ([{"w": torch.ones(1)}, 3], r"importances\[1\] is a int\. Give a mapping"),
-        ([{"w": 1.0}], r"importances\[0\] has a float for 'w'; it has to be a tensor"),
+        ([{"w": torch.ones(1)}, 3], r"importances\[1\] is a int\. Pass a mapping"),
+        ([{"w": 1.0}], r"importances\[0\] has a float for 'w': pass a tensor"),
         ([{"w": torch.ones(1, dtype=torch.complex64)}], r"'w' is torch\.complex64; importances are real"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The schedule of protocol section 3.1, on a module whose metric is written down beforehand."""
+"""PlateauSchedule, on a module whose metric values are scripted."""
 
 import math
 
@@ -77,32 +77,32 @@ def test_steady_improvement_changes_nothing(tmp_path):
 
 def test_min_mode_and_other_numbers(tmp_path):
     module = Script([1.0, 0.9, 0.9, 2.0, 0.8, 0.8, 0.8, 0.8, 0.1])  # strict: an equal value is no improvement
-    fit(module, tmp_path, PlateauSchedule("score", mode="min", drop_after=2, stop_after=3, factor=0.5))
+    fit(module, tmp_path, PlateauSchedule("score", mode="min", lr_patience=2, stop_patience=3, factor=0.5))
     assert rates(module) == [1.0] * 4 + [0.5] * 3 + [0.25]
 
 
 def test_every_parameter_group_is_lowered(tmp_path):
     module = Script([0.5] * 40, groups=(1.0, 0.2))
-    fit(module, tmp_path, PlateauSchedule("score", drop_after=1), max_epochs=3)
+    fit(module, tmp_path, PlateauSchedule("score", lr_patience=1), max_epochs=3)
     assert [[round(rate, 9) for rate in pair] for pair in module.rates.values()] == [[1, 0.2], [1, 0.2], [0.1, 0.02]]
 
 
 def test_a_check_is_a_validation_run(tmp_path):
     module = Script([0.5] * 40)
-    fit(module, tmp_path, PlateauSchedule("score", drop_after=1, stop_after=2), check_val_every_n_epoch=3)
+    fit(module, tmp_path, PlateauSchedule("score", lr_patience=1, stop_patience=2), check_val_every_n_epoch=3)
     assert rates(module) == [1.0] * 6 + [0.1] * 3
 
 
 def test_a_first_value_that_is_not_a_number_is_no_best(tmp_path):
     module = Script([math.nan, 0.1, 0.2, 0.3, 0.4])
-    schedule = PlateauSchedule("score", drop_after=2, stop_after=3)
+    schedule = PlateauSchedule("score", lr_patience=2, stop_patience=3)
     fit(module, tmp_path, schedule, max_epochs=5)
     assert rates(module) == [1.0] * 5
     assert schedule.best == pytest.approx(0.4)
 
 
 def test_validation_and_sanity_check_outside_of_training_do_not_count(tmp_path):
-    module, schedule = Script([0.5, 0.1]), PlateauSchedule("score", drop_after=1, stop_after=1)
+    module, schedule = Script([0.5, 0.1]), PlateauSchedule("score", lr_patience=1, stop_patience=1)
     trainer = fit(module, tmp_path, schedule, max_epochs=1, num_sanity_val_steps=1)
     trainer.validate(module, DataLoader(torch.zeros(2, 1)), verbose=False)
     assert (schedule.best, schedule.stagnant) == (0.5, 0)
@@ -172,7 +172,7 @@ def test_two_schedules_have_states_of_their_own():
 
 
 def test_a_metric_that_is_not_logged_is_named(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"'other', which was not logged; logged were \['score'\]"):
+    with pytest.raises(MisconfigurationException, match=r"'other', which was not logged; logged metrics: \['score'\]"):
         fit(Script([0.5] * 3), tmp_path, PlateauSchedule("other"), max_epochs=2)
 
 
@@ -180,8 +180,8 @@ def test_a_metric_that_is_not_logged_is_named(tmp_path):
     ("options", "message"),
     [
         ({"mode": "maximum"}, "'maximum'"),
-        ({"drop_after": 0}, "got 0 and 11"),
-        ({"stop_after": 0}, "got 5 and 0"),
+        ({"lr_patience": 0}, "got 0 and 11"),
+        ({"stop_patience": 0}, "got 5 and 0"),
         ({"factor": 0.0}, r"got 0\.0"),
         ({"factor": 1.0}, r"got 1\.0"),
     ],

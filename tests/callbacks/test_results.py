@@ -382,7 +382,7 @@ def test_each_fit_of_a_schedule_begins_anew(tmp_path):
         def validation_step(self, batch, batch_idx):
             self.log("score", 1.0)
 
-    schedule, steps = PlateauSchedule("score", drop_after=1, stop_after=2), []
+    schedule, steps = PlateauSchedule("score", lr_patience=1, stop_patience=2), []
     for _ in range(3):
         trainer = quiet_trainer(tmp_path, schedule, max_epochs=10)
         trainer.fit(Flat(), in_order(Rows()), in_order(Rows(3)))
@@ -397,8 +397,8 @@ def test_two_schedules_on_one_metric(tmp_path):
         def validation_step(self, batch, batch_idx):
             self.log("score", 1.0)
 
-    drop = PlateauSchedule("score", drop_after=1, stop_after=50)
-    stop = PlateauSchedule("score", drop_after=50, stop_after=3)
+    drop = PlateauSchedule("score", lr_patience=1, stop_patience=50)
+    stop = PlateauSchedule("score", lr_patience=50, stop_patience=3)
     trainer = quiet_trainer(tmp_path, drop, stop, max_epochs=10)
     trainer.fit(net := Flat(), in_order(Rows()), in_order(Rows(3)))
     assert trainer.current_epoch == 4

@@ -292,7 +292,7 @@ def run(folder, crash: Crash, checkpoint: ModelCheckpoint, *, ckpt_path=None, gl
     torch.manual_seed(global_seed)
     data = SmallDigits(task=1, seed=3)
     learner = TaskLearner(
-        dropout_network(), lr=0.05, anchor=anchor(), l2_transfer=0.01, seed=3, task=1, drop_after=1, stop_after=9
+        dropout_network(), lr=0.05, anchor=anchor(), l2_transfer=0.01, seed=3, task=1, lr_patience=1, stop_patience=9
     )
     trainer = Trainer(
         accelerator="cpu", max_epochs=EPOCHS, callbacks=[crash, checkpoint], default_root_dir=folder,

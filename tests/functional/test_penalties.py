@@ -98,14 +98,6 @@ def _naive_penalty(parameters, anchors, importances, strength):
     return total
 
 
-@pytest.fixture(params=["one by one", "at once"])
-def how(request, monkeypatch):
-    """Both ways on the CPU, where one of them is for other devices."""
-    if request.param == "at once":
-        monkeypatch.setattr(penalties, "_add_one_by_one", penalties._add_at_once)
-
-
-@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("strength", [0.0, 0.001, 400.0])
 def test_value_and_gradient_equal_those_of_the_formula(strength, weighted):
@@ -158,7 +150,6 @@ def test_a_sparse_gradient_becomes_dense():
     torch.testing.assert_close(embedding.weight.grad, right.detach())
 
 
-@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_importances_of_half_precision_parameters(dtype):
     """In float32, where Ω of 1e-9 is not zero and neither is what it adds."""
@@ -172,7 +163,6 @@ def test_small_importances_of_half_precision_parameters(dtype):
     assert value.item() == pytest.approx(0.225)
 
 
-@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_at_the_anchor_the_gradient_keeps_every_bit(dtype, weighted):
@@ -194,6 +184,18 @@ def test_l2_is_the_penalty_without_importances():
     add_penalty_gradient_(others, anchors, None, 0.3)
     for parameter, other in zip(parameters, others, strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_all_at_once_as_on_gpus_is_the_same(weighted):
+    parameters, anchors = _parameters(torch.float32), [p.detach() for p in _parameters(torch.float32, seed=1)]
+    factors = _importances(torch.float32) if weighted else None
+    gradients = [torch.ones_like(p) for p in parameters]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    add_penalty_gradient_(parameters, anchors, factors, 0.3)
+    penalties._add_differences(gradients, [p.detach() for p in parameters], anchors, factors, 0.3)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
 
 
 def test_the_penalty_of_nothing():
@@ -219,7 +221,6 @@ def test_tensors_that_do_not_fit_are_refused(function, anchors, importances, mes
     assert all(p.grad is None for p in parameters)
 
 
-@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_parameters(dtype, weighted):
@@ -263,5 +264,5 @@ def test_what_has_to_be_real_is_refused_by_its_number(function):
     real, complex_one = torch.ones(2), torch.ones(2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"Number 1 of the anchors is torch.complex64.*its parameter is torch.float32"):
         function([complex_one, real], [complex_one, complex_one])
-    with pytest.raises(ValueError, match=r"Number 0 of the importances is torch.complex64, and has to be real"):
+    with pytest.raises(ValueError, match=r"Number 0 of the importances is torch.complex64, but must be real"):
         function([complex_one], [complex_one], [complex_one])

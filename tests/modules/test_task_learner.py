@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pl_personalize.callbacks import PlateauSchedule
+from pl_personalize.callbacks import ParameterPenalty, PlateauSchedule
 from pl_personalize.datamodules import tensor_loader
 from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.modules import TaskLearner
@@ -120,30 +120,38 @@ def test_the_anchor_stays_where_it_was(tmp_path):
     before = copy.deepcopy(start.body.state_dict())
     learner = TaskLearner(start, lr=0.5, anchor=start.body.state_dict())
     fit(tmp_path, learner, batch=4)
-    assert set(learner.anchors) == {name for name, _ in start.body.named_parameters()}
-    assert all(torch.equal(value, before[name]) for name, value in learner.anchors.items())
+    anchor = learner.penalty.anchor
+    assert set(anchor) == {name for name, _ in start.body.named_parameters()}
+    assert all(torch.equal(value, before[name]) for name, value in anchor.items())
     assert not torch.equal(start.body[0].weight, before["0.weight"])
 
 
-def test_names_that_only_differ_in_dots_are_kept_apart():
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.a_weight = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(2, 2))
+def test_the_trainers_own_penalty_adds_to_the_learners(tmp_path):
+    """Lightning would replace it: the learner's is of a subclass."""
+    start, before, anchor = network(), network(), network(5).body.state_dict()
+    head = {f"head.{name}": value + 1 for name, value in before.head.state_dict().items()}
+    wanted = penalised_gradient(before, [data()], anchor, 0.7)
+    for name, p in before.head.named_parameters():
+        wanted[f"head.{name}"] = wanted[f"head.{name}"] + 2 * 0.3 * (p - head[f"head.{name}"])
+    own = ParameterPenalty(0.3, anchor={f"network.{name}": v for name, v in head.items()}, module="network.head")
+    fit(tmp_path, TaskLearner(start, lr=0.5, momentum=0.0, l2_transfer=0.7, anchor=anchor), callbacks=[own])
+    for (name, p), q in zip(start.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.5 * wanted[name])
 
-        def forward(self, x):
-            return self.a(x) @ self.a_weight
 
-    body = Body()
-    anchor = {"a.weight": torch.full((2, 2), 3.0), "a_weight": torch.full((2, 2), 4.0)}
-    anchors = TaskLearner(TaskNetwork(body, nn.Linear(2, 2)), anchor=anchor).anchors
-    assert {name: float(value[0, 0]) for name, value in anchors.items()} == {"a.weight": 3.0, "a_weight": 4.0}
+def test_a_trainer_that_is_used_again_has_the_penalty_of_the_learner_at_hand(tmp_path):
+    first, second = (TaskLearner(network(), lr=0.1, anchor=network(k).body.state_dict()) for k in (5, 6))
+    t = fit(tmp_path, first)
+    loader = tensor_loader(*data(), batch_size=12)
+    for learner, wanted in ((first, first.penalty), (second, second.penalty), (TaskLearner(network()), None)):
+        t.test(learner, loader, verbose=False)
+        assert [c for c in t.callbacks if isinstance(c, ParameterPenalty)] == [wanted] * (wanted is not None)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda anchor: anchor.pop("3.weight"), r"has nothing for the body's parameter '3.weight', which is \(4, 5\)"),
+        (lambda anchor: anchor.pop("3.weight"), r"has nothing for the parameter '3.weight', which is \(4, 5\)"),
         (lambda anchor: anchor.update({"0.bias": torch.ones(6)}), r"has \(6,\) for .* '0.bias', which is \(5,\)"),
     ],
 )
@@ -187,14 +195,14 @@ def test_frozen_parameters_are_not_optimized():
 
 def test_the_schedule_is_the_protocols(tmp_path):
     t = trainer(tmp_path, max_epochs=0)
-    t.fit(TaskLearner(network(), drop_after=2, stop_after=4), tensor_loader(*data(), batch_size=4))
+    t.fit(TaskLearner(network(), lr_patience=2, stop_patience=4), tensor_loader(*data(), batch_size=4))
     (schedule,) = [c for c in t.callbacks if isinstance(c, PlateauSchedule)]
-    numbers = (schedule.monitor, schedule.mode, schedule.drop_after, schedule.stop_after, schedule.factor)
+    numbers = (schedule.monitor, schedule.mode, schedule.lr_patience, schedule.stop_patience, schedule.factor)
     assert numbers == ("val/acc", "max", 2, 4, 0.1)
 
 
 def test_a_schedule_of_the_trainer_takes_the_place_of_ours(tmp_path):
-    own = PlateauSchedule("val/loss", mode="min", drop_after=1, stop_after=2)
+    own = PlateauSchedule("val/loss", mode="min", lr_patience=1, stop_patience=2)
     t = trainer(tmp_path, max_epochs=1, callbacks=[own])
     t.fit(TaskLearner(network()), tensor_loader(*data(), batch_size=4), tensor_loader(*data(), batch_size=4))
     assert [c for c in t.callbacks if isinstance(c, PlateauSchedule)] == [own]
@@ -202,7 +210,7 @@ def test_a_schedule_of_the_trainer_takes_the_place_of_ours(tmp_path):
 
 def test_stagnation_lowers_the_rate_and_stops(tmp_path):
     """With a rate this small val/acc never changes: one drop after two epochs, stop after four."""
-    learner = TaskLearner(network(), lr=1e-12, drop_after=2, stop_after=4)
+    learner = TaskLearner(network(), lr=1e-12, lr_patience=2, stop_patience=4)
     t = fit(tmp_path, learner, max_epochs=20)
     assert t.current_epoch == 5
     assert t.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-13)
@@ -258,7 +266,7 @@ def test_a_checkpoint_loads_with_weights_only_and_holds_no_network(tmp_path):
 
     assert saved["hyper_parameters"] == {
         "lr": 0.25, "momentum": 0.9, "weight_decay": 0.0, "l2_transfer": 0.001, "seed": 4, "task": 2,
-        "drop_after": 5, "stop_after": 11,
+        "lr_patience": 5, "stop_patience": 11,
     }  # fmt: skip
     assert set(saved["state_dict"]) == {f"network.{name}" for name in network().state_dict()}  # no second copy
     again = TaskLearner.load_from_checkpoint(tmp_path / "x.ckpt", network=network(9))
