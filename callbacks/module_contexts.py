@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
-from pl_personalize.functional.module_state import forward_state_kept
+from pl_personalize.per_sample.module_state import forward_state_kept
 
 
 def best_checkpoint(trainer: Trainer) -> str:

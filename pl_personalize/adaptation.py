@@ -13,15 +13,15 @@ from tqdm.auto import tqdm
 
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import batch_size, batch_tensors, call_model, copy_batch
-from pl_personalize.functional.batchnorm_pass import AllReduce, BatchwisePass, ExactPass, Forward
-from pl_personalize.functional.module_state import (
+from pl_personalize.functional.names import some
+from pl_personalize.per_sample.batchnorm_pass import AllReduce, BatchwisePass, ExactPass, Forward
+from pl_personalize.per_sample.module_state import (
     buffers_kept,
     evaluating,
     forward_state_kept,
     random_state_kept,
     uncompiled,
 )
-from pl_personalize.functional.names import some
 
 
 def adapt_batchnorm(

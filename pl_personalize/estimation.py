@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pl_personalize.functional.batches import Labels, as_logits, batch_labels, batch_size, call_model, check_logits
-from pl_personalize.functional.gradient_tape import sum_type
-from pl_personalize.functional.interrupts import InterruptsHeld, LetThrough
-from pl_personalize.functional.layer_rules import raise_to
-from pl_personalize.functional.module_state import ForwardState, evaluating, model_kept, random_state_kept, uncompiled
 from pl_personalize.functional.names import prefix_hint, some
-from pl_personalize.functional.norm_gradients import RightNormGradients
 from pl_personalize.functional.objectives import (
     expected_fisher_cotangents,
     fisher_cotangents,
     label_cotangent,
     mas_cotangent,
 )
-from pl_personalize.functional.per_sample import Forward, PerSamplePowerSums
 from pl_personalize.importance import Importance, Kind, Reduction
+from pl_personalize.per_sample.gradient_tape import sum_type
+from pl_personalize.per_sample.interrupts import InterruptsHeld, LetThrough
+from pl_personalize.per_sample.layer_rules import raise_to
+from pl_personalize.per_sample.module_state import ForwardState, evaluating, model_kept, random_state_kept, uncompiled
+from pl_personalize.per_sample.norm_gradients import RightNormGradients
+from pl_personalize.per_sample.power_sums import Forward, PerSamplePowerSums
 
 
 def estimate_importance(

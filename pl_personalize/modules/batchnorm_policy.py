@@ -14,7 +14,7 @@ from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.moments import MEAN, VARIANCE
-from pl_personalize.functional.swapped_weights import call_with_weights
+from pl_personalize.per_sample.swapped_weights import call_with_weights
 
 BNPolicy = Literal["last", "average", "expert", "recalibrate", "adapt", "reference"]
 """Of model t, on task i:

@@ -12,7 +12,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.functional.names import prefix_hint, some
-from pl_personalize.functional.swapped_weights import call_with_weights
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.batchnorm_policy import (
@@ -25,6 +24,7 @@ from pl_personalize.modules.batchnorm_policy import (
     resolve_policy,
     statistics_names,
 )
+from pl_personalize.per_sample.swapped_weights import call_with_weights
 
 StateDict = Mapping[str, Tensor]
 Models = Literal["all", "last", "own"]

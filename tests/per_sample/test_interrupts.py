@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pl_personalize.functional.interrupts import InterruptsHeld
+from pl_personalize.per_sample.interrupts import InterruptsHeld
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.functional.attention import split_attention
+from pl_personalize.per_sample.attention import split_attention
 
 
 def made(**options):

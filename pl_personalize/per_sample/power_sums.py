@@ -23,14 +23,14 @@ from pl_personalize.functional.batches import (
     slice_batch,
     split_batch,
 )
-from pl_personalize.functional.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
-from pl_personalize.functional.interrupts import InterruptsHeld
-from pl_personalize.functional.layer_rules import add_power_sums_
-from pl_personalize.functional.module_state import ForwardState, evaluating
-from pl_personalize.functional.norm_gradients import RightNormGradients
 from pl_personalize.functional.rounding import beyond_rounding
-from pl_personalize.functional.sample_independence import described, logits_of_independent_samples
 from pl_personalize.functional.sketches import Sketch
+from pl_personalize.per_sample.gradient_tape import VJP_RULE, GradientTape, TapeError, is_hookable, layers_with
+from pl_personalize.per_sample.interrupts import InterruptsHeld
+from pl_personalize.per_sample.layer_rules import add_power_sums_
+from pl_personalize.per_sample.module_state import ForwardState, evaluating
+from pl_personalize.per_sample.norm_gradients import RightNormGradients
+from pl_personalize.per_sample.sample_independence import described, logits_of_independent_samples
 
 Forward = Callable[[nn.Module, Any], Any]
 Path = Literal["closed form", "layer", "model", "loop"]
@@ -64,7 +64,7 @@ class PerSamplePowerSums:
 
     A context manager: inside, the model is in eval mode and none of its parameters needs a gradient; on leaving, modes
     and ``requires_grad`` are as before, also after an error. What a forward changes in tensors, and hooks on gradients,
-    are :func:`~pl_personalize.functional.module_state.model_kept`'s concern.
+    are :func:`~pl_personalize.per_sample.module_state.model_kept`'s concern.
 
     Each parameter takes the fastest path that gives the right result on the first two samples, taken one at a time
     (``paths``): ``"closed form"``, a vectorised product of its ``"layer"`` alone, a vectorised gradient of the whole

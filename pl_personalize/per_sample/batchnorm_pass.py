@@ -20,9 +20,9 @@ from pl_personalize.functional.batches import (
     copy_batch,
     slice_batch,
 )
-from pl_personalize.functional.batchnorm_calls import BatchNormCalls
-from pl_personalize.functional.module_state import buffers_kept
 from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, in_precision_of, mean_and_variance
+from pl_personalize.per_sample.batchnorm_calls import BatchNormCalls
+from pl_personalize.per_sample.module_state import buffers_kept
 
 Forward = Callable[[nn.Module, Any], Any]
 AllReduce = Callable[[Tensor], Tensor]

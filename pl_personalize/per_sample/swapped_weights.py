@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pl_personalize.functional.module_state import computing_anew
+from pl_personalize.per_sample.module_state import computing_anew
 
 
 def call_with_weights(module: nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pl_personalize.functional.norm_gradients import RightNormGradients
+from pl_personalize.per_sample.norm_gradients import RightNormGradients
 
 
 def _layouts(tensor):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.functional.module_state import evaluating, forward_state_kept
+from pl_personalize.per_sample.module_state import evaluating, forward_state_kept
 
 
 class _Keeps(nn.Module):

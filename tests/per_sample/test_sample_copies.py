@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.functional.sample_copies import SampleCopies
+from pl_personalize.per_sample.sample_copies import SampleCopies
 
 
 class Holder(nn.Module):

@@ -8,8 +8,8 @@ from torch import nn
 
 from pl_personalize.functional import layer_rules
 from pl_personalize.functional.batches import call_model
-from pl_personalize.functional.layer_rules import register_layer_rule
-from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.per_sample.layer_rules import register_layer_rule
+from pl_personalize.per_sample.power_sums import PerSamplePowerSums
 
 
 def _engine(model, power=1, forward=call_model, max_scratch_bytes=2**20, parameters=None):

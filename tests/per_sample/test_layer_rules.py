@@ -8,7 +8,7 @@ from networks import StandardisedLinear
 from torch import nn
 
 from pl_personalize.functional import layer_rules
-from pl_personalize.functional.layer_rules import find_layer_rule, raise_to, register_layer_rule
+from pl_personalize.per_sample.layer_rules import find_layer_rule, raise_to, register_layer_rule
 
 LAYERS = [
     (nn.Linear(5, 4), (5,)),

@@ -11,12 +11,12 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from pl_personalize.functional.attention import split_attention
-from pl_personalize.functional.interrupts import InterruptsHeld
-from pl_personalize.functional.layer_rules import LayerRule, add_power_sums_, find_layer_rule
-from pl_personalize.functional.module_state import forward_state_kept
 from pl_personalize.functional.rounding import rounding_of_sums
-from pl_personalize.functional.sample_copies import Place, SampleCopies
+from pl_personalize.per_sample.attention import split_attention
+from pl_personalize.per_sample.interrupts import InterruptsHeld
+from pl_personalize.per_sample.layer_rules import LayerRule, add_power_sums_, find_layer_rule
+from pl_personalize.per_sample.module_state import forward_state_kept
+from pl_personalize.per_sample.sample_copies import Place, SampleCopies
 
 
 class TapeError(ValueError):

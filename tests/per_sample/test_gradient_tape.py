@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.functional.gradient_tape import GradientTape
 from pl_personalize.functional.rounding import rounding_of_sums
+from pl_personalize.per_sample.gradient_tape import GradientTape
 
 
 def test_rounding_of_a_bias_adds_up_over_uses_and_is_forgotten_with_the_sums():
