@@ -923,7 +923,7 @@ def test_layers_that_the_forward_does_not_reach_keep_their_statistics(options):
 
     model, (_, x) = Branches(), made("rows")
     before = everything(model)
-    with pytest.warns(UserWarning, match="does not reach the batch-norm layers unused:"):
+    with pytest.warns(UserWarning, match="does not reach the batch-norm layers unused,"):
         found = adapt_batchnorm(model, x.split(4), **options)
     assert found.layers == ["used.1", "used.5"]
     assert_unchanged(model, before, but=set(found))

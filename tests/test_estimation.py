@@ -47,7 +47,7 @@ def test_importances_equal_a_loop_over_samples(name, kind, dtype):
     assert {value.dtype for value in importance.values()} == {dtype}
     assert list(importance) == [parameter for parameter, _ in model.named_parameters()]
     assert (importance.kind, importance.num_samples, importance.reduction) == (kind, 8, "sample")
-    assert set(importance.paths) == set(importance)
+    assert set(importance.routes) == set(importance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +171,7 @@ def test_module_gives_names_relative_to_it(module, reduction):
     importance = estimate_importance(model, [x], "mas", module=module, exclude=("0.3",), reduction=reduction)
 
     names = [name for name, _ in body.named_parameters() if not name.startswith("3.")]
-    assert list(importance) == list(importance.paths) == names
+    assert list(importance) == list(importance.routes) == names
     assert relative_error(importance, {name: right[f"0.{name}"] for name in names}) <= 1e-12
 
 
@@ -336,7 +336,7 @@ def test_reduction_batch_equals_the_protocols_formulas(name, kind, sizes):
 
     assert relative_error(importance, right) <= 1e-10
     assert (importance.kind, importance.num_samples, importance.reduction) == (kind, 8, "batch")
-    assert set(importance.paths.values()) == {"batch"}
+    assert set(importance.routes.values()) == {"batch"}
 
 
 @pytest.mark.parametrize(("kind", "floor"), [("mas", 0.0), ("fisher", 1e-8), ("empirical_fisher", 0.0)])
@@ -548,14 +548,14 @@ def _frozen():
 @pytest.mark.parametrize(
     ("model", "kind", "options", "message"),
     [
-        (mlp(), "ewc", {}, "kind must be one of mas, fisher, empirical_fisher; got 'ewc'"),
+        (mlp(), "ewc", {}, "Unknown importance kind 'ewc'. Known: mas, fisher, empirical_fisher"),
         (mlp(), "mas", {"reduction": "mean"}, "reduction must be one of sample, batch; got 'mean'"),
         (mlp(), "fisher", {"draws": 0}, 'positive integer or "all"; got 0'),
         (mlp(), "fisher", {"draws": 1.5}, 'positive integer or "all"; got 1.5'),
         (mlp(), "fisher", {"draws": "every"}, "got 'every'"),
-        (mlp(), "mas", {"draws": 3}, "draws=3 has a meaning for kind='fisher'"),
-        (mlp(), "fisher", {"draws": "all", "reduction": "batch"}, "draws='all' has a meaning"),
-        (mlp(), "mas", {"max_scratch_mb": 0}, "max_scratch_mb must be positive; got 0"),
+        (mlp(), "mas", {"draws": 3}, "kind='mas' takes no draws; got draws=3. It is for 'fisher'"),
+        (mlp(), "fisher", {"draws": "all", "reduction": "batch"}, "draws='all' needs reduction='sample'"),
+        (mlp(), "mas", {"max_scratch_mb": 0}, "max_scratch_mb must be positive and finite; got 0"),
         (mlp(), "mas", {"exclude": ("5.wieght",)}, r"'5\.wieght' is no parameter.*5\.weight"),
         (mlp(), "mas", {"exclude": ("1", "")}, "'' is no parameter"),
         (mlp(), "mas", {"exclude": "5.weight"}, "sequence of names; got the string '5.weight'"),
@@ -617,7 +617,7 @@ def test_bad_input_is_refused(model, batches, kind, message, reduction):
 def test_a_model_that_mixes_samples_is_refused_by_the_modules_name():
     model = nn.Sequential(MixesSamples())
 
-    with pytest.raises(ValueError, match=r"'0\.norm' \(BatchNorm1d\).* mix.* the samples.*track_running_stats=False"):
+    with pytest.raises(ValueError, match=r"'0\.norm' \(BatchNorm1d\).* mix.* samples.*track_running_stats=False"):
         estimate_importance(model, [torch.randn(4, 6)], "mas")
 
 
@@ -711,7 +711,7 @@ def test_a_model_that_fails_on_one_sample_gives_its_own_reason():
 
 
 def test_a_rule_may_be_of_parameters_of_any_name():
-    from pl_personalize.functional import layer_rules
+    from pl_personalize.per_sample import layer_rules
 
     class Scale(nn.Module):
         def __init__(self):
@@ -727,5 +727,5 @@ def test_a_rule_may_be_of_parameters_of_any_name():
         importance = estimate_importance(network, [x], "mas")
     finally:
         layer_rules._RULES.pop(Scale.forward)
-    assert importance.paths["0.factor"] == "closed form"
+    assert importance.routes["0.factor"] == "closed form"
     assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5

@@ -90,10 +90,10 @@ def test_unclear_labels_are_refused_before_any_work(reduction: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("fisher", {"labels": 2}, "labels=2 has a meaning for kind='empirical_fisher'"),
+        ("fisher", {"labels": 2}, "takes no labels; got labels=2. It is for 'empirical_fisher'"),
         ("empirical_fisher", {"labels": True}, "labels must be .* got True"),
-        ("empirical_fisher", {"labels": 0}, "labels=0 is what the model gets"),
-        ("mas", {"class_dim": 1}, "class_dim=1 has a meaning for a Fisher"),
+        ("empirical_fisher", {"labels": 0}, "labels=0 is also the model's input"),
+        ("mas", {"class_dim": 1}, "takes no class_dim; got class_dim=1. It is for 'fisher', 'empirical_fisher'"),
         ("fisher", {"class_dim": 0}, "class_dim must .* got 0"),
         ("fisher", {"class_dim": True}, "class_dim must .* got True"),
         ("fisher", {"generator": True}, "generator must .* got True"),
@@ -385,10 +385,10 @@ def test_what_no_gradient_reaches_is_reported_and_what_gets_zero_is_not(reductio
     message = str(next(w.message for w in caught if "No gradient reached" in str(w.message)))
     assert all(name in message for name in silent)
     assert "dead" not in message
-    assert {name for name, path in found.paths.items() if path == "none"} == silent
+    assert {name for name, path in found.routes.items() if path == "none"} == silent
     assert not any(found[name].any() for name in (*silent, "dead.weight"))
     found.save(tmp_path / "found.safetensors")
-    assert Importance.load(tmp_path / "found.safetensors").paths == found.paths
+    assert Importance.load(tmp_path / "found.safetensors").routes == found.routes
     with no_warning():
         estimate_importance(model, [x], "mas", reduction=reduction, exclude=sorted(silent))
 
@@ -423,7 +423,7 @@ def test_a_parameter_that_another_process_reached_is_reached(reduction: Any) -> 
         )
 
     assert next(received, None) is None
-    assert "none" not in found.paths.values()
+    assert "none" not in found.routes.values()
     assert all(value.any() for value in found.values())
 
 
@@ -498,7 +498,7 @@ def test_norms_before_something_that_turns_maps_to_sequences(then: str, norm: st
 
     assert relative_error(found, right) < 1e-10
     if norm == "batch norm" and then != "recurrent":
-        assert set(found.paths.values()) <= {"closed form", "none"}
+        assert set(found.routes.values()) <= {"closed form", "none"}
 
 
 @pytest.mark.parametrize("size", [6, 1])
@@ -513,7 +513,7 @@ def test_norms_before_sequences_in_single_precision_and_in_the_published_estimat
     found = estimate_importance(model, x.split(size), "mas")
 
     assert relative_error(found, right) < 1e-4
-    assert set(found.paths.values()) == {"closed form"}
+    assert set(found.routes.values()) == {"closed form"}
     assert relative_error(estimate_importance(model, x.split(size), "mas", reduction="batch"), by_batch) < 1e-4
 
 

@@ -65,7 +65,7 @@ def test_every_family_of_torchvision(name: str) -> None:
     found = estimate_importance(model, [x], "mas")
 
     assert relative_error(found, naive_importance(model, x, "mas")) < 1e-8
-    for parameter, path in found.paths.items():
+    for parameter, path in found.routes.items():
         expected = {path for path, parts in slower.items() if any(part in parameter for part in parts)}
         assert {path} <= (expected | {"closed form"}), parameter
         assert expected or path == "closed form", parameter
@@ -190,7 +190,7 @@ def test_other_layers_and_their_paths(name: str, kind: str) -> None:
     found = estimate_importance(model, [x], kind, **options)  # type: ignore[arg-type]
 
     assert relative_error(found, naive_importance(model, x, "mas" if kind == "mas" else "expected_fisher")) < 1e-10
-    for parameter, path in found.paths.items():
+    for parameter, path in found.routes.items():
         expected = {path for path, parts in slower.items() if parameter.startswith(parts)} or {"closed form"}
         is_beside = slower is _PARAMETRIZED and parameter == "0.bias"  # a bias is added as always
         assert is_beside or {path} == expected, parameter
@@ -207,7 +207,7 @@ def test_a_bias_that_a_norm_takes_away_has_its_closed_form(groups: int, kind: st
 
     found = estimate_importance(model, [x], kind, **options)  # type: ignore[arg-type]
 
-    assert set(found.paths.values()) == {"closed form"}  # what is left of its gradient is rounding, on every path
+    assert set(found.routes.values()) == {"closed form"}  # what is left of its gradient is rounding, on every path
     right = naive_importance(model.double(), x.double(), "mas" if kind == "mas" else "expected_fisher")
     others = {name: value for name, value in found.items() if name != "2.bias"}
     assert relative_error(others, {name: right[name] for name in others}) < 1e-3
@@ -238,7 +238,7 @@ def test_a_small_gradient_is_not_taken_for_rounding(factor: float, dtype: torch.
 
     right = naive_importance(model, x, "mas" if kind == "mas" else "expected_fisher")
     name = "convolution.bias"
-    assert found.paths[name] != "closed form"
+    assert found.routes[name] != "closed form"
     assert float((found[name] - right[name]).norm()) < 0.05 * float(right[name].norm())
 
 
@@ -263,7 +263,7 @@ def test_compiled_modules_are_computed_as_they_are_written(how: str) -> None:
     assert list(found) == [name for name, _ in model.named_parameters()]
     for one, other in zip(found.values(), right.values(), strict=True):
         torch.testing.assert_close(one, other)
-    assert set(found.paths.values()) == {"closed form"}
+    assert set(found.routes.values()) == {"closed form"}
     torch.testing.assert_close(model(x), before)
 
 
@@ -308,8 +308,8 @@ def test_a_use_that_comes_later_is_done_by_a_loop(make: Callable[[], nn.Module],
 
     right = naive_importance(model, x, "mas")
     assert relative_error(found, right) < 1e-10
-    assert {path for name, path in found.paths.items() if name.startswith(culprit)} == {"loop"}
-    assert found.paths["head.weight"] == "closed form"
+    assert {path for name, path in found.routes.items() if name.startswith(culprit)} == {"loop"}
+    assert found.routes["head.weight"] == "closed form"
 
 
 class Experts(nn.Module):
@@ -412,7 +412,7 @@ def test_small_gradients_are_checked_as_large_ones_are(dtype: torch.dtype) -> No
     found = estimate_importance(model, [x], "mas")
     right = naive_importance(model, x, "mas")
 
-    assert found.paths["first.weight"] == "model"
+    assert found.routes["first.weight"] == "model"
     assert relative_error(found, right) < (1e-10 if dtype == torch.float64 else 1e-3)
 
 
@@ -503,4 +503,4 @@ def test_checkpointed_attention() -> None:
     found = estimate_importance(model, [x], "mas")
 
     assert relative_error(found, naive_importance(model, x, "mas")) < 1e-10
-    assert set(found.paths.values()) == {"closed form"}
+    assert set(found.routes.values()) == {"closed form"}

@@ -118,7 +118,7 @@ def check(case):
         assert error <= TOLERANCES[dtype] * max(float(value.norm()), floor), name
     # Where a sample's gradient is rounding and nothing else, as that of a norm's weight behind a dead ReLU, its layer
     # may be slow. Of a bias that a norm takes away, it is known how much rounding leaves.
-    slow, vague = {name for name, path in found.paths.items() if path != "closed form"}, set()
+    slow, vague = {name for name, path in found.routes.items() if path != "closed form"}, set()
     for sample, label in zip(x, labels, strict=True) if slow else ():
         gradients = naive_importance(network, sample[None], reference, label[None])
         sizes = {name: float(value.norm()) ** (1.0 if kind == "mas" else 0.5) for name, value in gradients.items()}

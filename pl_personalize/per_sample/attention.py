@@ -1,7 +1,7 @@
-"""Multi-head attention whose projections are layers of their own, so that closed forms hold for them.
+"""Multi-head attention with projections as layers, so that closed forms apply to them.
 
 ``nn.MultiheadAttention`` computes its projections by functions, with the batch in the second dimension, and never calls
-``out_proj``: hooks on layers see none of it.
+``out_proj``, so hooks on layers do not see them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 
 class SplitAttention:
-    """Takes the place of an attention's ``forward``: the same function, by layers, for self-attention of a batch.
+    """Replacement of an attention's ``forward`` that computes batched self-attention by layers.
 
     Args:
-        layer: The attention. It is left alone until :meth:`attach`.
+        layer: The attention, which is not changed until :meth:`attach`.
 
     Attributes:
-        projections: The layers that compute queries, keys and values at once, and the output; their parameters are the
-            attention's own.
+        projections: The layers for queries, keys and values together, and for the output. They share the parameters of
+            the attention.
     """
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:
@@ -37,17 +37,17 @@ class SplitAttention:
     def attach(
         self, is_recording: Callable[[], bool], on_other_use: Callable[[nn.Module], None] = lambda projection: None
     ) -> None:
-        """Compute by layers wherever ``is_recording()``; otherwise as always.
+        """Replace the ``forward``, which computes by layers whenever ``is_recording()``.
 
         Args:
-            is_recording: Asked at each call.
-            on_other_use: Told of the projections where the call is one that layers cannot compute.
+            is_recording: Called at each call of the attention.
+            on_other_use: Called with each projection if the call is not batched self-attention.
         """
         self._is_recording, self._on_other_use = is_recording, on_other_use
         self._layer.forward = self._forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Leave the attention as it was."""
+        """Restore the attention."""
         vars(self._layer).pop("forward", None)
 
     def _forward(
@@ -93,14 +93,14 @@ class SplitAttention:
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores; in a mask of truth values, True is what is left out."""
+    """The mask as a summand of the scores; in a boolean mask, True means masked out."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
 def split_attention(layer: nn.Module) -> SplitAttention | None:
-    """The attention by layers, if this is one of the plain form; a subclass that computes something else is none."""
+    """The attention by layers, or ``None`` for other modules and for subclasses with their own forward."""
     is_plain = (
         isinstance(layer, nn.MultiheadAttention)
         and type(layer).forward is nn.MultiheadAttention.forward
@@ -114,7 +114,7 @@ def split_attention(layer: nn.Module) -> SplitAttention | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with these parameters themselves."""
+    """A linear layer that shares the given parameters."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape

@@ -1,8 +1,8 @@
-"""Seeing what batch-norm layers normalise, and saying by which statistics."""
+"""Replacement of the statistics by which batch-norm layers normalize."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from pl_personalize.functional.batches import batch_tensors
 from pl_personalize.functional.moments import MEAN, VARIANCE
+from pl_personalize.per_sample.function_calls import FunctionCalls
 
 Handle = Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", MEAN, VARIANCE, "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", MEAN, VARIANCE, "training", "momentum", "eps", "cudnn_enabled"),
 }
@@ -27,16 +26,16 @@ _PLAIN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class BatchNormCalls:
-    r"""A context in which a function says by which statistics batch-norm layers in eval mode normalise.
+    r"""Context in which a function chooses the statistics by which batch-norm layers in eval mode normalize.
 
-    PyTorch's own layers normalise what they are given. A subclass with a forward of its own may transpose, flatten or
-    mask that first; there what counts is the input of the call of ``F.batch_norm`` in its forward, by its running mean
-    or a copy of that, such as one in another precision. Buffers stay as they are.
+    PyTorch's own layers normalize their input. A subclass with its own forward may transpose, flatten or mask it first;
+    there, the input of the call of ``F.batch_norm`` with the layer's running mean, or a copy of it such as one in
+    another precision, is used. Buffers do not change.
 
     Args:
-        layers: By name.
-        handle: ``(name, x, mean, variance)``, x of (N, C) or (N, C, \*), to the mean and the variance to normalise by,
-            each of the types of those that it was given.
+        layers: The layers, by name.
+        handle: ``(name, x, mean, variance) -> (mean, variance)``, with x of (N, C) or (N, C, \*). The returned
+            statistics have the types of the given ones.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], handle: Handle) -> None:
@@ -46,10 +45,10 @@ class BatchNormCalls:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Layers normalise by what the function says.
+        """Replace the statistics inside.
 
         Raises:
-            ValueError: Inside, if a layer does not normalise by ``F.batch_norm``.
+            ValueError: Inside, if a layer does not normalize by ``F.batch_norm``.
         """
         before = {layer: vars(layer).get("forward") for layer in self._layers.values()}
         try:
@@ -76,28 +75,30 @@ class BatchNormCalls:
 
     def _own(self, name: str, layer: _BatchNorm, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._seen.discard(name)
-        with _Calls(partial(self._on_call, name, layer.running_mean)), self._inside(name):
+        with FunctionCalls(_ARGUMENTS, partial(self._on_call, name, layer.running_mean)), self._inside(name):
             output = forward(*args, **kwargs)
         if name not in self._seen and any(tensor.numel() for tensor in batch_tensors(output)):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             raise ValueError(
-                f"The batch-norm layer {name!r} ({kind}) normalises in a way of its own, which cannot be adapted: its "
-                "running_mean does not reach torch.nn.functional.batch_norm. Let its forward call that function, or "
-                "super().forward; or adapt other layers alone, module=."
+                f"The batch-norm layer {name!r} ({kind}) cannot be adapted: its forward does not pass its running_mean "
+                "to torch.nn.functional.batch_norm. Call that function or super().forward in it, or adapt only other "
+                "layers with module=."
             )
         return output
 
-    def _on_call(self, name: str, own: Tensor | None, call: dict[str, Any]) -> None:
+    def _on_call(
+        self, name: str, own: Tensor | None, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        call = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
         mean = call.get(MEAN)
-        if self._running[-1] != name or mean is None or own is None:
-            return
-        if mean is own or (mean.shape == own.shape and torch.allclose(mean, own.to(mean), 0, 0, equal_nan=True)):
+        if self._running[-1] == name and mean is not None and own is not None and _is_copy(mean, own):
             self._seen.add(name)
             self._replace(name, call)
+        return func(**call)
 
     def _replace(self, name: str, call: dict[str, Any]) -> None:
         x, mean = call["input"], call[MEAN]
-        if x.dim() > 1 and x.shape[1] == len(mean):  # else PyTorch refuses it
+        if x.dim() > 1 and x.shape[1] == len(mean):  # otherwise PyTorch refuses it
             call[MEAN], call[VARIANCE] = self._handle(name, x, mean, call[VARIANCE])
 
     @contextmanager
@@ -109,21 +110,5 @@ class BatchNormCalls:
             self._running.pop()
 
 
-class _Calls(TorchFunctionMode):
-    def __init__(self, handle: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__()
-        self._handle = handle
-
-    @override
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is not F.batch_norm and func is not torch.batch_norm:
-            return func(*args, **(kwargs or {}))
-        call = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs or {})
-        self._handle(call)
-        return func(**call)
+def _is_copy(mean: Tensor, own: Tensor) -> bool:
+    return mean is own or (mean.shape == own.shape and torch.allclose(mean, own.to(mean), 0, 0, equal_nan=True))

@@ -1,4 +1,4 @@
-"""Passes over data that find the moments of what each batch-norm layer sees."""
+"""Passes over data that estimate the moments of the inputs of batch-norm layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from pl_personalize.functional.batches import (
+    Forward,
     batch_size,
     batch_tensors,
     concatenate_batches,
@@ -24,24 +25,28 @@ from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, i
 from pl_personalize.per_sample.batchnorm_calls import BatchNormCalls
 from pl_personalize.per_sample.module_state import buffers_kept
 
-Forward = Callable[[nn.Module, Any], Any]
 AllReduce = Callable[[Tensor], Tensor]
 
 
 class ReadBatches(Protocol):
-    """Batches that can be read again, or kept."""
+    """Batches that can be read several times, or kept."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Read them, on the model's device."""
+        """Iterate over the batches, on the model's device."""
 
     def keep(self, max_bytes: int) -> list[Any] | None:
-        """All of them, if they fit: whoever reads again then gets the same."""
+        """Keep all batches for later reads, if they fit; ``None`` otherwise."""
 
 
 class StatisticsPass(ABC):
-    """A forward in which each batch-norm layer normalises by what a subclass says.
+    """Base class for passes in which each batch-norm layer normalizes by moments that a subclass chooses.
 
-    The layers stay in eval mode, and their buffers as they are, see :class:`BatchNormCalls`.
+    The layers stay in eval mode and their buffers do not change, see
+    :class:`~pl_personalize.per_sample.batchnorm_calls.BatchNormCalls`.
+
+    Attributes:
+        moments: The estimated moments, by name of the layer.
+        num_samples: Number of samples, over all processes.
     """
 
     def __init__(
@@ -61,34 +66,38 @@ class StatisticsPass(ABC):
 
     @abstractmethod
     def see(self, name: str, x: Tensor) -> Tensor | None:
-        """The moments by which a layer normalises its input; ``None`` for its present statistics."""
+        """Moments by which a layer normalizes its input; ``None`` for its present statistics."""
 
     @abstractmethod
     def estimate(self, data: ReadBatches, max_bytes: int) -> None:
-        """Find the moments of every layer.
+        """Estimate the moments of every layer.
 
         Args:
             data: The batches.
-            max_bytes: Of data and activations that may be held at once.
+            max_bytes: Memory for data and activations held at once.
         """
 
     def forward(self, batch: Any) -> None:
         """Run the model on a batch.
 
         Raises:
-            ValueError: If a layer normalises in a way of its own.
+            ValueError: If a layer does not normalize by ``F.batch_norm``.
         """
         with self._batch_norm_calls.active():
             self._forward(self.model, batch)
 
     def statistics(self) -> dict[str, Tensor]:
-        """The running statistics that follow from the moments."""
+        """Running statistics computed from the moments.
+
+        Raises:
+            ValueError: If a layer saw a single value without a prior, or a statistic is not finite or too large.
+        """
         found: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
             if moments[0].max() <= 1 and not self.prior_samples:
                 raise ValueError(
-                    f"The batch-norm layer {name!r} saw a single value for each channel, which has no variance: give "
-                    "more than one sample, or let the present statistics count as some, prior_samples=."
+                    f"The batch-norm layer {name!r} saw a single value for each channel, which has no variance: pass "
+                    "more samples, or prior_samples= to count the present statistics as some."
                 )
             for what, value in zip((MEAN, VARIANCE), self._blend(name, moments, unbiased=True), strict=True):
                 if not torch.isfinite(value).all():
@@ -99,14 +108,14 @@ class StatisticsPass(ABC):
         return found
 
     def _statistics_for(self, name: str, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer normalises ``x`` by, in the precision of its own statistics."""
-        if name not in self._old:  # from the call, as a forward may run the model with other buffers
+        """Mean and variance by which the layer normalizes ``x``, in the precision of its own statistics."""
+        if name not in self._old:  # taken from the call, as a forward may run the model with other buffers
             self._old[name] = mean.double().clone(), variance.double().clone()
         moments = self.see(name, x)
-        found = self._old[name] if moments is None else self.normalise_by(name, moments)
+        found = self._old[name] if moments is None else self.normalize_by(name, moments)
         return found[0].to(mean), in_precision_of(variance, found[1], f"{VARIANCE} of the batch-norm layer {name!r}")
 
-    def normalise_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance."""
         return mean_and_variance(moments, unbiased=False)
 
@@ -114,7 +123,7 @@ class StatisticsPass(ABC):
         mean, variance = mean_and_variance(moments, unbiased=unbiased)
         old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
         if moments[0].max() <= 1:
-            variance = old_variance  # a single value says nothing of it
+            variance = old_variance  # a single value has none
         if not self.prior_samples and moments[0].max() > 1:
             return mean.to(old_mean), variance.to(old_variance)  # even where the old ones are NaN
         share = self.num_samples / (self.num_samples + self.prior_samples)
@@ -130,11 +139,11 @@ class StatisticsPass(ABC):
     def _count(self, samples: int) -> None:
         self.num_samples = int(self._sum(torch.tensor(samples, device=self._device)))
         if self.num_samples == 0:
-            raise ValueError("The dataloader has no samples; statistics need at least one.")
+            raise ValueError("The dataloader has no samples; pass at least one.")
 
 
 class BatchwisePass(StatisticsPass):
-    """One pass; each layer normalises by the batch."""
+    """One pass, in which each layer normalizes by the current batch."""
 
     @override
     def estimate(self, data: ReadBatches, max_bytes: int) -> None:
@@ -154,16 +163,16 @@ class BatchwisePass(StatisticsPass):
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
         if moments[0, 0] > 1:
             return moments
-        # A batch of one image cannot be normalised by itself: by all so far, if there are others.
+        # A batch of a single value cannot be normalized by itself, but by all values so far.
         return self.moments[name] if self.moments[name][0, 0] > 1 else None
 
 
 class _Reached(BaseException):
-    """A forward has come to a layer whose statistics are being estimated."""
+    """Raised to end a forward at the layer whose statistics are being estimated."""
 
 
 class ExactPass(StatisticsPass):
-    """Each layer, and each call of it in a forward, normalises by the moments over all data."""
+    """Passes in which each call of a layer normalizes by the moments over all data."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -174,7 +183,7 @@ class ExactPass(StatisticsPass):
 
     @override
     def estimate(self, data: ReadBatches, max_bytes: int) -> None:
-        """With one batch of everything, or layer by layer."""
+        """Use one batch of everything, or else go layer by layer."""
         kept = data.keep(max_bytes)
         whole = concatenate_batches(kept) if kept and self.all_reduce is None else None
         if whole is None or kept is None or not self._at_once(kept[0], whole, max_bytes):
@@ -183,7 +192,7 @@ class ExactPass(StatisticsPass):
         self.moments = {name: torch.stack(calls).sum(0) for name, calls in self._known.items() if calls}
 
     def _at_once(self, first: Any, whole: Any, max_bytes: int) -> bool:
-        """One pass over one batch of everything; ``False`` if that does not fit, or the model does not take it."""
+        """One pass over one batch of everything; ``False`` if it does not fit or the model does not accept it."""
         known, self._all_at_once = self._known, True
         try:
             with buffers_kept(self.model):
@@ -194,7 +203,7 @@ class ExactPass(StatisticsPass):
             self._calls.clear()
             with buffers_kept(self.model):
                 self.forward(whole)
-        except Exception:  # a model may take batches as large as the loader's alone; an error of its own comes again
+        except Exception:  # the model may accept only the loader's batches; real errors come again
             self._known = known
             return False
         finally:
@@ -202,7 +211,7 @@ class ExactPass(StatisticsPass):
         return True
 
     def _next_layer(self, data: Iterable[Any]) -> bool:
-        """One pass up to the first call whose moments are not known; ``False`` if all are."""
+        """One pass up to the first call with unknown moments; ``False`` if there is none."""
         self._found = {}
         count = 0
         for batch in data:
@@ -234,11 +243,11 @@ class ExactPass(StatisticsPass):
         return moments
 
     @override
-    def normalise_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
         return self._blend(name, moments, unbiased=False)
 
     def _fits(self, batch: Any, num_samples: int, max_bytes: int) -> bool:
-        """Whether the activations of everything fit: three times the largest that a module returns."""
+        """Whether the activations of everything fit, estimated as three times the largest output of a module."""
         largest = 0
 
         def measure(module: nn.Module, args: Any, output: Any) -> None:

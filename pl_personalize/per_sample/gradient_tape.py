@@ -1,4 +1,4 @@
-"""Records what the layers of a network see in one pass, and sums powers of their per-sample gradients from it."""
+"""A tape of layer inputs and output gradients, from which powers of per-sample gradients are summed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pl_personalize.functional.rounding import rounding_of_sums
 from pl_personalize.per_sample.attention import split_attention
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.layer_rules import LayerRule, add_power_sums_, find_layer_rule
-from pl_personalize.per_sample.module_state import forward_state_kept
+from pl_personalize.per_sample.module_state import ForwardState
 from pl_personalize.per_sample.sample_copies import Place, SampleCopies
+
+NO_GRADIENT = "The model's output has no gradient with respect to any of the selected parameters."
 
 
 class TapeError(ValueError):
-    """A layer was used in a way for which its rule does not hold.
+    """Error of a layer that is used in a way that its rule does not cover.
 
     Attributes:
         layer: The layer.
@@ -32,7 +34,7 @@ class TapeError(ValueError):
 
 
 class LayerUse:
-    """One call of a layer: what went in, and later the gradient of what came out; samples first in both."""
+    """One call of a layer: its input, and later the gradient of its output, both with the samples first."""
 
     def __init__(self, layer: nn.Module, x: Tensor, batch_dim: int) -> None:
         self.layer, self.batch_dim = layer, batch_dim
@@ -42,13 +44,13 @@ class LayerUse:
 
 
 def sum_type(parameter: Tensor) -> torch.dtype:
-    """In what powers of a parameter's gradient are summed: float32 or better, and real."""
+    """The type in which powers of a parameter's gradient are summed: real, and at least float32."""
     dtype = parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
     return torch.promote_types(dtype, torch.float32)
 
 
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """What a layer's own computation uses, by local name: its parameters, and those that it computes them from."""
+    """Parameters of a layer by local name, including those from which a parametrization computes them."""
     found = {name: p for name, p in layer._parameters.items() if p is not None}
     if is_parametrized(layer):
         parts = layer.parametrizations.named_parameters()  # type: ignore[union-attr]
@@ -57,12 +59,12 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_hookable(module: nn.Module) -> bool:
-    """Whether what a module sees can be recorded; in TorchScript nothing can."""
+    """Whether hooks on a module work; in TorchScript they do not."""
     return not isinstance(module, torch.jit.ScriptModule)
 
 
 def layers_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
-    """The modules of a model that own at least one of the parameters."""
+    """Modules of a model that own at least one of the parameters."""
     wanted = {id(p) for p in parameters}
     inside = {m for part in model.modules() if isinstance(part, ParametrizationList) for m in part.modules()}
     layers = [m for m in model.modules() if m not in inside and is_hookable(m)]
@@ -70,7 +72,7 @@ def layers_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn
 
 
 def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """The rule for a layer without closed form: a vectorised vector-Jacobian product of the layer alone."""
+    """Rule for a layer without a closed form: a vectorized vector-Jacobian product of the layer alone."""
     parameters = {name: p.detach() for name, p in own_parameters(layer).items()}
 
     def one_sample(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ def _vjp_per_sample(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tens
         gradients: dict[str, Tensor] = pull_back(grad.unsqueeze(0))[0]
         return gradients
 
-    with InterruptsHeld(), forward_state_kept(layer):  # what swaps parameters does not survive an interruption
+    with InterruptsHeld(), ForwardState(layer):  # swapped parameters do not survive an interruption
         gradients: dict[str, Tensor] = vmap(one_sample)(x, grad)
     return gradients
 
@@ -87,7 +89,7 @@ VJP_RULE = LayerRule(_vjp_per_sample)
 
 
 class _GraphRoot(torch.autograd.Function):
-    """Makes a tensor part of the graph in place, so that gradients reach it although no parameter needs one."""
+    """Makes a tensor part of the graph in place, so that gradients reach it although no parameter requires one."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -103,23 +105,22 @@ class _GraphRoot(torch.autograd.Function):
 class GradientTape:
     r"""Sums :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p` over samples, layer by layer.
 
-    The layers' inputs are kept in the forward pass; each layer's sum is formed as soon as the backward pass has brought
-    the gradient of its output. No parameter needs a gradient of its own, so autograd computes none. Where a layer is
-    called several times, or layers share a parameter, the per-sample gradients are summed over the uses *before* the
-    power is taken.
+    The forward pass keeps the layers' inputs; each layer's sum is formed as soon as the backward pass reaches its
+    output. Parameters do not require a gradient, so autograd computes none. If a layer is called several times, or
+    layers share a parameter, per-sample gradients are summed over the uses *before* the power is taken.
 
     Args:
         parameters: The parameters, by name. Shared ones appear once.
         layers: Layers that own at least one of them.
         power: 1 (absolute values) or 2 (squares).
-        max_scratch_bytes: Per-sample gradients are held for as many samples at a time as fit.
+        max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
 
     Attributes:
         sums: The sums, by parameter name.
-        bias_rounding: While it is learning, how much of an entry of a bias's gradient may be rounding, by parameter
-            name: see :func:`~pl_personalize.functional.rounding.rounding_of_sums`. Of the sample that has most, added
-            up over the uses of the bias.
-        reached: Names of parameters that a gradient is known to have reached outside of learning.
+        bias_rounding: Rounding error of an entry of a bias's gradient, by parameter name, measured while learning: the
+            largest of the samples, added up over the uses of the bias. See
+            :func:`~pl_personalize.functional.rounding.rounding_of_sums`.
+        reached: Names of parameters that a gradient has reached outside of learning.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class GradientTape:
         self._is_last_backward, self._in_backward = True, False
 
     def reset(self) -> None:
-        """Begin to sum anew."""
+        """Set all sums to 0."""
         self.bias_rounding: dict[str, float] = {}
         for name, (shape, dtype, device) in self._shapes.items():
             if name in self.sums and self.sums[name].shape == shape:
@@ -162,18 +163,18 @@ class GradientTape:
                 self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
 
     def release(self) -> None:
-        """Give the memory of the sums back until :meth:`reset`."""
+        """Free the memory of the sums until :meth:`reset`."""
         self.sums.clear()
 
     def attach(self) -> None:
-        """Register the forward hooks. They do nothing outside of :meth:`recording`."""
+        """Register the forward hooks, which do nothing outside of :meth:`start` and :meth:`stop`."""
         for layer in self.rules:
             self._handles.append(layer.register_forward_hook(self._on_forward, with_kwargs=True))
         for split in self._attentions.values():
             split.attach(self._is_recording, self._refuse_other_use)
 
     def detach(self) -> None:
-        """Remove the hooks and forget what was recorded."""
+        """Remove the hooks and discard the recorded uses."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -183,18 +184,18 @@ class GradientTape:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was recorded; the sums stay."""
+        """Discard the recorded uses, but not the sums."""
         self._num_samples, self._anchor = None, None
         self._uses.clear()
         self._use_counts.clear()
 
     def forget(self, layer: nn.Module) -> None:
-        """Sum for none of the layer's parameters any more; what was summed stays."""
+        """Stop summing for the parameters of a layer; their sums stay."""
         for key, _ in self.owned(layer).values():
             del self.names[key]
 
     def owned(self, layer: nn.Module) -> dict[str, tuple[int, str]]:
-        """The layer's own parameters that the tape sums: local name -> (id, full name)."""
+        """Parameters of a layer that the tape sums: local name -> (id, full name)."""
         return {
             local: (id(p), self.names[id(p)])
             for local, p in self._own.get(layer, {}).items()
@@ -202,7 +203,7 @@ class GradientTape:
         }
 
     def _sole_uses(self) -> dict[Place, str]:
-        """Parameters in a single module, one without closed form, and their full names."""
+        """Parameters of a single module, if it has no closed form, and their full names."""
         owners: dict[int, list[Place]] = {}
         for layer, own in self._own.items():
             for local, p in own.items():
@@ -215,20 +216,20 @@ class GradientTape:
         }
 
     def start(self, num_samples: int, device: torch.device) -> None:
-        """Record the uses from here on, of a batch of ``num_samples``."""
+        """Start recording the uses by a batch of ``num_samples``."""
         self.clear()
         self._num_samples = num_samples
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self.copies.start(num_samples, self._make_root, self._on_copies)
 
     def start_copies(self, num_samples: int, device: torch.device, places: Iterable[Place]) -> None:
-        """Put some copies of parameters in place and record nothing."""
+        """Put copies of some parameters in place, without recording."""
         self.clear()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self.copies.start(num_samples, self._make_root, only=places)
 
     def stop(self) -> None:
-        """Record no further uses; the recorded ones wait for :meth:`backward`."""
+        """Stop recording; the recorded uses wait for :meth:`backward`."""
         self._num_samples = None
         self.copies.stop()
 
@@ -247,9 +248,9 @@ class GradientTape:
         Args:
             logits: The network's output in the recorded pass, (n, *).
             cotangent: Gradient of the objective with respect to it, of the same shape.
-            last: Whether this is the last cotangent for this pass; the recorded tensors are then released on the way.
+            last: Whether this is the last cotangent for this pass, so that recorded tensors can be freed on the way.
         """
-        if self._anchor is None or not logits.requires_grad:  # no recorded layer has a part in the output
+        if self._anchor is None or not logits.requires_grad:  # the output depends on no recorded layer
             return
         self._is_last_backward, self._in_backward = last, True
         try:
@@ -265,7 +266,7 @@ class GradientTape:
 
     def _on_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_backward and isinstance(output, Tensor) and not output.requires_grad and torch.is_grad_enabled():
-            return self._make_root(output)  # activation checkpointing computes again what was recorded
+            return self._make_root(output)  # activation checkpointing recomputes what was recorded
         if self._num_samples is None or not self.owned(layer):
             return None
         inputs = [*args, *kwargs.values()]
@@ -276,12 +277,12 @@ class GradientTape:
         if self.is_learning:
             self._known.add(layer)
         elif layer not in self._known:
-            raise TapeError(layer, "the two samples that the check took did not use it")
-        if output._is_view():  # a hook on a view would see what an operation in place makes of it
+            raise TapeError(layer, "it was not used by the two samples of the check")
+        if output._is_view():  # a hook on a view would see the result of in-place operations
             output = output.clone()
         if not output.requires_grad and torch.is_grad_enabled():
             output = self._make_root(output)
-        if not output.requires_grad:  # inside torch.no_grad(): autograd, too, has no gradient for it
+        if not output.requires_grad:  # inside torch.no_grad(), where autograd has no gradient either
             return None
         use = LayerUse(layer, inputs[0], batch_dim)
         self._uses.append(use)
@@ -291,19 +292,19 @@ class GradientTape:
         return output
 
     def _is_recording(self) -> bool:
-        """Also in the backward pass, where activation checkpointing computes again."""
+        """Whether uses are recorded, or recomputed by activation checkpointing in the backward pass."""
         return self._num_samples is not None or self._in_backward
 
     def _refuse_other_use(self, projection: nn.Module) -> None:
         if self._num_samples is not None and self.owned(projection):
-            raise TapeError(projection, "it is attention to something else than its own input")
+            raise TapeError(projection, "it is not self-attention")
 
     def module_of(self, layer: nn.Module) -> nn.Module:
-        """The model's module of which a layer is a part."""
+        """The module of the model that contains a layer."""
         return next((whole for whole, split in self._attentions.items() if layer in split.projections), layer)
 
     def _batch_dim(self, layer: nn.Module, tensors: list[Tensor]) -> int:
-        """Where the samples are: in the first dimension, or in the second, as in transformers over time."""
+        """Dimension of the samples: the first, or the second, as in transformers over time."""
         dim = self._batch_dims.get(layer, 0)
         if all(t.dim() > dim and t.shape[dim] == self._num_samples for t in tensors):
             return dim
@@ -311,27 +312,27 @@ class GradientTape:
             self._batch_dims[layer] = 1
             return 1
         place = ("first", "second")[dim]
-        raise TapeError(layer, f"its {place} dimension is not the batch: {[tuple(t.shape) for t in tensors]}")
+        raise TapeError(layer, f"its {place} dimension is not the batch in {[tuple(t.shape) for t in tensors]}")
 
     def _on_gradient(self, use: LayerUse, grad: Tensor) -> None:
         if use.x is not None and use.x._version != use.version:
-            raise TapeError(use.layer, "its input was modified in place after it was used")
+            raise TapeError(use.layer, "its input was modified in place after use")
         use.grad = grad.movedim(use.batch_dim, 0)
-        if not self.is_learning and self.rules[use.layer] is not VJP_RULE:  # which may not use all that its layer owns
-            self.reached.update(name for _, name in self.owned(use.layer).values())
-        if self.is_learning and "bias" in (owned := self.owned(use.layer)):
+        owned, has_rule = self.owned(use.layer), self.rules[use.layer] is not VJP_RULE
+        if not self.is_learning and has_rule:  # a layer without a rule may not use all of its parameters
+            self.reached.update(name for _, name in owned.values())
+        if self.is_learning and "bias" in owned:
             name, entries = owned["bias"][1], self._own[use.layer]["bias"].numel()
             self.bias_rounding[name] = self.bias_rounding.get(name, 0.0) + rounding_of_sums(use.grad, entries)
-        # Rules that call autograd themselves wait for the end of this backward pass.
-        alone = all(self._use_counts[key] == 1 for key, _ in self.owned(use.layer).values())
-        if alone and self.rules[use.layer] is not VJP_RULE:
+        # VJP_RULE calls autograd, and waits for the end of this backward pass.
+        if has_rule and all(self._use_counts[key] == 1 for key, _ in owned.values()):
             self._accumulate([use])
             use.grad = None
             if self._is_last_backward:
                 use.x = None
 
     def _groups_by_shared_parameters(self) -> list[list[LayerUse]]:
-        """The uses that still wait, in groups that have no parameter in common with each other."""
+        """The remaining uses, in groups that share no parameter with each other."""
         groups: list[tuple[set[int], list[LayerUse]]] = []
         for use in self._uses:
             if use.grad is None:
@@ -355,7 +356,7 @@ class GradientTape:
         if len(uses) == 1 and rule.power_sum is not None:
             sums = {local: self.sums[name] for local, (_, name) in self.owned(first.layer).items()}
             chunk = self._at_a_time(2 * (first.x.numel() + first.grad.numel()) // num_samples, first.grad)
-            if all(  # the first says whether there is a shortcut
+            if all(  # the first chunk shows whether there is a shortcut
                 self._apply(rule.power_sum, first.layer, x, grad, self.power, sums)
                 for x, grad in zip(torch.split(first.x, chunk), torch.split(first.grad, chunk), strict=True)
             ):
@@ -372,11 +373,11 @@ class GradientTape:
                 add_power_sums_(self.sums[name], totals.pop(name), self.power)
 
     def _at_a_time(self, numbers: int, like: Tensor) -> int:
-        """For how many samples there is room, of so many numbers each."""
+        """Number of samples that fit into the scratch memory, at so many numbers each."""
         return max(1, self._max_scratch_bytes // max(1, numbers * like.element_size()))
 
     def _numbers_per_sample(self, uses: list[LayerUse]) -> int:
-        """What the gradients of one sample take, and what their rules hold on the way."""
+        """Size of the gradients of one sample and of the intermediate results of their rules."""
         parameters = {id(p): p for use in uses for p in self._own[use.layer].values()}
         elements = sum(p.numel() for p in parameters.values()) * (2 if len(uses) > 1 else 1)
         scratch = 0
@@ -393,12 +394,12 @@ class GradientTape:
         try:
             found = rule(layer, *args)
         except Exception as error:
-            raise TapeError(layer, f"its per-sample gradients could not be formed ({error})") from error
+            raise TapeError(layer, f"its per-sample gradients could not be computed ({error})") from error
         if isinstance(found, dict) and (missing := self.owned(layer).keys() - found.keys()):
-            raise TapeError(layer, f"its rule says nothing of {sorted(missing)}")
+            raise TapeError(layer, f"its rule returns no gradient of {sorted(missing)}")
         return found
 
 
 def _is_plain(layer: nn.Module, local: str) -> bool:
-    """Whether it is a parameter of the layer itself, and a copy of another shape can take its place."""
+    """Whether it is a parameter of the layer itself that a copy of another shape can replace."""
     return local in layer._parameters and local not in vars(layer)

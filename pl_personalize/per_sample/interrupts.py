@@ -1,18 +1,18 @@
-"""Ctrl-C at moments at which nothing is half done."""
+"""Deferral of Ctrl-C to moments at which nothing is half done."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 
 class InterruptsHeld:
-    """A context in which Ctrl-C waits, so that what was begun is finished or put back; then it counts as always.
+    """Context that defers Ctrl-C until its end, so that the work inside is finished or undone first.
 
-    Where a ``KeyboardInterrupt`` may be raised meanwhile, :meth:`let_through` says. In other threads than the main
-    one, and where something other than Python handles the signal, there is nothing to hold.
+    :meth:`let_through` lets it raise ``KeyboardInterrupt`` in between. Does nothing outside of the main thread, or if
+    the signal is not handled by Python.
     """
 
     def __init__(self) -> None:
@@ -20,18 +20,16 @@ class InterruptsHeld:
         self._waiting = False
 
     def __enter__(self) -> Self:
-        # No generator: the signal may come when a context is left, before a line of its own has run.
+        # Not a generator: the signal may come on exit, before a line of the generator has run.
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
             self._handler = signal.signal(signal.SIGINT, self._wait)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def let_through(self) -> LetThrough:
-        """A context in which Ctrl-C counts at once, also one that came before."""
+        """A context in which Ctrl-C takes effect at once, including one that came before."""
         return LetThrough(self)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +57,5 @@ class LetThrough:
     def __enter__(self) -> None:
         self._held._restore()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._held._hold()

@@ -1,11 +1,10 @@
 """Closed forms for the per-sample gradients of a layer's parameters.
 
-During a backward pass a layer sees its input ``x`` and the gradient ``g`` of the objective with respect to its output.
-For the layers registered here, the gradient of each *single sample* with respect to each parameter follows from these
-two tensors alone, without a backward pass of its own.
+The gradient of each *single sample* with respect to each parameter follows from the layer's input ``x`` and the
+gradient ``grad`` of the objective with respect to its output, without another backward pass.
 
-A rule is found by the function that the layer runs, ``type(layer).forward``, and not by ``isinstance``: a subclass that
-computes something else must not inherit its parent's formula. A new layer type is one function::
+Rules are looked up by the function that the layer runs, ``type(layer).forward``, not by ``isinstance``: a subclass that
+computes something else must not inherit its parent's formula. To add a layer type, register one function::
 
     @register_layer_rule(nn.Linear)
     def linear(layer, x, grad):
@@ -26,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-# The first argument is the layer: whatever type the rule is registered for.
+# The first argument is the layer, of a type that the rule is registered for.
 PerSampleRule = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
 PowerSumRule = Callable[[Any, Tensor, Tensor, int, Mapping[str, Tensor]], bool]
 Scratch = Callable[[Any, Tensor, Tensor], int]
@@ -34,14 +33,13 @@ Scratch = Callable[[Any, Tensor, Tensor], int]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How the per-sample gradients of one type of layer follow from its input and its output's gradient.
+    """Per-sample gradients of one type of layer.
 
     Attributes:
         per_sample: ``(layer, x, grad) -> {name: (n, *parameter.shape)}``, the gradients of ``n`` samples.
-        power_sum: ``(layer, x, grad, power, sums) -> bool``, adds the sum over the samples of ``|gradient| ** power``
-            to ``sums``, in place and without the per-sample gradients in memory. ``sums`` has the shapes of those
-            parameters that count. ``None`` where the layer has no such shortcut; it returns ``False``, having done
-            nothing, where there is none for what is at hand.
+        power_sum: Optional shortcut ``(layer, x, grad, power, sums) -> bool``. It adds the sum over samples of
+            ``|gradient| ** power`` to ``sums``, in place and without per-sample gradients in memory. ``sums`` holds the
+            selected parameters only. It returns ``False``, having done nothing, if it does not cover the case.
         scratch: ``(layer, x, grad) -> int``, how many numbers ``per_sample`` holds besides its result.
     """
 
@@ -50,7 +48,7 @@ class LayerRule:
     scratch: Scratch | None = None
 
 
-_IN_CACHE = 2**18  # numbers: larger tensors take a processor longer to get than to fill
+_IN_CACHE = 2**18  # numbers; larger tensors are bound by memory bandwidth
 _RULES: dict[Callable[..., object] | None, LayerRule] = {}
 
 
@@ -62,9 +60,9 @@ def register_layer_rule(
     """Register the decorated function as the per-sample rule of ``layer_types``.
 
     Args:
-        layer_types: Classes whose own ``forward`` the rule describes.
-        power_sum: The shortcut of :class:`LayerRule`, if there is one.
-        scratch: What the rule holds besides its result, see there.
+        layer_types: Classes whose ``forward`` the rule describes.
+        power_sum: See :class:`LayerRule`.
+        scratch: See there.
     """
 
     def register(per_sample: PerSampleRule) -> PerSampleRule:
@@ -76,19 +74,19 @@ def register_layer_rule(
 
 
 def find_layer_rule(layer: nn.Module) -> LayerRule | None:
-    """The rule for what ``layer`` computes, or ``None``; none if its ``forward`` was replaced on the instance."""
+    """The rule for a layer, or ``None``, also if its ``forward`` was replaced on the instance."""
     return None if "forward" in vars(layer) else _RULES.get(getattr(type(layer), "forward", None))
 
 
 def raise_to(tensor: Tensor, power: int) -> Tensor:
-    """``|tensor| ** power`` for power 1 or 2, a new tensor: a gradient may be a view of something still needed."""
+    """``|tensor| ** power`` for power 1 or 2, as a new tensor: a gradient may be a view of something still needed."""
     return tensor.abs() if power == 1 else tensor.square()
 
 
 def add_powers_(total: Tensor, gradient: Tensor, power: int) -> None:
-    """Add ``|gradient| ** power`` to ``total``, of the same shape. The gradient is overwritten."""
+    """Add ``|gradient| ** power`` to ``total`` of the same shape, overwriting the gradient."""
     if power == 2:
-        gradient = gradient.to(total.dtype)  # half precision would lose the square
+        gradient = gradient.to(total.dtype)  # squares underflow in half precision
         total.addcmul_(gradient, gradient)
     else:
         total.add_(gradient.abs_())
@@ -127,7 +125,7 @@ def _linear_power_sum(layer: nn.Linear, x: Tensor, grad: Tensor, power: int, sum
     if x.is_cuda:
         return False
     x, grad = _rows(x), _rows(grad)
-    if weight is not None:  # one sample at a time: its gradient is still in the cache when it is added to the sum
+    if weight is not None:  # one sample at a time, so that its gradient is still in the cache when it is added
         for one_x, one_grad in zip(x, grad, strict=True):
             add_powers_(weight, one_grad.T @ one_x, power)
     if bias is not None:
@@ -147,7 +145,7 @@ def _is_transposed(layer: _ConvNd) -> bool:
 
 
 def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
-    """The input and the padding for which the layer is a plain zero-padded convolution."""
+    """Input and padding with which the layer is a zero-padded convolution."""
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return x, list(layer.padding)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -156,7 +154,7 @@ def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _convolution_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """One sample at a time through the library's own weight-gradient kernel, which beats an unfolded product on CPU."""
+    """One sample at a time by the library's weight-gradient kernel, which is faster than unfolding on CPUs."""
     x, padding = _convolution_inputs(layer, x)
     options = (layer.stride, padding, layer.dilation, _is_transposed(layer), list(layer.output_padding), layer.groups)
     grad = grad.contiguous()
@@ -178,10 +176,9 @@ def _convolution_power_sum(layer: _ConvNd, x: Tensor, grad: Tensor, power: int, 
 
 
 def _unfolded(layer: _ConvNd, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """What meets in a weight's gradient: windows (n, groups, C, kernel, L) and values (n, groups, D, L).
+    """Factors of a weight's gradient: windows (n, groups, C, kernel, L) and values (n, groups, D, L).
 
-    Of a convolution the windows are cut from its input, and the values are the output's gradient; of a transposed one
-    it is the other way round.
+    For a convolution, windows of its input and the output's gradient; for a transposed one, the other way round.
     """
     dims, n, groups = x.dim() - 2, x.shape[0], layer.groups
     if _is_transposed(layer):
@@ -201,7 +198,7 @@ def _unfolded(layer: _ConvNd, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
-    """The (n, *weight.shape) gradients by one batched product over unfolded windows: what keeps a GPU busy."""
+    """Gradients (n, *weight.shape) by one batched product over unfolded windows, which is fast on GPUs."""
     windows, values = _unfolded(layer, x, grad)
     n, groups, channels, size, length = windows.shape
     products = torch.matmul(values, windows.reshape(n, groups, channels * size, length).transpose(2, 3))
@@ -226,7 +223,7 @@ def _convolution_scratch(layer: _ConvNd, x: Tensor, grad: Tensor) -> int:
     scratch=_convolution_scratch,
 )
 def convolution(layer: _ConvNd, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Convolutions and transposed ones with any stride, dilation, groups and padding."""
+    """Convolution or transposed convolution with any stride, dilation, groups and padding."""
     if x.is_cuda:
         weight = batched_weight_gradients(layer, x, grad)
     else:
@@ -236,10 +233,10 @@ def convolution(layer: _ConvNd, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 @register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Batch norm in eval mode: an affine map of the input normalised by the running statistics."""
+    """Batch norm in eval mode: an affine map of the input normalized by the running statistics."""
     x, grad = _positions_last(x), _positions_last(grad)
     mean, var = layer.running_mean, layer.running_var
-    assert mean is not None  # without running statistics it would mix samples, and the model is refused
+    assert mean is not None  # without running statistics, samples mix and the model is refused
     assert var is not None
     mean, scale = mean[:, None], torch.rsqrt(var + layer.eps)
     return {"weight": ((x - mean) * grad).sum(2) * scale, "bias": grad.sum(2)}
@@ -247,7 +244,7 @@ def batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 @register_layer_rule(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Layer norm: products with the normalised input, summed over the positions of a sample."""
+    """Layer norm: products with the normalized input, summed over the positions of a sample."""
     shape: tuple[int, ...] = layer.normalized_shape
     products = F.layer_norm(x, shape, eps=layer.eps) * grad
     return {"weight": _sum_positions(products, len(shape)), "bias": _sum_positions(grad, len(shape))}
@@ -256,8 +253,8 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor
 @register_layer_rule(nn.GroupNorm)
 def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Group norm: as layer norm, over the positions of each channel."""
-    normalised = F.group_norm(x, layer.num_groups, eps=layer.eps)
-    return {"weight": _positions_last(normalised * grad).sum(2), "bias": _positions_last(grad).sum(2)}
+    normalized = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    return {"weight": _positions_last(normalized * grad).sum(2), "bias": _positions_last(grad).sum(2)}
 
 
 @register_layer_rule(nn.RMSNorm)
@@ -269,10 +266,10 @@ def rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 @register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm(layer: _InstanceNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Instance norm: as batch norm, by the statistics of the sample itself where none are tracked."""
+    """Instance norm: as batch norm, by the statistics of the sample if none are tracked."""
     mean, var = layer.running_mean, layer.running_var
-    normalised = F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=layer.eps)
-    return {"weight": _positions_last(normalised * grad).sum(2), "bias": _positions_last(grad).sum(2)}
+    normalized = F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=layer.eps)
+    return {"weight": _positions_last(normalized * grad).sum(2), "bias": _positions_last(grad).sum(2)}
 
 
 def _sum_positions(tensor: Tensor, kept: int) -> Tensor:
@@ -290,9 +287,9 @@ def prelu(layer: nn.PReLU, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _embedding_power_sum(layer: nn.Embedding, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
-    if x.is_cuda or layer.scale_grad_by_freq:  # on a GPU, to know how many pairs there are is to wait for it
+    if x.is_cuda or layer.scale_grad_by_freq:  # on a GPU, counting the pairs would synchronize
         return False
-    # A row gets the sum over a sample's positions that have it: one row for each pair of sample and entry.
+    # One row per pair of sample and entry: the sum over the positions with that entry.
     count, width = layer.weight.shape
     entries = x.reshape(x.shape[0], -1)
     if layer.padding_idx is not None:
@@ -309,7 +306,7 @@ def _embedding_power_sum(layer: nn.Embedding, x: Tensor, grad: Tensor, power: in
 def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Embedding: gradients added up by entry."""
     if layer.scale_grad_by_freq:
-        raise NotImplementedError("gradients that are scaled by frequency have no closed form here")
+        raise NotImplementedError("scale_grad_by_freq=True has no closed form")
     count, width = layer.weight.shape
     n = x.shape[0]
     index = x.reshape(n, -1, 1).expand(-1, -1, width)

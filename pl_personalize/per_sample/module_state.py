@@ -1,4 +1,4 @@
-"""Leaving a model, and the random number generators, as they were."""
+"""Contexts that leave a model and the random number generators as they were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,8 +16,15 @@ from torch import nn
 
 
 @contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Run without inference mode, autocast or compiled code, and restore the random number generators."""
+    with random_state_kept(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False), _eager():
+        yield
+
+
+@contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Put the global generators of torch, NumPy and Python back, whatever happens inside."""
+    """Restore the global generators of torch, NumPy and Python on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -27,26 +34,27 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Compiled modules run as they are written inside: hooks do not reach into compiled code."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
+def _eager() -> AbstractContextManager[object]:
+    """Run compiled modules eagerly: hooks do not reach into compiled code."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 _CONTAINERS = (dict, list, set, deque)
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"}  # where parameters, submodules and hooks are
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"}  # parameters, submodules and hooks
 
 
 class ForwardState:
-    """What a forward may set in a model: attributes, what their containers hold, and which tensors are its buffers.
+    """Snapshot of the state that a forward may set in a model; as a context manager, it restores that state on exit.
 
-    Containers are dicts, lists, sets and deques, also inside one another. What tensors hold is not looked at, nor what
-    is inside other objects. To make one, and to compare, costs a few microseconds a module.
+    The state is: attributes of modules, the items of dicts, lists, sets and deques in them (also nested), and which
+    tensors are buffers. Neither the values of tensors nor other objects are included. Taking and comparing a snapshot
+    costs a few microseconds per module.
 
     Args:
-        model: The model, as it is to be found again.
+        model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,8 +68,14 @@ class ForwardState:
                 if name not in _MACHINERY:
                     self._note(value)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.put_back()
+
     def put_back(self) -> None:
-        """Make the model what it was when this object was made."""
+        """Restore the state. The next forward then recomputes what an earlier one cached, such as a table."""
         for now, before in self._attributes:
             if not (len(now) == len(before) and all(map(is_, now.values(), before.values()))):
                 for name in now.keys() - before.keys():
@@ -89,27 +103,13 @@ def _holds_the_same(container: Any, before: Any) -> bool:
         return False
     if isinstance(container, set):
         return bool(container == before)
-    alike = all(map(is_, container, before))  # of a dict, the keys
+    alike = all(map(is_, container, before))  # keys, if it is a dict
     return alike and (not isinstance(container, dict) or all(map(is_, container.values(), before.values())))
 
 
 @contextmanager
-def forward_state_kept(model: nn.Module) -> Iterator[ForwardState]:
-    """Put back what forwards inside have set in a model: see :class:`ForwardState`, which one gets.
-
-    Between two forwards, its ``put_back`` has the second one compute anew what the first has kept, such as a table that
-    follows from parameters.
-    """
-    state = ForwardState(model)
-    try:
-        yield state
-    finally:
-        state.put_back()
-
-
-@contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back every buffer: itself, and what it held."""
+    """Restore every buffer on exit: the tensor itself and its values."""
     with _tensors_kept([module._buffers for module in model.modules()]):
         yield
 
@@ -127,20 +127,20 @@ def _tensors_kept(places: Iterable[dict[str, Any]]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for own, name, tensor, value in tensors:
-                own[name] = tensor  # a forward may have put another in its place
+                own[name] = tensor  # a forward may have replaced it
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
 
 
 @contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
-    """The model is as it was at the end: modes, parameters, buffers and what these hold, and every other attribute.
+    """Restore modes, parameters, buffers, their values, and every other attribute of a model on exit.
 
-    Hooks on gradients of parameters are for training, and do not run inside.
+    Hooks on gradients of parameters do not run inside.
     """
     parameters = list(model.parameters())
     needs_grad, hooks = [p.requires_grad for p in parameters], [p._backward_hooks for p in parameters]
-    # The one forward of torch that changes a parameter.
+    # The only forward of torch that changes a parameter.
     renormed = [
         (module.weight, module.weight.detach().clone())
         for module in model.modules()
@@ -149,7 +149,7 @@ def model_kept(model: nn.Module) -> Iterator[None]:
     entries = {
         module: (dict(module._parameters), dict(module._buffers))
         for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)  # there nothing is put in a parameter's place
+        if not isinstance(module, torch.jit.ScriptModule)  # there, nothing replaces a parameter
     }
     state = ForwardState(model)
     try:
@@ -172,7 +172,7 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside, each in its own mode after; see :func:`computing_anew`."""
+    """Put every submodule in eval mode, and restore its mode on exit; see :func:`computing_anew`."""
     with computing_anew(model):
         for module in model.modules():
             module.training = False
@@ -181,15 +181,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computing_anew(model: nn.Module) -> Iterator[None]:
-    """Modules have forgotten what they keep in eval mode; modes, and what forwards set, are put back after.
+    """Discard values that modules cache in eval mode; restore modes and the forward state on exit.
 
-    A module whose ``train()`` does more than to change its mode, as to forget such a table, or to take adapters out of
-    its weights, does so first. What it does in ``eval()`` stays where its forward needs it: where ``eval()`` makes
-    attributes that were not there, such as a table that follows from parameters.
+    A module that overrides ``train()``, for example to discard a table or to take adapters out of its weights, has it
+    called first. The effect of its ``eval()`` is kept only if its forward needs it: if ``eval()`` adds attributes, such
+    as a table computed from parameters.
     """
     modes = {module: module.training for module in model.modules()}
-    own = [module for module in modes if _has_its_own_train(module)]
-    with forward_state_kept(model), _tensors_kept([held for m in own for held in (m._parameters, m._buffers)]):
+    own = [module for module in modes if _overrides_train(module)]
+    with ForwardState(model), _tensors_kept([held for m in own for held in (m._parameters, m._buffers)]):
         try:
             for module in own:
                 module.train()
@@ -209,5 +209,5 @@ def _names(module: nn.Module) -> set[str]:
     return vars(module).keys() | module._buffers.keys()
 
 
-def _has_its_own_train(module: nn.Module) -> bool:
+def _overrides_train(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule) and type(module).train is not nn.Module.train

@@ -1,4 +1,4 @@
-"""A copy for each sample of parameters that modules use as such: class tokens, positional embeddings, layer scales."""
+"""Copies, one per sample, of parameters that modules use directly: class tokens, positional embeddings, scales."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Place = tuple[nn.Module, str]
 
 
 class SampleCopies:
-    """Shows a parameter to its module as one copy for each sample; the copies' gradients are per sample.
+    """Replaces parameters in their modules by one copy per sample, so that the copies' gradients are per sample.
 
-    A module that adds a parameter to its input, or multiplies the two, or puts it beside the input, computes the same
-    from copies that have the samples where its input has them. How many dimensions lie between is not known, so there
-    are several shapes to try (:meth:`try_next`) until the gradients are right, or none is left.
+    A module that adds a parameter to its input, multiplies the two or concatenates them computes the same from copies
+    with the samples in the dimension of the input. The shape is not known in advance, so :meth:`try_next` goes through
+    several until the gradients are right or none is left.
 
     Args:
-        places: The modules and the local names of parameters that each have one owner, and their full names.
+        places: Module and local name of each parameter, with its full name. Each has a single owner.
     """
 
     def __init__(self, places: Mapping[Place, str]) -> None:
@@ -28,7 +28,7 @@ class SampleCopies:
 
     @property
     def names(self) -> list[str]:
-        """The full names of the parameters that are copied."""
+        """Full names of the copied parameters."""
         return list(self._names.values())
 
     def __contains__(self, place: Place) -> bool:
@@ -41,13 +41,13 @@ class SampleCopies:
         on_gradients: Callable[[str, int, Tensor], None] | None = None,
         only: Iterable[Place] | None = None,
     ) -> None:
-        """Put the copies where the modules look for their parameters.
+        """Put the copies in place.
 
         Args:
-            num_samples: How many.
+            num_samples: Number of copies.
             make_root: Makes a tensor part of the graph.
             on_gradients: Called with a parameter's name, the dimension of the samples and the copies' gradients.
-            only: Of these places alone.
+            only: Places to replace; by default all.
         """
         for place in self._names if only is None else only:
             dim, shape = self._shapes[place][0]
@@ -59,19 +59,19 @@ class SampleCopies:
             vars(module)[local] = copies  # found before the parameter
 
     def stop(self) -> None:
-        """The modules see their parameters again."""
+        """Remove the copies."""
         for module, local in self._names:
             vars(module).pop(local, None)
 
     def alike(self) -> list[list[Place]]:
-        """The places in groups of the same parameter in modules of the same type, which are used in the same way."""
+        """Groups of places with the same local name in modules of the same type, which use it in the same way."""
         groups: dict[tuple[type, str], list[Place]] = {}
         for module, local in self._names:
             groups.setdefault((type(module), local), []).append((module, local))
         return list(groups.values())
 
     def try_next(self, names: Iterable[str]) -> bool:
-        """Go on to the next shape for these parameters, or give up their copies; whether there were any."""
+        """Switch these parameters to their next shape, or stop copying them; whether any was copied."""
         wanted = set(names)
         found = [place for place, name in self._names.items() if name in wanted]
         for place in found:
@@ -80,7 +80,7 @@ class SampleCopies:
         return bool(found)
 
     def names_of(self, places: Iterable[Place]) -> list[str]:
-        """The full names of the parameters at these places."""
+        """Full names of the parameters at these places."""
         return [self._names[place] for place in places]
 
     def _drop_exhausted(self) -> None:
@@ -96,12 +96,12 @@ def _parameter(place: Place) -> Tensor:
 
 
 def _shapes(parameter: Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    """What to try, most likely first: the dimension of the samples, and the copies' shape for one sample."""
+    """Candidates, most likely first: the dimension of the samples, and the shape of the copy for one sample."""
     shape = tuple(parameter.shape)
-    # A dimension of size 1 may be there for the batch.
+    # A dimension of size 1 may stand for the batch.
     found = [(dim, shape) for dim in (0, 1) if 1 < len(shape) > dim and shape[dim] == 1]
-    # A factor or a summand for each channel, or for all. Not on a GPU where it may be a table: an entry that is looked
-    # up in the wrong dimension is out of bounds, which stops a GPU for good.
+    # A factor or summand per channel, or for all. Not on a GPU if it may be a table: a lookup in the wrong dimension is
+    # out of bounds, which breaks a CUDA context for good.
     if not shape or (all(size == 1 for size in shape[1:]) and not parameter.is_cuda):
         found += [(0, (1, *[1] * ones, *shape)) for ones in range(3 if shape else 4)]
     return found

@@ -1,4 +1,4 @@
-"""Whether a network computes the same for a sample, whatever else is in its batch."""
+"""Check that a network's output for a sample does not depend on the rest of its batch."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ Network = Callable[[Any], Tensor]
 def logits_of_independent_samples(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> Tensor:
-    """The logits of a batch, of a network that gives each of its samples the same alone.
+    """Logits of a batch, after checking that each sample alone has the same.
 
     Args:
-        network: From a batch to logits, in eval mode.
-        modules: Those that may be to blame, and their names.
+        network: Maps a batch to logits, in eval mode.
+        modules: Modules to name in messages, with their names.
         batch: A batch of n samples.
-        samples: These samples, as batches of one.
+        samples: The same samples as batches of one.
 
     Returns:
         The (n, *) logits, detached.
 
     Raises:
-        ValueError: If the network is random, fails on one sample, or mixes samples; the message names the module.
+        ValueError: If the network is random, fails on one sample, or mixes samples. The message names the module.
     """
     together = network(batch).detach()
     check_logits(together, len(samples))
     if not _is_close(together, network(batch).detach()):
         raise ValueError(
-            "The model (or forward=) is random in eval mode: it does not give the same output twice, and importances "
-            "per sample are not defined. Make it deterministic in eval mode."
+            "The model (or forward=) is random in eval mode: two calls give different outputs, so importances per "
+            "sample are undefined. Make it deterministic in eval mode."
         )
     apart = torch.cat([_alone(network, modules, sample).detach() for sample in samples])
     if together.shape != apart.shape or not _is_close(together, apart):
         culprit = _first_to_mix(network, modules, batch, samples)
         raise ValueError(
             f"{'The model' if culprit is None else described(culprit, modules)} mixes the samples of a batch in eval "
-            "mode: a sample's output alone differs from its output in a batch, so importances per sample are not "
-            "defined. Batch norm with track_running_stats=False does this."
+            "mode: a sample's output depends on its batch, so importances per sample are undefined. Batch norm with "
+            "track_running_stats=False does this."
         )
     return together
 
 
 def described(module: nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """A module in a message: its name and its class."""
+    """Name and class of a module, for messages."""
     return f"The module {modules.get(module, '?')!r} ({type(module).__name__})"
 
 
 def _alone(network: Network, modules: Mapping[nn.Module, str], sample: Any) -> Tensor:
-    """The logits of one sample, or a refusal that names the module which fails on it."""
+    """Logits of one sample, or an error that names the module that fails on it."""
     try:
         return network(sample)
     except Exception as error:
@@ -72,16 +72,16 @@ def _alone(network: Network, modules: Mapping[nn.Module, str], sample: Any) -> T
                 handle.remove()
         culprit = described(entered[-1], modules) if entered else "The model"
         raise ValueError(
-            f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample "
-            "need a model that takes batches of one in eval mode. If it mixes the samples of a batch there, as "
-            "batch norm with track_running_stats=False does, they are not defined."
+            f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample need a "
+            "model that accepts batches of one in eval mode and does not mix samples, as batch norm with "
+            "track_running_stats=False does."
         ) from error
 
 
 def _first_to_mix(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> nn.Module | None:
-    """The first module whose output for the batch is not that for its samples, if its outputs show it."""
+    """The first module whose output for the batch differs from those for its samples, if any."""
     outputs: list[list[tuple[nn.Module, Any]]] = []
     for inputs in (batch, *samples):
         noted: list[tuple[nn.Module, Any]] = []

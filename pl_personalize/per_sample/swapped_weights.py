@@ -12,21 +12,21 @@ from pl_personalize.per_sample.module_state import computing_anew
 
 
 def call_with_weights(module: nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:
-    """What ``functional_call`` gives, also of modules that keep what they compute of their parameters in eval mode.
+    """Call a module with other weights; its own are neither used nor changed.
 
-    Some keep a table until ``train()`` is called, so that a forward with other weights would compute with the table of
-    the last ones. Here every forward starts without one, and leaves none behind.
+    Unlike plain ``functional_call``, this also works for modules that cache values computed from their parameters in
+    eval mode: every call starts without cached values and leaves none behind.
 
     Args:
-        module: The architecture; its own parameters are neither used nor changed.
+        module: The architecture.
         state: Parameters and buffers by name.
         x: The input.
     """
     entries = {f"module.{name}": value for name, value in state.items()}
-    return functional_call(_WithoutMemory(module), entries, (x,), tie_weights=False)
+    return functional_call(_WithoutCache(module), entries, (x,), tie_weights=False)
 
 
-class _WithoutMemory(nn.Module):
+class _WithoutCache(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

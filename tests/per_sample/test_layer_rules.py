@@ -7,7 +7,7 @@ import torch
 from networks import StandardisedLinear
 from torch import nn
 
-from pl_personalize.functional import layer_rules
+from pl_personalize.per_sample import layer_rules
 from pl_personalize.per_sample.layer_rules import find_layer_rule, raise_to, register_layer_rule
 
 LAYERS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.per_sample.module_state import evaluating, forward_state_kept
+from pl_personalize.per_sample.module_state import ForwardState, evaluating
 
 
 class _Keeps(nn.Module):
@@ -37,7 +37,7 @@ def _kept(module):
     return {name: repr(getattr(module, name, "absent")) for name in names}
 
 
-@pytest.mark.parametrize("context", [forward_state_kept, evaluating])
+@pytest.mark.parametrize("context", [ForwardState, evaluating])
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_a_forward_sets_is_put_back(context, fails):
     model = nn.Sequential(_Keeps())
@@ -60,7 +60,7 @@ def test_it_can_be_put_back_between_two_forwards():
     model = _Keeps()
     before = _kept(model)
 
-    with forward_state_kept(model) as state:
+    with ForwardState(model) as state:
         for _ in range(2):
             model(torch.ones(1))
             state.put_back()

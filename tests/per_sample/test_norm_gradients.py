@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pl_personalize.per_sample.norm_gradients import RightNormGradients
+from pl_personalize.per_sample.norm_gradients import right_norm_gradients
 
 
 def _layouts(tensor):
@@ -50,7 +50,7 @@ def test_layouts_do_not_matter(norm, shape):
     for laid_out in _layouts(x):
         for incoming in _layouts(grad):
             inputs = (laid_out.detach().requires_grad_(), weight, bias)
-            with RightNormGradients():
+            with right_norm_gradients():
                 output = norm(inputs[0], mean, variance, weight, bias)
             for found, value in zip(torch.autograd.grad(output, inputs, incoming), right, strict=True):
                 torch.testing.assert_close(found, value)
@@ -59,7 +59,7 @@ def test_layouts_do_not_matter(norm, shape):
 def test_second_derivatives():
     x = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     mean, variance, weight, bias = (torch.rand(3, dtype=torch.float64) + 0.5 for _ in range(4))
-    with RightNormGradients():
+    with right_norm_gradients():
         assert torch.autograd.gradgradcheck(
             lambda x: _batch_norm(x, mean, variance, weight, bias).permute(0, 2, 3, 1).sin().sum(), (x,)
         )
@@ -72,7 +72,7 @@ def test_norms_under_activation_checkpointing():
     statistics = [torch.rand(3, dtype=torch.float64) + 0.5 for _ in range(4)]
     right = torch.autograd.grad(_written_out(x, *statistics).permute(0, 2, 3, 1).contiguous().sin().sum(), x)[0]
 
-    with RightNormGradients():
+    with right_norm_gradients():
         output = checkpoint(lambda x: _batch_norm(x, *statistics).sin(), x, use_reentrant=False)
         found = torch.autograd.grad(output.permute(0, 2, 3, 1).flatten(1, 2).clone().sum(), x)[0]
 

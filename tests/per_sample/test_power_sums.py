@@ -6,8 +6,8 @@ from networks import NETWORKS, MixesSamples, Shift, TimeFirst, make_network, mlp
 from reference import relative_error
 from torch import nn
 
-from pl_personalize.functional import layer_rules
 from pl_personalize.functional.batches import call_model
+from pl_personalize.per_sample import layer_rules
 from pl_personalize.per_sample.layer_rules import register_layer_rule
 from pl_personalize.per_sample.power_sums import PerSamplePowerSums
 
@@ -45,7 +45,7 @@ def _sums(model, batches, power=1, count=1, **options):
     with _engine(model, power, **options) as engine:
         for batch in batches:
             engine.add(batch, batch.shape[0], lambda logits: _directions(logits, count))
-    return engine.sums, engine.paths
+    return engine.sums, engine.routes
 
 
 # What is not "closed form", by the beginning of the names of the parameters that have it.
@@ -414,7 +414,7 @@ def test_samples_that_are_rounded_otherwise_alone_take_no_slower_path(power):
     with _engine(model, power) as engine:
         engine.add(x, 5, _directions)
 
-    assert set(engine.paths.values()) == {"closed form"}
+    assert set(engine.routes.values()) == {"closed form"}
 
 
 class _DividesByBatchSize(torch.autograd.Function):
@@ -478,7 +478,7 @@ def test_inside_only_the_engine_needs_gradients_and_outside_all_is_as_before():
     with _engine(model, parameters={"0.3.weight": model[0][3].weight}) as engine:
         assert not any(m.training for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
-        assert set(engine.sums) == set(engine.paths) == {"0.3.weight"}
+        assert set(engine.sums) == set(engine.routes) == {"0.3.weight"}
 
     assert [m.training for m in model.modules()] == modes
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"0.1.bias"}
