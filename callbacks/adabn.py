@@ -28,7 +28,7 @@ from pl_personalize.callbacks.module_contexts import (
     without_logging,
 )
 from pl_personalize.callbacks.pass_over_data import as_list, refuse_dropped_samplers
-from pl_personalize.per_sample.batchnorm_pass import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class AdaBN(EstimationCallback):

@@ -20,7 +20,7 @@ from pl_personalize.callbacks.estimation_callback import train_limits
 from pl_personalize.callbacks.module_contexts import all_reduce_of, without_logging
 from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
 from pl_personalize.callbacks.requirements import check_trainer, is_resumed
-from pl_personalize.per_sample.batchnorm_pass import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class AdaBNS(BaseFinetuning):

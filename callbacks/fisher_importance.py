@@ -13,7 +13,7 @@ from torch import Tensor
 from pl_personalize.callbacks.estimation_callback import Stage
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
 from pl_personalize.estimation import check_options
-from pl_personalize.per_sample.power_sums import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class FisherImportance(ImportanceCallback):

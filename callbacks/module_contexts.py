@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
-from pl_personalize.per_sample.module_state import forward_state_kept
+from pl_personalize.per_sample.module_state import ForwardState
 
 
 def best_checkpoint(trainer: Trainer) -> str:
@@ -38,7 +38,7 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool) 
     if not path:
         yield
         return
-    with kept([*pl_module.parameters(), *pl_module.buffers()]), forward_state_kept(pl_module):
+    with kept([*pl_module.parameters(), *pl_module.buffers()]), ForwardState(pl_module):
         try:
             checkpoint = {"state_dict": _read(path)}
             if is_overridden("on_load_checkpoint", pl_module):

@@ -193,4 +193,4 @@ class ExpertRun(SequenceRun):
         )
         values = {name: value + (val[name] - 1e-8) for name, value in train.items()}  # the floor is there once
         samples = train.num_samples + val.num_samples
-        return Importance(values, kind="fisher", num_samples=samples, reduction="batch", paths=train.paths)
+        return Importance(values, kind="fisher", num_samples=samples, reduction="batch", routes=train.routes)
