@@ -13,7 +13,7 @@ from torch import Tensor
 from pl_personalize.per_sample.function_calls import FunctionCalls
 
 _INSTANCE_NORMS = (F.instance_norm, torch.instance_norm)
-_NORMS = frozenset((F.batch_norm, torch.batch_norm, *_INSTANCE_NORMS))
+_NORMS: frozenset[Callable[..., Any]] = frozenset((F.batch_norm, torch.batch_norm, *_INSTANCE_NORMS))
 
 
 def right_norm_gradients() -> FunctionCalls:
