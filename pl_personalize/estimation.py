@@ -122,7 +122,7 @@ def estimate_importance(
             sums = BatchPowerSums(model, parameters, power=chosen.power, forward=forward)
         with model_kept(model), sums, interrupts.let_through():
             for batch in _batches(dataloader, device, progress):
-                chosen.check_batch(batch, options)
+                chosen.labels(batch, options)  # missing labels are an error before any work
                 if size := batch_size(batch):
                     sums.add(batch, size, partial(chosen.cotangents, batch, options))
                     num_samples, num_batches = num_samples + size, num_batches + 1

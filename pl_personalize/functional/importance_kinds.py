@@ -9,26 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pl_personalize.functional import objectives
 from pl_personalize.functional.batches import Labels, batch_labels
-from pl_personalize.functional.objectives import (
-    expected_fisher_cotangents,
-    fisher_cotangents,
-    label_cotangent,
-    mas_cotangent,
-)
 from pl_personalize.registry import Registry
 
 
 @dataclass(frozen=True)
 class KindOptions:
-    """Options of importance kinds. Each kind takes those named in :attr:`ImportanceKind.options`.
-
-    Attributes:
-        draws: Labels drawn per sample, or ``"all"`` for the exact expectation over the classes.
-        labels: Location of the true labels in a batch, see
-            :func:`~pl_personalize.functional.batches.batch_labels`.
-        class_dim: Dimension of the classes in the logits, where each sample has several positions.
-        generator: Source of drawn labels, or a seed. Accepted for every kind.
+    """Options of importance kinds, documented in :func:`~pl_personalize.estimate_importance`.
 
     Raises:
         ValueError: If a value has the wrong type or is out of range.
@@ -50,9 +38,6 @@ class KindOptions:
             raise ValueError(f"class_dim must be an integer other than 0 (the samples); got {self.class_dim!r}.")
 
 
-Objective = Callable[[Tensor, Tensor | None, KindOptions], Iterable[Tensor]]
-
-
 @dataclass(frozen=True)
 class ImportanceKind:
     r"""One kind of importance.
@@ -64,17 +49,17 @@ class ImportanceKind:
         reference: The paper that defines it.
         power: p, 1 for absolute values and 2 for squares.
         objective: ``(logits, labels, options) -> cotangents``: one or more gradients c of the objective with respect to
-            the logits. The logits are detached; with ``class_dim`` among the options they are (n, classes, \*),
-            otherwise as the model returns them. The labels are ``None`` unless ``labels`` is among the options.
-        options: Names of the fields of :class:`KindOptions` that it takes. ``"labels"``: it needs true labels.
-            ``"class_dim"``: it needs logits of at least two classes.
+            the detached logits, which are (n, classes, \*) for kinds with ``class_dim``, otherwise as returned by the
+            model. The labels are ``None`` for kinds without ``labels``.
+        options: Fields of :class:`KindOptions` that it takes, besides ``generator``. With ``"labels"``, it needs true
+            labels; with ``"class_dim"``, logits of at least two classes.
         batch_floor: Constant added to the estimates of ``reduction="batch"``.
     """
 
     name: str
     reference: str
     power: Literal[1, 2]
-    objective: Objective
+    objective: Callable[[Tensor, Tensor | None, Any], Iterable[Tensor]]
     options: tuple[Literal["draws", "labels", "class_dim"], ...] = ()
     batch_floor: float = 0.0
 
@@ -86,33 +71,25 @@ class ImportanceKind:
         """
         for option in ("draws", "labels", "class_dim"):
             value = getattr(options, option)
-            if value == getattr(KindOptions, option):
-                continue
-            if option not in self.options:
+            if value != getattr(KindOptions, option) and option not in self.options:
                 takers = ", ".join(repr(kind.name) for kind in IMPORTANCE_KINDS.values() if option in kind.options)
                 raise ValueError(f"kind={self.name!r} takes no {option}; got {option}={value!r}. It is for {takers}.")
-            if option == "draws" and reduction != "sample":
-                raise ValueError(f"draws={value!r} needs reduction='sample'; got reduction={reduction!r}.")
+        if options.draws != 1 and reduction != "sample":
+            raise ValueError(f"draws={options.draws!r} needs reduction='sample'; got reduction={reduction!r}.")
 
-    def check_batch(self, batch: Any, options: KindOptions) -> None:
-        """Check that a batch has labels where they are needed.
-
-        Raises:
-            ValueError: If it has none.
-        """
-        if "labels" in self.options:
-            batch_labels(batch, options.labels)
+    def labels(self, batch: Any, options: KindOptions) -> Tensor | None:
+        """The labels of a batch, or ``None`` for kinds that need none."""
+        return batch_labels(batch, options.labels) if "labels" in self.options else None
 
     def cotangents(self, batch: Any, options: KindOptions, logits: Tensor) -> Iterable[Tensor]:
-        """The gradients of the objective with respect to the logits, of their shape.
+        """Gradients of the objective with respect to the logits, of their shape.
 
         Raises:
-            ValueError: If the logits or labels are not what the kind needs.
+            ValueError: If the kind cannot use the logits or labels.
         """
         dim = options.class_dim
         scores = _with_classes_second(logits, dim) if "class_dim" in self.options else logits
-        labels = batch_labels(batch, options.labels) if "labels" in self.options else None
-        found = self.objective(scores, labels, options)
+        found = self.objective(scores, self.labels(batch, options), options)
         return (direction.movedim(1, dim) for direction in found) if dim is not None else found
 
 
@@ -138,30 +115,22 @@ def _with_classes_second(logits: Tensor, dim: int | None) -> Tensor:
     raise ValueError(f"A Fisher information needs logits (N, classes) of at least two classes; got {shape}. {hint}")
 
 
-def _mas(logits: Tensor, labels: Tensor | None, options: KindOptions) -> Iterable[Tensor]:
-    return [mas_cotangent(logits)]
-
-
-def _fisher(logits: Tensor, labels: Tensor | None, options: KindOptions) -> Iterable[Tensor]:
+def _fisher(logits: Tensor, labels: Tensor | None, options: Any) -> Iterable[Tensor]:
     if options.draws == "all":
-        return expected_fisher_cotangents(logits)
-    assert not isinstance(options.generator, int)
-    return fisher_cotangents(logits, options.draws, options.generator)
+        return objectives.expected_fisher_cotangents(logits)
+    return objectives.fisher_cotangents(logits, options.draws, options.generator)
 
 
-def _empirical_fisher(logits: Tensor, labels: Tensor | None, options: KindOptions) -> Iterable[Tensor]:
-    assert labels is not None
-    return [label_cotangent(logits, labels, may_ignore=options.class_dim is not None)]
+def _empirical_fisher(logits: Tensor, labels: Any, options: KindOptions) -> Iterable[Tensor]:
+    return [objectives.label_cotangent(logits, labels, may_ignore=options.class_dim is not None)]
 
 
 IMPORTANCE_KINDS = Registry(
     "importance kind",
     [
-        ImportanceKind("mas", "Aljundi et al., ECCV 2018", 1, _mas),
+        ImportanceKind("mas", "Aljundi et al., ECCV 2018", 1, lambda logits, *_: [objectives.mas_cotangent(logits)]),
         ImportanceKind("fisher", "Amari, Neural Computation 1998", 2, _fisher, ("draws", "class_dim"), 1e-8),
-        ImportanceKind(
-            "empirical_fisher", "Kirkpatrick et al., PNAS 2017", 2, _empirical_fisher, ("labels", "class_dim")
-        ),
+        ImportanceKind("empirical_fisher", "Kirkpatrick et al., 2017", 2, _empirical_fisher, ("labels", "class_dim")),
     ],
 )
-"""All importance kinds, by name. To add one, register an :class:`ImportanceKind`."""
+"""All importance kinds by name. To add one, register an :class:`ImportanceKind`."""

@@ -16,44 +16,30 @@ from pl_personalize.per_sample.module_state import ForwardState, evaluating
 from pl_personalize.per_sample.norm_gradients import right_norm_gradients
 
 
-class BatchPowerSums:
+class BatchPowerSums(ExitStack):
     r"""Accumulates :math:`|\partial \frac1n \sum_i \langle c_i, f(x_i) \rangle / \partial \theta|^p` over batches.
 
-    The counterpart of :class:`~pl_personalize.per_sample.power_sums.PerSamplePowerSums`, for comparison: it depends on
-    the batch size (De Lange et al., CVPR 2020). A context manager, inside which the model is in eval mode.
-
-    Args:
-        model: The network.
-        parameters: The parameters to sum for, by name.
-        power: 1 for absolute values, 2 for squares.
-        forward: ``(model, batch) -> output``.
-
-    Attributes:
-        sums: The sums so far, by parameter name.
-        reached: Names of the parameters that a gradient has reached.
-        routes: ``"batch"`` for each parameter.
+    The counterpart of :class:`~pl_personalize.per_sample.power_sums.PerSamplePowerSums`, with the same arguments, for
+    comparison: it depends on the batch size (De Lange et al., CVPR 2020).
     """
 
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, power: int, forward: Forward
     ) -> None:
+        super().__init__()
         self._model, self._parameters, self._power, self._forward = model, list(parameters.values()), power, forward
-        self._contexts = ExitStack()
         self.sums = {name: torch.zeros_like(p, dtype=sum_type(p)) for name, p in parameters.items()}
         self.reached: set[str] = set()
         self.routes = dict.fromkeys(parameters, "batch")
 
     def __enter__(self) -> Self:
-        self._contexts.enter_context(evaluating(self._model))
-        self._contexts.enter_context(right_norm_gradients())
+        self.enter_context(evaluating(self._model))
+        self.enter_context(right_norm_gradients())
         self._state = ForwardState(self._model)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._contexts.close()
-
     def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]) -> None:
-        """Add the powers of one batch's gradient; the arguments are those of ``PerSamplePowerSums.add``.
+        """Add the powers of one batch's gradient.
 
         Raises:
             ValueError: If the output is not finite, or no parameter has a gradient.
@@ -64,9 +50,8 @@ class BatchPowerSums:
             raise ValueError(NO_GRADIENT)
         directions = list(cotangents(logits.detach()))
         for k, direction in enumerate(directions, start=1):
-            more = k < len(directions)
             gradients = torch.autograd.grad(
-                logits, self._parameters, direction / num_samples, allow_unused=True, retain_graph=more
+                logits, self._parameters, direction / num_samples, k < len(directions), allow_unused=True
             )
             for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
                 if gradient is not None:  # squared in the precision of the sum

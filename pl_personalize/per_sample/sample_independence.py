@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pl_personalize.functional.batches import check_logits
 
@@ -60,16 +59,7 @@ def _alone(network: Network, modules: Mapping[nn.Module, str], sample: Any) -> T
     try:
         return network(sample)
     except Exception as error:
-        entered: list[nn.Module] = []
-        handles: list[RemovableHandle] = []
-        try:
-            for module in modules:
-                handles.append(module.register_forward_pre_hook(lambda module, _: entered.append(module)))
-            with suppress(Exception):
-                network(sample)
-        finally:
-            for handle in handles:
-                handle.remove()
+        entered, _ = _calls(network, modules, sample)
         culprit = described(entered[-1], modules) if entered else "The model"
         raise ValueError(
             f"{culprit} works on a batch but fails on one of its samples alone: {error}. Importances per sample need a "
@@ -78,30 +68,28 @@ def _alone(network: Network, modules: Mapping[nn.Module, str], sample: Any) -> T
         ) from error
 
 
+def _calls(
+    network: Network, modules: Mapping[nn.Module, str], batch: Any
+) -> tuple[list[nn.Module], list[tuple[nn.Module, Any]]]:
+    """The modules that a forward enters, and those that it leaves with their outputs; errors end it."""
+    entered: list[nn.Module] = []
+    left: list[tuple[nn.Module, Any]] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(lambda m, _: entered.append(m)).remove)
+            hooks.callback(module.register_forward_hook(lambda m, _, output: left.append((m, output))).remove)
+        with suppress(Exception):
+            network(batch)
+    return entered, left
+
+
 def _first_to_mix(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> nn.Module | None:
     """The first module whose output for the batch differs from those for its samples, if any."""
-    outputs: list[list[tuple[nn.Module, Any]]] = []
-    for inputs in (batch, *samples):
-        noted: list[tuple[nn.Module, Any]] = []
-        handles: list[RemovableHandle] = []
-
-        def note(module: nn.Module, _: Any, output: Any, noted: list[tuple[nn.Module, Any]] = noted) -> None:
-            noted.append((module, output))
-
-        try:
-            handles += [module.register_forward_hook(note) for module in modules]
-            network(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs.append(noted)
-    for calls in zip(*outputs, strict=False):
-        module: nn.Module = calls[0][0]
-        both = calls[0][1]
-        parts = [one for _, one in calls[1:]]
-        if isinstance(both, Tensor) and all(isinstance(one, Tensor) for one in parts) and both.dim() > 0:
+    for (module, both), *alone in zip(*(_calls(network, modules, x)[1] for x in (batch, *samples)), strict=False):
+        parts = [output for _, output in alone]
+        if isinstance(both, Tensor) and all(isinstance(part, Tensor) for part in parts) and both.dim() > 0:
             rows = torch.cat(parts) if parts[0].dim() > 0 else both
             if rows.shape == both.shape and not _is_close(both, rows):
                 return module
@@ -110,8 +98,6 @@ def _first_to_mix(
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
-    return (
-        bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
-        if a.is_floating_point()
-        else bool((a == b).all())
-    )
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    return bool((a - b).norm() <= tolerance * b.norm() + torch.finfo(a.dtype).tiny)
