@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from tqdm.auto import tqdm
 
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
-from pl_personalize.functional.batches import Forward, batch_size, batch_tensors, call_model, copy_batch
+from pl_personalize.functional.batches import Forward, call_model
 from pl_personalize.functional.names import some
-from pl_personalize.per_sample.batchnorm_pass import AllReduce, BatchwisePass, ExactPass
+from pl_personalize.per_sample.batchnorm_pass import AllReduce, Batches, BatchwisePass, ExactPass
 from pl_personalize.per_sample.module_state import evaluating, isolated, model_kept
 
 
@@ -117,7 +115,7 @@ def estimate_batchnorm(
         rank_zero_warn(f"{type(model).__name__} has no batch-norm layers, so there is nothing to adapt.")
         return BatchNormStatistics({})
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    data = _Data(dataloader, device, progress=progress)
+    data = Batches(dataloader, device, progress=progress)
     with isolated(device), torch.no_grad(), model_kept(model), evaluating(model):
         run = (ExactPass if exact else BatchwisePass)(model, layers, forward or call_model, prior_samples, all_reduce)
         run.estimate(data, int(max_scratch_mb * 2**20))
@@ -139,33 +137,3 @@ def check_adaptation(prior_samples: float, max_scratch_mb: float) -> None:
         raise ValueError(f"prior_samples must be 0 or more, and finite; got {prior_samples}.")
     if not 0 < max_scratch_mb < float("inf"):
         raise ValueError(f"max_scratch_mb must be positive; got {max_scratch_mb}.")
-
-
-class _Data:
-    """Batches on the device, which can be read several times."""
-
-    def __init__(self, source: Iterable[Any], device: torch.device, *, progress: bool) -> None:
-        self._source, self._device, self._progress = source, device, progress
-        self._kept: list[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._kept is not None:
-            yield from (copy_batch(batch) for batch in self._kept)
-            return
-        hidden = not self._progress
-        for batch in tqdm(self._source, desc="Batch norm", unit="batch", delay=2, disable=hidden, leave=False):
-            if batch_size(batch):
-                yield move_data_to_device(batch, self._device)
-
-    def keep(self, max_bytes: int) -> list[Any] | None:
-        """Keep all batches for later reads, if they fit; ``None`` otherwise."""
-        if isinstance(self._source, Iterator):
-            self._source = list(self._source)  # an iterator can be read only once
-        kept, size = [], 0
-        for batch in self:
-            kept.append(batch)
-            size += sum(tensor.numel() * tensor.element_size() for tensor in batch_tensors(batch))
-            if size > max_bytes:
-                return None
-        self._kept = kept
-        return kept

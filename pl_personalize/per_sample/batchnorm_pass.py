@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from pl_personalize.functional.batches import (
@@ -28,14 +30,40 @@ from pl_personalize.per_sample.module_state import buffers_kept
 AllReduce = Callable[[Tensor], Tensor]
 
 
-class ReadBatches(Protocol):
-    """Batches that can be read several times, or kept."""
+class Batches:
+    """Batches on a device, which can be read several times.
+
+    Args:
+        source: The batches.
+        device: The device.
+        progress: Show a progress bar.
+    """
+
+    def __init__(self, source: Iterable[Any], device: torch.device, *, progress: bool = False) -> None:
+        self._source, self._device, self._progress = source, device, progress
+        self._kept: list[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the batches, on the model's device."""
+        if self._kept is not None:
+            yield from (copy_batch(batch) for batch in self._kept)
+            return
+        hidden = not self._progress
+        for batch in tqdm(self._source, desc="Batch norm", unit="batch", delay=2, disable=hidden, leave=False):
+            if batch_size(batch):
+                yield move_data_to_device(batch, self._device)
 
     def keep(self, max_bytes: int) -> list[Any] | None:
         """Keep all batches for later reads, if they fit; ``None`` otherwise."""
+        if isinstance(self._source, Iterator):
+            self._source = list(self._source)  # an iterator can be read only once
+        kept, size = [], 0
+        for batch in self:
+            kept.append(batch)
+            size += sum(tensor.numel() * tensor.element_size() for tensor in batch_tensors(batch))
+            if size > max_bytes:
+                return None
+        self._kept = kept
+        return kept
 
 
 class StatisticsPass(ABC):
@@ -69,7 +97,7 @@ class StatisticsPass(ABC):
         """Moments by which a layer normalizes its input; ``None`` for its present statistics."""
 
     @abstractmethod
-    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+    def estimate(self, data: Batches, max_bytes: int) -> None:
         """Estimate the moments of every layer.
 
         Args:
@@ -146,7 +174,7 @@ class BatchwisePass(StatisticsPass):
     """One pass, in which each layer normalizes by the current batch."""
 
     @override
-    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+    def estimate(self, data: Batches, max_bytes: int) -> None:
         """Sum the moments over all batches."""
         count = 0
         for batch in data:
@@ -182,7 +210,7 @@ class ExactPass(StatisticsPass):
         self._all_at_once = False
 
     @override
-    def estimate(self, data: ReadBatches, max_bytes: int) -> None:
+    def estimate(self, data: Batches, max_bytes: int) -> None:
         """Use one batch of everything, or else go layer by layer."""
         kept = data.keep(max_bytes)
         whole = concatenate_batches(kept) if kept and self.all_reduce is None else None
