@@ -85,11 +85,7 @@ def map_samples(
 ) -> Any:
     """A copy of a batch of ``size`` samples in which the parts that hold samples are replaced.
 
-    Args:
-        batch: The batch.
-        size: Its number of samples.
-        on_rows: Maps a tensor with the samples in its first dimension to its replacement.
-        on_items: The same for a list or tuple with one item per sample.
+    ``on_rows`` maps tensors with the samples in their first dimension, ``on_items`` lists or tuples with one item each.
     """
     has_rows = any(tensor.shape[:1] == (size,) for tensor in _tensors_outside_of_lists(batch))
 

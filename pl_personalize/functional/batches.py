@@ -90,16 +90,16 @@ def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
     """
     kind = type(batch).__name__
     if labels is None:
-        return _as_labels(_usual_labels(batch), f"the batch ({kind}) has none", batch)
+        return _as_labels(_usual_labels(batch), f"the batch ({kind}) has none")
     if callable(labels):
-        return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})", batch)
+        return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})")
     try:
         found: Any = batch[labels] if isinstance(batch, Mapping | Sequence) else None  # type: ignore[index]
     except (LookupError, TypeError):
         found = None
     if found is None and isinstance(labels, str):
         found = getattr(batch, labels, None)
-    return _as_labels(found, f"the batch ({kind}) has no tensor {labels!r}", batch)
+    return _as_labels(found, f"the batch ({kind}) has no tensor {labels!r}")
 
 
 def _usual_labels(batch: Any) -> Any:
@@ -116,7 +116,7 @@ def _usual_labels(batch: Any) -> Any:
     return batch[1] if isinstance(batch, Sequence) and len(batch) == 2 else None
 
 
-def _as_labels(found: Any, problem: str, batch: Any) -> Tensor:
+def _as_labels(found: Any, problem: str) -> Tensor:
     if isinstance(found, Tensor):
         return found
     raise ValueError(
@@ -140,11 +140,7 @@ def call_model(model: torch.nn.Module, batch: Any, label_key: Any = None) -> Any
 
 
 def as_input(batch: Any) -> Any:
-    """Input of a batch other than a dict: the tensor itself, or the first item.
-
-    Raises:
-        ValueError: If the batch is neither a tensor nor a sequence.
-    """
+    """Input of a batch other than a dict: the tensor itself, or the first item of a sequence."""
     if not isinstance(batch, Tensor | Sequence):
         raise ValueError(
             f"The input in a batch of type {type(batch).__name__} is unknown: pass forward=lambda model, batch: ... to "
@@ -159,12 +155,10 @@ def as_logits(output: Any) -> Tensor:
     Raises:
         ValueError: If there are none.
     """
-    if not isinstance(output, Tensor):
-        output = (
-            output["logits"]
-            if isinstance(output, Mapping) and "logits" in output
-            else getattr(output, "logits", output)
-        )
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise ValueError(
             f"The model must return logits with a batch dimension, or an object with `.logits`; it returned a "
@@ -174,11 +168,7 @@ def as_logits(output: Any) -> Tensor:
 
 
 def check_logits(logits: Tensor, num_samples: int) -> None:
-    """Check that there is one row of logits per sample, and that all are finite.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Raise a ``ValueError`` unless there is one row of logits per sample, and all are finite."""
     if logits.shape[0] != num_samples:
         raise ValueError(f"The model returned {logits.shape[0]} rows of logits for {num_samples} samples.")
     if not torch.isfinite(logits).all():
@@ -247,9 +237,9 @@ def concatenate_batches(batches: Sequence[Any]) -> Any | None:
         rows.append([])
         lists.append([])
         rest.append(map_samples(batch, size, rows[-1].append, lists[-1].append))
-    alike = len({tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}) == 1
-    alike = alike and len({tuple(map(type, some_lists)) for some_lists in lists}) == 1
-    if not alike or not all(are_same(rest[0], other) for other in rest):
+    alike = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
+    types = {tuple(map(type, some_lists)) for some_lists in lists}
+    if len(alike) != 1 or len(types) != 1 or not all(are_same(rest[0], other) for other in rest):
         return None
     columns, longer = iter(zip(*rows, strict=True)), iter(zip(*lists, strict=True))
     return map_samples(

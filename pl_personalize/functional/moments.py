@@ -33,10 +33,8 @@ def channel_moments(x: Tensor) -> Tensor:
 def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
     """Mean and variance, each (C,), from moments (3, C).
 
-    Args:
-        moments: Moments of at least one value per channel.
-        unbiased: Divide by n - 1, as for running statistics, instead of n, as for normalization by a batch. A single
-            value has variance 0.
+    The unbiased variance, as in running statistics, divides by n - 1; the other, by n, as in normalization by a batch.
+    A single value has variance 0.
 
     Example:
         >>> mean, variance = mean_and_variance(channel_moments(torch.tensor([[3.0], [4.0]])), unbiased=True)
@@ -54,12 +52,7 @@ def pooled_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture of sources, each (C,).
 
-    The variance includes the variance between the sources' means.
-
-    Args:
-        means: Means of the sources.
-        variances: Variances of the sources.
-        weights: Weights of the sources; by default equal.
+    The variance includes the variance between the sources' means. ``weights`` are equal by default.
 
     Example:
         >>> mean, variance = pooled_statistics([torch.tensor([0.0]), torch.tensor([2.0])], [torch.ones(1)] * 2)
@@ -78,12 +71,8 @@ def pooled_statistics(
 def in_precision_of(other: Tensor, value: Tensor, what: str) -> Tensor:
     """A statistic in the type and on the device of another tensor.
 
-    Values too small for the type become 0, which is harmless: a layer adds its ``eps`` to a variance.
-
-    Args:
-        other: Tensor of the type and device.
-        value: The statistic, (C,).
-        what: Its name, for the message.
+    Values too small for the type become 0, which is harmless: a layer adds its ``eps`` to a variance. Messages call the
+    statistic ``what``.
 
     Raises:
         ValueError: If a finite entry is too large for the type.

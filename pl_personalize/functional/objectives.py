@@ -68,21 +68,8 @@ def _less_one(probabilities: Tensor, labels: Tensor) -> Tensor:
     return others.scatter_(1, index, -others.sum(1, keepdim=True))
 
 
-def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """Draw labels from the model's own softmax, independently at each position.
-
-    Args:
-        logits: (n, classes, *).
-        draws: Number of independent draws.
-        generator: Source of randomness; drawn on its device.
-
-    Returns:
-        (n, *, draws), on the logits' device.
-    """
-    return _draw(_probabilities(logits), draws, generator)
-
-
-def _draw(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+def draw_labels(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Draw labels (n, *, draws) from probabilities (n, classes, *), independently at each position."""
     rows = probabilities.movedim(1, -1)
     moved = rows.reshape(-1, rows.shape[-1]).to(rows.device if generator is None else generator.device)
     labels = torch.multinomial(moved, draws, replacement=True, generator=generator)
@@ -101,7 +88,7 @@ def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | N
         ``draws`` tensors (n, classes, *).
     """
     probabilities = _probabilities(logits)
-    labels = _draw(probabilities, draws, generator)
+    labels = draw_labels(probabilities, draws, generator)
     for k in range(draws):
         yield (_less_one(probabilities, labels[..., k]) / draws**0.5).to(logits.dtype)
 

@@ -21,8 +21,8 @@ def rounding_of_sums(grad: Tensor, entries: int) -> float:
         entries: Number of entries of the bias.
 
     Returns:
-        Eight units of precision (for the roundings on the way) times the sum of absolute values of an entry: root mean
-        square over entries, maximum over samples. 0 if that is not finite.
+        Eight units of precision times the sum of absolute values of an entry: root mean square over entries, maximum
+        over samples. 0 if that is not finite.
     """
     if grad.layout != torch.strided or not grad.numel() or not entries:
         return 0.0
@@ -55,7 +55,7 @@ def beyond_rounding(
         errors: Norms of the differences, by parameter name.
         sizes: Norms of the right values.
         counts: Numbers of entries.
-        dtype: Type in which they were computed.
+        dtype: Type of the computation.
         power: 1 if absolute values were summed, 2 for squares.
         left: Rounding errors of an entry of a gradient, if known: see :func:`rounding_of_sums`.
         exhausted: Names without a slower route, which get a larger tolerance.

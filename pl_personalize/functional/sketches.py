@@ -17,11 +17,6 @@ class Sketch:
 
     For a matrix :math:`A`, it is :math:`A U / \sqrt{4}` with four fixed columns of normal numbers in :math:`U`, so that
     :math:`E \|A U / \sqrt{4}\|^2 = \|A\|_F^2`. A small tensor is its own sketch.
-
-    Args:
-        shape: Shape of the tensor.
-        dtype: Type to compute in.
-        device: Device to compute on.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 class SplitAttention:
     """Replacement of an attention's ``forward`` that computes batched self-attention by layers.
 
-    Args:
-        layer: The attention, which is not changed until :meth:`attach`.
-
-    Attributes:
-        projections: The layers for queries, keys and values together, and for the output. They share the parameters of
-            the attention.
+    Its ``projections``, one for queries, keys and values and one for the output, share the attention's parameters.
     """
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:
@@ -31,17 +26,13 @@ class SplitAttention:
             _linear(layer.in_proj_weight, layer.in_proj_bias),
             _linear(layer.out_proj.weight, layer.out_proj.bias),
         )
-        self._is_recording: Callable[[], bool] = lambda: False
-        self._on_other_use: Callable[[nn.Module], None] = lambda projection: None
 
     def attach(
         self, is_recording: Callable[[], bool], on_other_use: Callable[[nn.Module], None] = lambda projection: None
     ) -> None:
         """Replace the ``forward``, which computes by layers whenever ``is_recording()``.
 
-        Args:
-            is_recording: Called at each call of the attention.
-            on_other_use: Called with each projection if the call is not batched self-attention.
+        If that is not possible for a call, ``on_other_use`` is called with each projection.
         """
         self._is_recording, self._on_other_use = is_recording, on_other_use
         self._layer.forward = self._forward  # type: ignore[method-assign]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import compress
 from typing import Any
 
 import torch
@@ -31,13 +32,7 @@ AllReduce = Callable[[Tensor], Tensor]
 
 
 class Batches:
-    """Batches on a device, which can be read several times.
-
-    Args:
-        source: The batches.
-        device: The device.
-        progress: Show a progress bar.
-    """
+    """Batches on a device, which can be read several times."""
 
     def __init__(self, source: Iterable[Any], device: torch.device, *, progress: bool = False) -> None:
         self._source, self._device, self._progress = source, device, progress
@@ -98,28 +93,15 @@ class StatisticsPass(ABC):
 
     @abstractmethod
     def estimate(self, data: Batches, max_bytes: int) -> None:
-        """Estimate the moments of every layer.
-
-        Args:
-            data: The batches.
-            max_bytes: Memory for data and activations held at once.
-        """
+        """Estimate the moments of every layer, holding at most ``max_bytes`` of data and activations at once."""
 
     def forward(self, batch: Any) -> None:
-        """Run the model on a batch.
-
-        Raises:
-            ValueError: If a layer does not normalize by ``F.batch_norm``.
-        """
+        """Run the model on a batch."""
         with self._batch_norm_calls.active():
             self._forward(self.model, batch)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Running statistics computed from the moments.
-
-        Raises:
-            ValueError: If a layer saw a single value without a prior, or a statistic is not finite or too large.
-        """
+        """Running statistics computed from the moments."""
         found: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
             if moments[0].max() <= 1 and not self.prior_samples:
@@ -249,13 +231,11 @@ class ExactPass(StatisticsPass):
                 self.forward(batch)
         if not self.num_samples:
             self._count(count)
-        new = False
         reached = torch.tensor([int(name in self._found) for name in self.layers], device=self._device)
-        for (name, layer), times in zip(self.layers.items(), self._sum(reached).tolist(), strict=True):
-            if times:
-                self._known[name].append(self._sum(self._found.get(name, _no_moments(layer))))
-                new = True
-        return new
+        times = self._sum(reached).tolist()
+        for name in compress(self.layers, times):
+            self._known[name].append(self._sum(self._found.get(name, _no_moments(self.layers[name]))))
+        return any(times)
 
     @override
     def see(self, name: str, x: Tensor) -> Tensor | None:
@@ -284,12 +264,10 @@ class ExactPass(StatisticsPass):
 
         count = min(2, batch_size(batch))
         sample = copy_batch(slice_batch(batch, batch_size(batch), slice(0, count)))
-        handles = [layer.register_forward_hook(measure) for layer in self.model.modules()]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.model.modules():
+                hooks.callback(layer.register_forward_hook(measure).remove)
             self._forward(self.model, sample)
-        finally:
-            for handle in handles:
-                handle.remove()
         return 3 * largest * num_samples <= max_bytes * count
 
 

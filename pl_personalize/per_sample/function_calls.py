@@ -12,12 +12,7 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any
 
 
 class FunctionCalls(TorchFunctionMode):
-    """Context in which calls of some torch functions go to a handler. TorchScript is out of reach.
-
-    Args:
-        functions: The functions.
-        handler: ``(function, args, kwargs) -> result``, called in place of each of them.
-    """
+    """Context in which ``handler(function, args, kwargs)`` replaces calls of some functions, except in TorchScript."""
 
     def __init__(self, functions: Collection[Callable[..., Any]], handler: Handler) -> None:
         super().__init__()
@@ -31,4 +26,5 @@ class FunctionCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return (self._handler(func, args, kwargs or {})) if func in self._functions else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return self._handler(func, args, kwargs) if func in self._functions else func(*args, **kwargs)

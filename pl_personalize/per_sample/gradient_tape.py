@@ -22,11 +22,7 @@ NO_GRADIENT = "The model's output has no gradient with respect to any of the sel
 
 
 class TapeError(ValueError):
-    """Error of a layer that is used in a way that its rule does not cover.
-
-    Attributes:
-        layer: The layer.
-    """
+    """Error of a ``layer`` that is used in a way that its rule does not cover."""
 
     def __init__(self, layer: nn.Module, message: str) -> None:
         super().__init__(message)
@@ -243,12 +239,9 @@ class GradientTape:
         add_power_sums_(total.view(grad.movedim(dim, 0).shape[1:]), grad.movedim(dim, 0), self.power)
 
     def backward(self, logits: Tensor, cotangent: Tensor, *, last: bool) -> None:
-        """Add the sums for the recorded pass and one cotangent.
+        """Add the sums for the recorded pass and one cotangent, both with the shape (n, *) of the logits.
 
-        Args:
-            logits: The network's output in the recorded pass, (n, *).
-            cotangent: Gradient of the objective with respect to it, of the same shape.
-            last: Whether this is the last cotangent for this pass, so that recorded tensors can be freed on the way.
+        The ``last`` cotangent for a pass frees recorded tensors on the way.
         """
         if self._anchor is None or not logits.requires_grad:  # the output depends on no recorded layer
             return
@@ -346,9 +339,6 @@ class GradientTape:
         return [members for _, members in groups]
 
     def _accumulate(self, uses: list[LayerUse]) -> None:
-        for use in uses:
-            assert use.x is not None
-            assert use.grad is not None
         first, rule = uses[0], self.rules[uses[0].layer]
         assert first.x is not None
         assert first.grad is not None

@@ -260,21 +260,17 @@ class PerSamplePowerSums:
             self._reached.add(name)
             return gradient.new_zeros(()).expand_as(gradient) if is_dense else gradient  # zeros hold no memory
 
-        handles = []
-        try:
+        with ExitStack() as contexts:
+            contexts.callback(self._network.put_back)
             for name, parameter in parameters.items():
+                contexts.callback(parameter.requires_grad_, False)
                 parameter.requires_grad_(True)
-                handles.append(parameter.register_hook(partial(take, name)))  # type: ignore[no-untyped-call]
+                hook = parameter.register_hook(partial(take, name))  # type: ignore[no-untyped-call]
+                contexts.callback(hook.remove)
             logits = self._network(sample)
             if logits.requires_grad:
                 torch.autograd.grad(logits, list(parameters.values()), cotangent, allow_unused=True)
             return bool(logits.requires_grad)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-            self._network.put_back()
 
     def _add_power(self, name: str, gradient: Tensor) -> None:
         add_power_sums_(self.sums[name], gradient.unsqueeze(0), self._power)

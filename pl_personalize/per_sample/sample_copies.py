@@ -15,10 +15,8 @@ class SampleCopies:
 
     A module that adds a parameter to its input, multiplies the two or concatenates them computes the same from copies
     with the samples in the dimension of the input. The shape is not known in advance, so :meth:`try_next` goes through
-    several until the gradients are right or none is left.
-
-    Args:
-        places: Module and local name of each parameter, with its full name. Each has a single owner.
+    several until the gradients are right or none is left. ``places`` are modules and local names of parameters with a
+    single owner, mapped to their full names.
     """
 
     def __init__(self, places: Mapping[Place, str]) -> None:
@@ -41,13 +39,9 @@ class SampleCopies:
         on_gradients: Callable[[str, int, Tensor], None] | None = None,
         only: Iterable[Place] | None = None,
     ) -> None:
-        """Put the copies in place.
+        """Put ``num_samples`` copies in place, by default everywhere, after ``make_root`` made them part of the graph.
 
-        Args:
-            num_samples: Number of copies.
-            make_root: Makes a tensor part of the graph.
-            on_gradients: Called with a parameter's name, the dimension of the samples and the copies' gradients.
-            only: Places to replace; by default all.
+        ``on_gradients`` is called with a parameter's name, the dimension of the samples and the copies' gradients.
         """
         for place in self._names if only is None else only:
             dim, shape = self._shapes[place][0]

@@ -17,19 +17,11 @@ Network = Callable[[Any], Tensor]
 def logits_of_independent_samples(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> Tensor:
-    """Logits of a batch, after checking that each sample alone has the same.
-
-    Args:
-        network: Maps a batch to logits, in eval mode.
-        modules: Modules to name in messages, with their names.
-        batch: A batch of n samples.
-        samples: The same samples as batches of one.
-
-    Returns:
-        The (n, *) logits, detached.
+    """Detached logits (n, *) of a batch, after checking that each of its samples alone has the same.
 
     Raises:
-        ValueError: If the network is random, fails on one sample, or mixes samples. The message names the module.
+        ValueError: If the network is random, fails on one sample, or mixes samples. The message names which of the
+            ``modules`` does, given with their names.
     """
     together = network(batch).detach()
     check_logits(together, len(samples))
