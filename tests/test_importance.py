@@ -2,25 +2,11 @@
 
 import pytest
 import torch
-from networks import make_network
-from reference import relative_error
+from networks import labelled_batches, make_network
+from reference import KINDS, relative_error
 
 from pl_personalize import ArtifactError, Importance, estimate_importance
 from pl_personalize.artifacts import save_tensors
-
-KINDS = {
-    "mas": ("mas", {}),
-    "fisher": ("expected_fisher", {"draws": "all"}),
-    "empirical_fisher": ("empirical_fisher", {}),
-}
-
-
-def _labels(x):
-    return torch.arange(len(x)) * 2 % 3
-
-
-def _batches(x, sizes):
-    return list(zip(x.split(sizes), _labels(x).split(sizes), strict=True))
 
 
 def _importance(values=(0.5, 2.0), num_samples=8, kind="mas", name="layer.weight", **options):
@@ -151,7 +137,7 @@ def test_loading_what_is_no_importance_is_refused_by_the_files_name(tmp_path, va
 @pytest.mark.parametrize("kind", KINDS)
 def test_combining_equals_one_pass_over_all_the_data(kind):
     model, x = make_network("residual", 9)
-    parts = _batches(x, [2, 6, 1])
+    parts = labelled_batches(x, [2, 6, 1])
     right = estimate_importance(model, parts, kind, **KINDS[kind][1])
 
     combined = Importance.combine(estimate_importance(model, [part], kind, **KINDS[kind][1]) for part in parts)

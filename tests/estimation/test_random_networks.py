@@ -3,16 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import naive_importance
+from reference import KINDS, naive_importance
 from torch import nn
 
 from pl_personalize import estimate_importance
 
-KINDS = {
-    "mas": ("mas", {}),
-    "fisher": ("expected_fisher", {"draws": "all"}),
-    "empirical_fisher": ("empirical_fisher", {}),
-}
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-10}
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
 ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.PReLU, nn.GELU, lambda: nn.ReLU(inplace=True))
