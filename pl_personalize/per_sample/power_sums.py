@@ -135,12 +135,12 @@ class PerSamplePowerSums:
         with ExitStack() as contexts:  # undoes everything if an error, or Ctrl-C, comes in between
             for parameter in model.parameters():
                 contexts.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
             contexts.enter_context(evaluating(model))
             contexts.enter_context(right_norm_gradients())
             contexts.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             contexts.callback(setattr, self._network, "state", None)
             contexts.callback(self._tape.detach)
-            model.requires_grad_(False)
             self._tape.attach()
             torch.backends.mha.set_fastpath_enabled(False)  # it would bypass layers
             self._network.state = ForwardState(model)

@@ -315,12 +315,31 @@ def test_a_parameter_that_another_process_reached_is_reached(reduction: Any) -> 
     assert all(value.any() for value in found.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224"])
+# Narrow ones with a block in each stage.
+_OF_TIMM: dict[str, dict[str, Any]] = {
+    "levit_128s": {
+        "embed_dim": (16, 32, 48),
+        "key_dim": 8,
+        "num_heads": (2, 3, 4),
+        "depth": (1, 1, 1),
+        "img_size": 96,
+    },
+    "tiny_vit_5m_224": {
+        "embed_dims": (8, 16, 24, 32),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2, 3, 4),
+        "window_sizes": (2, 2, 2, 2),
+    },
+}
+
+
+@pytest.mark.parametrize("name", _OF_TIMM)
 def test_networks_of_timm_that_keep_tables(name: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model, x = timm.create_model(name, num_classes=3).double(), torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    model = timm.create_model(name, num_classes=3, **_OF_TIMM[name]).double()
+    size = _OF_TIMM[name].get("img_size", 64)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)  # of some, 0 at first
@@ -343,7 +362,7 @@ def test_networks_of_timm_that_keep_tables(name: str) -> None:
         assert float((found[key] - right[key]).norm()) < 1e-8 * float(right[key].norm()) + rounding, key
         assert found[key].any(), key
     model.train()
-    other = timm.create_model(name, num_classes=3).double()
+    other = timm.create_model(name, num_classes=3, **_OF_TIMM[name]).double()
     estimate_importance(model, [x], "mas", exclude=[key for key in found if key != tables[0]])
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model.eval()(x), other.eval()(x), rtol=1e-4, atol=1e-4)

@@ -340,7 +340,7 @@ def changes_by_moment(name: str, reduction: str, moment: Moment, most: int) -> d
 @each_reduction
 @each_network
 def test_a_signal_at_any_moment_of_the_pass_changes_nothing(name: str, reduction: str) -> None:
-    assert changes_by_moment(name, reduction, during_the_pass, 40) == {}
+    assert changes_by_moment(name, reduction, during_the_pass, 20) == {}
 
 
 @pytest.mark.parametrize(
@@ -356,4 +356,4 @@ def test_a_signal_at_any_moment_of_the_pass_changes_nothing(name: str, reduction
 def test_a_signal_while_the_model_is_prepared_or_put_back_changes_nothing(
     name: str, reduction: str, moment: Moment
 ) -> None:
-    assert changes_by_moment(name, reduction, moment, 60) == {}
+    assert changes_by_moment(name, reduction, moment, 30) == {}
