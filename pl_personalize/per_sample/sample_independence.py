@@ -79,6 +79,7 @@ def _first_to_mix(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> nn.Module | None:
     """The first module whose output for the batch differs from those for its samples, if any."""
+    module: nn.Module
     for (module, both), *alone in zip(*(_calls(network, modules, x)[1] for x in (batch, *samples)), strict=False):
         parts = [output for _, output in alone]
         if isinstance(both, Tensor) and all(isinstance(part, Tensor) for part in parts) and both.dim() > 0:
