@@ -27,7 +27,7 @@ from pl_personalize.callbacks.module_contexts import (
 )
 from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
-from pl_personalize.functional.batchnorm_pass import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class AdaBN(EstimationCallback):

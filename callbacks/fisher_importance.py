@@ -13,7 +13,7 @@ from torch import Tensor
 from pl_personalize.callbacks.data_source import Stage
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
 from pl_personalize.estimation import check_options
-from pl_personalize.functional.per_sample import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class FisherImportance(ImportanceCallback):

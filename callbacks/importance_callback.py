@@ -25,7 +25,7 @@ from pl_personalize.callbacks.module_contexts import (
 from pl_personalize.callbacks.pass_over_data import PassOverData, refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
-from pl_personalize.functional.per_sample import Forward
+from pl_personalize.functional.batches import Forward
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.importance import Importance, Kind
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
-from pl_personalize.functional.module_state import buffers_kept, forward_state_kept
+from pl_personalize.per_sample.module_state import ForwardState, kept
 
 _LOGS = ("log", "log_dict")
 
@@ -39,25 +39,19 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool =
     if not path:
         yield
         return
-    before = [(parameter, parameter.detach().clone()) for parameter in pl_module.parameters()]
-    try:
-        with buffers_kept(pl_module), forward_state_kept(pl_module):
-            try:
-                checkpoint = {"state_dict": _read(path)}
-                if is_overridden("on_load_checkpoint", pl_module):
-                    pl_module.on_load_checkpoint(checkpoint)  # it may restore what it has left out of the file
-                pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-            except Exception as error:  # a user's hook may raise anything
-                what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
-                raise MisconfigurationException(
-                    f"The weights of the best checkpoint cannot be used: {what} Use those of the last epoch with "
-                    "weights='last'."
-                ) from error
-            yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
+    with kept([*pl_module.parameters(), *pl_module.buffers()]), ForwardState(pl_module):
+        try:
+            checkpoint = {"state_dict": _read(path)}
+            if is_overridden("on_load_checkpoint", pl_module):
+                pl_module.on_load_checkpoint(checkpoint)  # it may restore what it has left out of the file
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+        except Exception as error:  # a user's hook may raise anything
+            what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
+            raise MisconfigurationException(
+                f"The weights of the best checkpoint cannot be used: {what} Use those of the last epoch with "
+                "weights='last'."
+            ) from error
+        yield
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
-from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.per_sample.power_sums import PerSamplePowerSums
 from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.run_folder import check_writable
 

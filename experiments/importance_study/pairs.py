@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.datamodules import TaskIncrementalDataModule
-from pl_personalize.functional.correlation import pearson_matrix, spearman_matrix
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork
@@ -177,7 +179,7 @@ def correlate(
     for parameters, values in views(list(found.values())):
         if values.shape[1] < 2:
             continue
-        pearson, spearman = pearson_matrix(values), spearman_matrix(values)
+        pearson, spearman = correlations(values)
         for relation, first, second in pairs:
             where = places[first], places[second]
             rows.append(
@@ -196,6 +198,14 @@ def correlate(
                 )
             )
     return rows
+
+
+def correlations(rows: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pearson's and Spearman's correlation of each row (k, n) with each, (k, k); NaN for constant rows."""
+    values = rows.double().numpy()
+    with np.errstate(invalid="ignore"):
+        scaled = values / values.max(axis=1, keepdims=True)  # the squares of small importances would underflow
+        return np.corrcoef(scaled), np.corrcoef(rankdata(values, axis=1))
 
 
 def title(images: Images, data: TaskIncrementalDataModule) -> str:

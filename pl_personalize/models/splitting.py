@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pl_personalize.functional.module_state import evaluating, random_state_kept
 from pl_personalize.models.task_network import ConvHead, TaskNetwork
+from pl_personalize.per_sample.module_state import evaluating, random_state_kept
 
 
 def split(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:

@@ -17,9 +17,9 @@ from pl_personalize.adaptations.adaptation import load_entries
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import StateDict
-from pl_personalize.functional.swapped_weights import call_with_weights
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
+from pl_personalize.per_sample.swapped_weights import call_with_weights
 
 Cell = tuple[int, int]
 """A model and a task, both from 0."""

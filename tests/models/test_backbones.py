@@ -250,7 +250,7 @@ def test_importances_of_a_convolutional_networks_body_are_the_originals():
     found = estimate_importance(TaskLearner(network), [X[:3]], module="network.body", **options)
     wanted = estimate_importance(original, [X[:3]], exclude=["classifier"], **options)
     assert list(found) == list(wanted) == [name for name, _ in network.body.named_parameters()]
-    assert set(found.paths.values()) == {"closed form"}
+    assert set(found.routes.values()) == {"closed form"}
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=0)
         assert float(found[name].max()) > 0
@@ -266,7 +266,7 @@ def test_importances_of_a_transformers_body_are_the_originals():
     found = estimate_importance(network, [x], "fisher", draws="all", module="body")
     wanted = estimate_importance(original, [x], "fisher", draws="all", exclude=["heads"])
     assert list(found) == list(wanted)
-    assert found.paths == wanted.paths
+    assert found.routes == wanted.routes
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=0)
 
