@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from torch import Tensor
@@ -20,7 +20,7 @@ from pl_personalize.runner.paper import PaperResult
 ALL_USERS = "all"
 FEWEST_SEEDS = 3  # needed for a significance test
 MANY_USERS = 10  # from this number on, users get no columns, colors or heat maps of their own
-_METHODS: Mapping[str, Any] = METHODS
+_METHODS = cast("Mapping[str, Any]", METHODS)  # any string may be looked up
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def result_row(
     matrix: Tensor, *, benchmark: str, backbone: str, method: str, user: str, seed: int, adaptation: str = "none"
 ) -> ResultRow:
     """Summarize an accuracy matrix (model × task, in [0, 1])."""
-    if method in METHODS and _METHODS[method].one_each:
+    if method in _METHODS and _METHODS[method].one_each:
         accuracy, lost = matrix.diagonal().mean(), None
     else:
         accuracy = average_accuracy(matrix)
@@ -73,7 +73,7 @@ def result_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
     return frame.assign(
         forgetting=frame["forgetting"].astype(float),
         label=[row.label for row in rows],
-        bound=[row.method in METHODS and _METHODS[row.method].bound is not None for row in rows],
+        bound=[row.method in _METHODS and _METHODS[row.method].bound is not None for row in rows],
     )
 
 
@@ -89,19 +89,21 @@ def with_means_over_users(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return complete
 
 
-def write_csv(path: Path, rows: Iterable[Any], row_type: type[Any] = ResultRow, *, decimals: int = 4) -> Path:
-    """Write dataclass instances as CSV, with empty cells for missing values.
+def write_csv(
+    path: Path, rows: pd.DataFrame | Iterable[Any], row_type: type[Any] = ResultRow, *, decimals: int = 4
+) -> Path:
+    """Write rows as CSV, with empty cells for missing values.
 
     Args:
         path: The file, such as ``results.csv``.
-        rows: The instances.
-        row_type: Their class, whose fields are the columns.
+        rows: A data frame, or dataclass instances.
+        row_type: Class of the instances, whose fields are the columns.
         decimals: Decimals of floats.
     """
-    frame = pd.DataFrame([*rows], columns=[field.name for field in fields(row_type)])
-    return write_atomically(
-        path, frame.to_csv(index=False, float_format=f"%.{decimals}f", lineterminator="\n").encode()
-    )
+    if not isinstance(rows, pd.DataFrame):
+        rows = pd.DataFrame([*rows], columns=[field.name for field in fields(row_type)])
+    text = rows.to_csv(index=False, float_format=f"%.{decimals}f", lineterminator="\n")
+    return write_atomically(path, text.encode())
 
 
 def read_csv(path: Path) -> list[ResultRow]:

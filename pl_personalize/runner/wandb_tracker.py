@@ -103,7 +103,7 @@ class WandbTracker:
         values = torch.cat([log10_of_positive(value) for value in importance.values()])
         if len(values):
             # Rounded, because NumPy cannot bin values that differ by rounding errors only.
-            histogram = self._wandb.Histogram(values.numpy().round(6), num_bins=64)
+            histogram = self._wandb.Histogram(values.numpy().round(6).tolist(), num_bins=64)
             self._run.log({f"importance/{importance.kind}/{owner}": histogram, "importance/task": task})
         self._importances += [
             [importance.kind, owner, task, name, summary["norm"], summary["zeros"], importance.num_samples]
@@ -139,7 +139,7 @@ class WandbTracker:
         for after in sorted({cell[2] for cell in cells}):
             seen = {f"test/{user}/{method}/task{i}": value for method, user, t, i, value in cells if t == after}
             self._run.log(seen | {"after_task": after})
-        tables = {
+        tables: dict[str, tuple[list[Any], list[Any]]] = {
             "results": ([field.name for field in fields(ResultRow)], [astuple(row) for row in results.rows]),
             "accuracy_matrix": (["method", "user", "after_task", "task", "accuracy"], cells),
             "importances": (_IMPORTANCE_COLUMNS, self._importances),
