@@ -150,7 +150,7 @@ class Importance(Mapping[str, Tensor]):
         routes: dict[str, str] = {}
         for part in parts:  # a parameter without a gradient in one part may have one in another
             routes |= {name: route for name, route in part.routes.items() if routes.get(name, "none") == "none"}
-        return Importance(values, **first._metadata() | {"num_samples": total, "routes": routes})
+        return Importance(values, **first.metadata | {"num_samples": total, "routes": routes})
 
 
 def _version(value: Tensor) -> int | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pl_personalize.functional.module_state import random_state_kept
+from pl_personalize.per_sample.module_state import random_state_kept
 from pl_personalize.models.backbones import backbone, check_backbone
 from pl_personalize.models.task_network import TaskNetwork, cnn_bn, mlp
 

@@ -1,4 +1,4 @@
-"""Metrics of the stages of an experiment: first to a file, from there to whoever tracks the run."""
+"""Log of the metrics of all stages, which trackers follow."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Record(NamedTuple):
 
 
 class MetricsLog:
-    """Appends records to a file of JSON lines, and hands them on.
+    """Log of records in a JSON lines file.
 
-    A stage that is begun again, or resumed at an earlier step, is logged again from there; :meth:`read` gives each step
+    A stage that is restarted, or resumed at an earlier step, logs some steps again; :meth:`read` returns each step only
     once, as it was logged last.
 
     Args:
         path: The file.
 
     Attributes:
-        followers: Who gets each record, too.
+        followers: Functions called with each record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,29 +40,29 @@ class MetricsLog:
         self.followers: list[Callable[[Record], None]] = []
 
     def append(self, record: Record) -> None:
-        """Write a record, and hand it to the followers."""
+        """Write a record, and call the followers."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
-            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # the process was killed in a line
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # the process was killed while writing
                 file.write(b"\n")
             file.write((json.dumps(record._asdict()) + "\n").encode())
         for follower in self.followers:
             follower(record)
 
     def drop(self, stage: str, *, from_step: int) -> None:
-        """Forget the records of a stage, and of its parts, from a step on: it will log them again."""
+        """Remove the records of a stage and its substages from a step on."""
         kept = [r for r in self.read() if not f"{r.stage}/".startswith(f"{stage}/") or r.step < from_step]
         text = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
         if self._path.exists():
             write_atomically(self._path, text.encode())
 
     def read(self) -> list[Record]:
-        """All records, by stage in the order in which stages began, and by step."""
+        """All records, ordered by the start of their stage and by step."""
         steps: dict[str, dict[int, dict[str, float]]] = {}
         for line in self._path.read_text().splitlines() if self._path.exists() else ():
             try:
                 stage, step, metrics = (json.loads(line)[key] for key in Record._fields)
-            except (ValueError, KeyError, TypeError):  # a line that was cut when the process was killed
+            except (ValueError, KeyError, TypeError):  # a line cut off when the process was killed
                 continue
             steps.setdefault(stage, {}).setdefault(step, {}).update(metrics)
         return [
@@ -71,10 +71,10 @@ class MetricsLog:
 
 
 class StageLogger(Logger):
-    """A Lightning logger that writes the metrics of one stage.
+    """Lightning logger that writes the metrics of one stage to a :class:`MetricsLog`.
 
     Args:
-        log: Where to.
+        log: The log.
         stage: Name of the stage, such as ``seed1/expert/task2``.
     """
 
@@ -102,4 +102,4 @@ class StageLogger(Logger):
     @override
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the options of a run are in its manifest."""
+        """Do nothing: the manifest holds the options of a run."""

@@ -101,7 +101,7 @@ def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, globa
     run_here(monkeypatch, "numbers.py", *SMALL[:2], *options, *network, "--output_dir", folder)
     capsys.readouterr()
     study = ["--run_dir", folder, "--method", "mean-IMM", "--images", "[2, 1000]", "--batch_sizes", "[3]"]
-    run_here(monkeypatch, "batchnorm_study.py", *study, "--draws", "2")
+    run_here(monkeypatch, "batchnorm_study.py", *study, "--repeats", "2")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
     assert {"2", "all", "3"} <= set(rows)
