@@ -40,9 +40,24 @@ class Device(Protocol):
         """The network's input in a batch, in the precision of the run."""
 
     def train(
-        self, network: TaskNetwork, *, epochs: int, lr: float, seed: int, callbacks: Sequence[Callback] = ()
+        self,
+        network: TaskNetwork,
+        *,
+        epochs: int,
+        lr: float,
+        seed: int,
+        model: int,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Train a network in place on :meth:`labelled_images`, by SGD with momentum 0.9 on the cross-entropy.
+
+        Args:
+            network: The network.
+            epochs: Number of epochs.
+            lr: Learning rate.
+            seed: Seed of the order of the images, and of random layers.
+            model: Number of the model, from 0, which metrics are logged for.
+            callbacks: Callbacks of the Trainer.
 
         Raises:
             MisconfigurationException: If there is no means to train here, or the training diverges.

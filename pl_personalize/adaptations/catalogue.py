@@ -11,6 +11,8 @@ from pl_personalize.adaptations.adaptation import Adaptation, AdaptationSequence
 from pl_personalize.adaptations.expert_statistics import Average, Last, OfTheTask, Published, Unchanged
 from pl_personalize.adaptations.fine_tune import FineTune
 from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
+from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.models import TaskNetwork
 from pl_personalize.registry import Registry
 
 ADAPTATIONS: Registry[type[Adaptation]] = Registry(
@@ -48,3 +50,14 @@ def find_adaptation(name: str, options: Mapping[str, Any] | None = None) -> Adap
     return AdaptationSequence(
         tuple(kind(**{k: v for k, v in options.items() if k in option_names(kind)}) for kind in kinds)
     )
+
+
+def default_adaptation(network: TaskNetwork) -> str:
+    """The adaptation that is used if none is chosen: AdaBN where there is batch norm.
+
+    Example:
+        >>> from pl_personalize.models import cnn_bn, mlp
+        >>> default_adaptation(mlp((4,), 2)), default_adaptation(cnn_bn((3, 28, 28), 2))
+        ('none', 'AdaBN')
+    """
+    return AdaBN.name if batchnorm_layers(network.body) else Unchanged.name

@@ -38,5 +38,5 @@ class FineTune(Adaptation):
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
         seed = derive_seed(received.seed, "FT", str(device.user), received.task)
-        device.train(network, epochs=self.epochs, lr=self.lr, seed=seed)
+        device.train(network, epochs=self.epochs, lr=self.lr, seed=seed, model=received.model)
         return dict(network.state_dict())

@@ -117,6 +117,8 @@ class AdaBNSupervised(AdaBN):
         for name, value in statistics.items():
             own[name].copy_(value)
         seed = derive_seed(received.seed, "AdaBN-S", received.model, received.task)
-        device.train(network, epochs=self.epochs, lr=self.lr, seed=seed, callbacks=[AdaBNS("keep")])
+        device.train(
+            network, epochs=self.epochs, lr=self.lr, seed=seed, model=received.model, callbacks=[AdaBNS("keep")]
+        )
         state = network.state_dict()
         return statistics | {f"body.{name}": state[f"body.{name}"] for name in affine_names(network.body)}

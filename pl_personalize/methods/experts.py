@@ -1,4 +1,4 @@
-"""Experts in sequence, and what the paper makes of them: merges (IMM, RACL), fine-tuning, and the experts as they are."""
+"""Experts trained in sequence: merged (IMM, RACL), fine-tuned (FT), or as they are (Experts)."""
 
 from __future__ import annotations
 

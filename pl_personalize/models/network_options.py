@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pl_personalize.per_sample.module_state import random_state_kept
 from pl_personalize.models.backbones import backbone, check_backbone
 from pl_personalize.models.task_network import TaskNetwork, cnn_bn, mlp
+from pl_personalize.per_sample.module_state import random_state_kept
 
 OWN_NETWORKS = ("mlp", "cnn_bn")
 _HIDDEN = (100, 100)

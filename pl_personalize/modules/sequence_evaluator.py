@@ -111,7 +111,7 @@ class SequenceEvaluator(LightningModule):
             raise MisconfigurationException(f"bn_policy={chosen.name!r} is for merges only; use it with MergeModule.")
         if chosen.trains:
             raise MisconfigurationException(
-                f"bn_policy={chosen.name!r} trains, which a test cannot do: train first, and pass the result in entries."
+                f"bn_policy={chosen.name!r} trains, which a test cannot do: train first, and pass the result as entries"
             )
         if chosen.needs_earlier_models and self.models == "last":
             raise MisconfigurationException(
@@ -171,7 +171,7 @@ class SequenceEvaluator(LightningModule):
         states: Mapping[Cell, StateDict],
         seed: int = 0,
     ) -> dict[Cell, Entries]:
-        if adaptation.name == "none" or adaptation.why_not(self.network) is not None:
+        if adaptation.name in ("", "none") or adaptation.why_not(self.network) is not None:
             return {}
         found: dict[Cell, Entries] = {}
         for (t, i), state in states.items():

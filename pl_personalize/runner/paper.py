@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from pl_personalize.runner.methods import variant_label
+from pl_personalize.runner.variants import variant_label
 
 
 class PaperResult(NamedTuple):

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.figures import draw_matrices, draw_methods, lowest_accuracy
 from pl_personalize.runner.following import versions
-from pl_personalize.runner.methods import Variant
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.results import (
     ALL_USERS,
@@ -27,9 +25,10 @@ from pl_personalize.runner.results import (
     write_csv,
     write_markdown,
 )
-from pl_personalize.runner.run_folder import RunFolder
 from pl_personalize.runner.server_run import ServerRun
 from pl_personalize.runner.significance import Comparison, compare, marks
+from pl_personalize.runner.variants import Variant
+from pl_personalize.stages.run_folder import RunFolder
 
 
 def report(
@@ -37,16 +36,13 @@ def report(
     rows: list[ResultRow],
     runs: Sequence[ServerRun],
     options: Mapping[str, Any],
-    paper: Mapping[str, PaperResult] | None,
-    paper_note: str | None,
-    tracked: Sequence[str],
     *,
     write: bool = True,
 ) -> None:
     """Print the tables and the paths of all files; unless ``write`` is False, write tables and figures first."""
-    path, comparisons = folder.path, compare(rows)
-    tables = result_tables(rows, comparisons, paper)
-    text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
+    path, comparisons, experiment = folder.path, compare(rows), runs[0].experiment
+    tables = result_tables(rows, comparisons, experiment.paper)
+    text = legend(rows, marked=bool(comparisons), paper_note=experiment.paper_note if experiment.paper else None)
     text = "\n\n".join(filter(None, [text, experts_table(runs)]))
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
     if write:
@@ -66,7 +62,7 @@ def report(
     print("\n" + "\n\n".join([*tables, text]) + "\n")
     if not write:
         print(f"Nothing was written because {path} is read-only; the files there are from an earlier run.")
-    models = {"checkpoints": "", "merged": " (for each user)", "finetuned": " (for each user)"}
+    models = {"checkpoints": "", "merged": " (for each user)", "adapted": " (for each user)"}
     places = {
         "Results": f"{path / 'results.csv'}, {path / 'results.md'}",
         "Differences": f"{path / 'comparisons.csv'} (between methods, with p-values)" if comparisons else "",
@@ -74,9 +70,9 @@ def report(
         "Models": ", ".join(f"{path / name}{note}" for name, note in models.items() if (path / name).is_dir()),
         "Importances": str(path / "importances") if (path / "importances").is_dir() else "",
         "Metrics": str(path / "metrics.jsonl"),
-        "CSV": str(path / "csv") if "csv" in tracked else "",
+        "CSV": str(path / "csv") if "csv" in experiment.loggers else "",
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}"
-        if "tensorboard" in tracked
+        if "tensorboard" in experiment.loggers
         else "",
     }
     stages = [folder.finished(f"{run.name}/tracked/wandb") for run in runs]
@@ -102,7 +98,7 @@ def result_tables(
 
 def experts_table(runs: Sequence[ServerRun]) -> str:
     """Validation accuracy of each expert beside chance; empty without experts."""
-    found = [run for run in runs if isinstance(run, ExpertRun)]
+    found = [run for run in runs if any(method.merges or method.one_each for method in run.methods)]
     if not found:
         return ""
     lines = [["task", "classes", "chance", "expert"]]

@@ -7,20 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
 
+from pl_personalize.adaptations import ADAPTATIONS
 from pl_personalize.artifacts import ArtifactError, write_atomically
+from pl_personalize.methods import METHODS
 from pl_personalize.metrics import average_accuracy, forgetting
-from pl_personalize.runner.methods import ADAPTATIONS, METHODS, variant_label
 from pl_personalize.runner.paper import PaperResult
+from pl_personalize.runner.variants import variant_label
 
 ALL_USERS = "all"
 FEWEST_SEEDS = 3  # needed for a significance test
 MANY_USERS = 10  # from this number on, users get no columns, colors or heat maps of their own
-_METHODS = cast("Mapping[str, Any]", METHODS)  # any string may be looked up
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def result_row(
     matrix: Tensor, *, benchmark: str, backbone: str, method: str, user: str, seed: int, adaptation: str = "none"
 ) -> ResultRow:
     """Summarize an accuracy matrix (model × task, in [0, 1])."""
-    if method in _METHODS and _METHODS[method].one_each:
+    if method in METHODS and METHODS[method].one_each:
         accuracy, lost = matrix.diagonal().mean(), None
     else:
         accuracy = average_accuracy(matrix)
@@ -73,7 +74,7 @@ def result_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
     return frame.assign(
         forgetting=frame["forgetting"].astype(float),
         label=[row.label for row in rows],
-        bound=[row.method in _METHODS and _METHODS[row.method].bound is not None for row in rows],
+        bound=[row.method in METHODS and METHODS[row.method].bound is not None for row in rows],
     )
 
 

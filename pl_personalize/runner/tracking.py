@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.importance import Importance
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.results import ResultRow, results_table
+from pl_personalize.stages.metrics_log import Record
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pl_personalize.artifacts import file_checksum
 from pl_personalize.importance import Importance
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow
-from pl_personalize.runner.stages import RunFile
 from pl_personalize.runner.tracking import RunResults, log10_of_positive
+from pl_personalize.stages.metrics_log import Record
+from pl_personalize.stages.work import RunFile
 
 _MAX_NAME = 128  # W&B's limit
 ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model"}

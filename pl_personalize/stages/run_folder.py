@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from pl_personalize.artifacts import ArtifactError, file_checksum, read_json, write_json
 
 # Of what stages do: it goes up when the same options come to another result, so that no old stage passes for a new one.
-_VERSION = 2
+_VERSION = 3
 _MANIFEST = "manifest.json"
 # What a run writes, and another program's files must not be replaced by: loggers' folders have names of their own.
 _WRITTEN = (
     *("results.csv", "results.md", "comparisons.csv", "metrics.jsonl", "figures"),
-    *("checkpoints", "finetuned", "importances", "merged", "csv", "tensorboard"),
+    *("checkpoints", "importances", "merged", "adapted", "csv", "tensorboard"),
 )
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _WAY_OUT = "Choose another folder with output_dir (--output_dir), or let this one be read and written."
@@ -171,6 +171,10 @@ class RunFolder:
                     return None
             self._verified.add(stage)
         return found
+
+    def finished_below(self, prefix: str) -> list[str]:
+        """Names of the finished stages that begin with a prefix, in the order in which they were finished."""
+        return [name for name in self._stages if name.startswith(prefix)]
 
     def finish(self, stage: str, *, artifacts: Sequence[Path] = (), result: Any = None) -> Stage:
         """Record a stage as finished."""

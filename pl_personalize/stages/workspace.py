@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from typing_extensions import override
 
 from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.datamodules import TaskIncrementalDataModule
@@ -41,6 +42,7 @@ class Workspace:
         trainer: Options of the Trainers.
         log: Where metrics are logged.
         models: ``all``, or ``last`` if only the model after the last task is tested.
+        show: Functions that display the progress within a stage.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Workspace:
     trainer: TrainerOptions
     log: MetricsLog
     models: str = "all"
+    show: list[Callable[[str], None]] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -89,7 +92,7 @@ class Workspace:
         return found.result
 
     def network(self, num_classes: int, *purpose: str | int) -> TaskNetwork:
-        """The initial network: each seed has one body, whatever the task and method; the head depends on its purpose."""
+        """The initial network: each seed has one body for all tasks and methods; the head depends on its purpose."""
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.seed, "body"))
             network = self.make_network(num_classes)
@@ -101,7 +104,7 @@ class Workspace:
         """The Trainer of a stage, whose metrics go to the log."""
         return self.trainer.trainer(
             logger=StageLogger(self.log, stage),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _ShowEpochs(self.show, stage)],
             default_root_dir=self.folder.path,
             **options,
         )
@@ -138,6 +141,18 @@ class Workspace:
         done = self.folder.finish(stage, artifacts=[path], result=metadata | {"steps": trainer.global_step})
         shutil.rmtree(path.with_suffix(""))
         return done
+
+
+class _ShowEpochs(Callback):
+    """Displays the epoch of a training."""
+
+    def __init__(self, show: Sequence[Callable[[str], None]], stage: str) -> None:
+        self._show, self._stage = show, stage
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for show in self._show:
+            show(f"{self._stage} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
 
 def refuse_divergence(stage: str, network: torch.nn.Module, what: str) -> None:
