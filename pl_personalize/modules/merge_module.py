@@ -58,7 +58,7 @@ class MergeModule(SequenceEvaluator):
         bn_policy: Adaptation of the merge of experts 1..t to task i, see :class:`SequenceEvaluator`. Besides those that
             any model may have:
 
-            * ``"average"``: batch-norm statistics of the mixture of experts 1..t (means and second moments averaged with
+            * ``"average"``: statistics of the mixture of experts 1..t (means and second moments averaged with
               ``weights``), which every other adaptation starts from;
             * ``"expert"``: those of expert i;
             * ``"last"``: those of expert t;
