@@ -356,7 +356,7 @@ def test_the_published_experts_correlate_as_was_measured_before(shared_data, tmp
     if not experts.exists():
         pytest.skip(f"no experts at {experts}")
     options = ["--data_dir", shared_data, "--sources", f"[{shared_data}/meter-digits, mnist]", "--reduction", "batch"]
-    run_here(monkeypatch, "--experts", experts, *options, "--output_dir", tmp_path)
+    run_here(monkeypatch, "--experts", experts, *options, "--max_per_source", "2000", "--output_dir", tmp_path)
     found = {(c["kind"], c["name"], c["coefficient"]): c for c in table(tmp_path / "comparisons.csv")}
     measured = {
         ("mas", "pearson"): (0.69, 0.40),
