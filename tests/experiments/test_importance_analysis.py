@@ -175,6 +175,7 @@ def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
 
 def test_experts_of_numbers_are_trained_for_a_single_user(small_data, tmp_path, monkeypatch, capsys, global_state):
     options = ["--benchmark", "numbers", *small_data, "--sources", "[mnist]", *SMALL, "--output_dir", tmp_path]
+    options += ["--kinds", "[mas]"]
     run_here(monkeypatch, *options)
     assert all((tmp_path / "experts" / name).is_file() for name in TRAINED)
     assert {one["name"] for one in table(tmp_path / "comparisons.csv")} == {"as defined"}  # there are no two users
