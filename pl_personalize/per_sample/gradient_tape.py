@@ -111,12 +111,8 @@ class GradientTape:
         power: 1 (absolute values) or 2 (squares).
         max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
 
-    Attributes:
-        sums: The sums, by parameter name.
-        bias_rounding: Rounding error of an entry of a bias's gradient, by parameter name, measured while learning: the
-            largest of the samples, added up over the uses of the bias. See
-            :func:`~pl_personalize.functional.rounding.rounding_of_sums`.
-        reached: Names of parameters that a gradient has reached outside of learning.
+    While it is learning, ``bias_rounding`` adds up the rounding errors of biases' gradients, by parameter name;
+    outside, ``reached`` collects the names of parameters that a gradient has reached.
     """
 
     def __init__(
