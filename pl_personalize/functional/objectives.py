@@ -26,13 +26,8 @@ def mas_cotangent(logits: Tensor) -> Tensor:
 def label_cotangent(logits: Tensor, labels: Tensor, *, may_ignore: bool = False) -> Tensor:
     r"""Gradient of :math:`-\log p(y | x)`, summed over the positions of a sample, with respect to the logits.
 
-    Args:
-        logits: (n, classes, *).
-        labels: (n, *), integers.
-        may_ignore: Whether to ignore positions labelled ``IGNORE_INDEX``, which are otherwise out of range.
-
-    Returns:
-        ``softmax(logits) - onehot(labels)``, (n, classes, *).
+    It is ``softmax(logits) - onehot(labels)``, (n, classes, \*), for integer labels (n, \*). Positions labelled
+    ``IGNORE_INDEX`` are ignored if ``may_ignore``, otherwise out of range.
 
     Raises:
         ValueError: If the labels are not integers, not one per position, or out of range.
