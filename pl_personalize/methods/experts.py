@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
+from pl_personalize.callbacks import ParameterPenalty
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.functional.state_dicts import PrefixView
 from pl_personalize.importance import Importance
 from pl_personalize.methods.method import Method
-from pl_personalize.methods.sequence import SequenceFamily
+from pl_personalize.methods.sequence import KindImportance, SequenceFamily
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.stages.run_folder import Stage
@@ -119,18 +118,15 @@ class ExpertsFamily(SequenceFamily):
         if owner == SERVER and (kind, options.reduction) == ("fisher", "batch"):
             self._estimate_published(task, stage).save(path)
             return self.workspace.folder.finish(stage, artifacts=[path])
-        target: dict[str, Any] = {
-            "module": "network.body",
-            "dirpath": path.parent,
-            "filename": path.stem,
-            "reduction": options.reduction,
-        }
-        callback: MASImportance | FisherImportance
-        if kind == "mas":
-            callback = MASImportance(**target)
-        else:
-            draws = options.fisher_draws if options.reduction == "sample" else 1
-            callback = FisherImportance(draws=draws, generator=self._label_generator(owner, task), **target)
+        callback = KindImportance(
+            kind,
+            draws=options.fisher_draws if options.reduction == "sample" else 1,
+            generator=self._label_generator(owner, task),
+            module="network.body",
+            dirpath=path.parent,
+            filename=path.stem,
+            reduction=options.reduction,
+        )
         learner, trainer = TaskLearner(self.load_network(task)), self.workspace.lightning(stage, [callback])
         if owner == SERVER:
             trainer.predict(learner, self.data.server_dataloader(task), return_predictions=False)
