@@ -12,7 +12,7 @@ from torch import nn
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import LabelledImages
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner import ImportanceOptions, TrainerOptions, TrainingOptions, run_experiment
+from pl_personalize.runner import Experiment, ImportanceOptions, TrainerOptions, TrainingOptions, run_experiment
 from pl_personalize.runner.results import ResultRow
 
 
