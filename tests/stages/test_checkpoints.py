@@ -1,11 +1,11 @@
+import pytest
 import torch
 from lightning.pytorch import Trainer
+from tiny_benchmark import Tiny, plain
 
-from pl_personalize.datamodules import DigitsDataModule
-from pl_personalize.datamodules.digits import IMAGE_SHAPE
-from pl_personalize.models import mlp
+from pl_personalize.artifacts import ArtifactError
 from pl_personalize.modules import TaskLearner
-from pl_personalize.runner.checkpoints import Checkpoints
+from pl_personalize.stages.checkpoints import Checkpoints, load_checkpoint, resume_path
 
 
 class Spy(Checkpoints):
@@ -17,20 +17,20 @@ class Spy(Checkpoints):
         self.resume.unlink(missing_ok=True)
         super().on_train_batch_end(trainer, *args, **kwargs)
         if self.resume.exists():
-            self.steps = (*self.steps, torch.load(self.resume, weights_only=True)["global_step"])
+            self.steps = (*self.steps, load_checkpoint(self.resume)["global_step"])
 
 
 def fit(checkpoints):
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
-        limit_train_batches=3,
         callbacks=[checkpoints],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(TaskLearner(mlp(IMAGE_SHAPE, 2, [4])), datamodule=DigitsDataModule(task=0))
+    trainer.fit(TaskLearner(plain(2)), datamodule=Tiny().view(task=0))
+    assert trainer.global_step == 6
 
 
 def test_a_resume_point_is_never_before_the_validation_of_its_epoch(tmp_path):
@@ -44,3 +44,18 @@ def test_a_resume_point_takes_its_time(tmp_path):
     fit(spy)
     assert spy.steps == ()
     assert spy.best_model_path == str(tmp_path / "best.ckpt")
+    assert not resume_path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\3\4" + bytes(100)])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, content):
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"last\.ckpt cannot be read as a checkpoint .*Remove .*restart the stage"):
+        load_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_other_errors_of_a_file_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "last.ckpt")
+    torch.save({"global_step": 3}, tmp_path / "last.ckpt")
+    assert load_checkpoint(tmp_path / "last.ckpt") == {"global_step": 3}
