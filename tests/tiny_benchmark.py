@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pl_personalize.datamodules.base import LabelledImages
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner import Experiment, TrainerOptions, TrainingOptions, run_experiment
 from pl_personalize.runner.results import ResultRow
+from pl_personalize.stages.run_folder import RunFolder, Stage
 
 
 class Tiny(TaskIncrementalDataModule):
@@ -87,6 +89,41 @@ def white_figures() -> Iterator[None]:
     content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0\xff")) + chunk(b"IEND", b"")
     with mock.patch.object(Figure, "savefig", lambda self, path, **options: Path(path).write_bytes(content)):
         yield
+
+
+class KilledError(Exception):
+    """Stands for a signal that ends the process."""
+
+
+class Finished:
+    """Notes the stages that are finished, in order; the process dies before or after one of them is.
+
+    Args:
+        monkeypatch: Undoes it.
+        dies_before: End of the name of a stage that does everything but is not recorded as finished.
+        dies_after: End of the name of the last stage to be finished.
+    """
+
+    def __init__(self, monkeypatch: Any, *, dies_before: str | None = None, dies_after: str | None = None) -> None:
+        self.stages: list[str] = []
+        finish = RunFolder.finish
+
+        def spy(folder: RunFolder, stage: str, **options: Any) -> Stage:
+            if dies_before is not None and stage.endswith(dies_before):
+                raise KilledError
+            self.stages.append(stage)
+            done = finish(folder, stage, **options)
+            if dies_after is not None and stage.endswith(dies_after):
+                raise KilledError
+            return done
+
+        monkeypatch.setattr(RunFolder, "finish", spy)
+
+
+def matrix(folder: Path, stage: str) -> list[list[float]]:
+    """The accuracies that a test stage found, such as ``experts/seed1/test/mean-IMM/ann``."""
+    found: list[list[float]] = json.loads((folder / "manifest.json").read_text())["stages"][stage]["result"]["matrix"]
+    return found
 
 
 def model(folder: Path, family: str, task: int) -> dict[str, Tensor]:
