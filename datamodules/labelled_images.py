@@ -147,8 +147,11 @@ def labelled_images(found: Any, num_classes: int, *, offset: int = 0) -> Labelle
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels; pass one label per image.")
     if isinstance(images, ImageRows):
         _check_rows(images)
-    for start in range(0, len(images), _CHUNK):
-        _refuse_nan(images[start : start + _CHUNK], start)
+    for start in range(0, len(images) if images.dtype.is_floating_point else 0, _CHUNK):
+        finite = images[start : start + _CHUNK].flatten(1).isfinite().all(1)
+        if not finite.all():
+            place = start + int((~finite).nonzero()[0])
+            raise ValueError(f"image {place} has NaN or infinite values; correct or remove it.")
     return LabelledImages(images, labels)
 
 
@@ -183,11 +186,3 @@ def _check_rows(images: ImageRows) -> None:
             raise ValueError(f"ImageRows has rows outside 0 to {len(pool) - 1}: {rows.tolist()[:5]}.")
     if len(images) and not 0 <= int(images.which.min()) <= int(images.which.max()) < len(images.pools):
         raise ValueError(f"ImageRows has {len(images.pools)} pools but refers to pool {int(images.which.max())}.")
-
-
-def _refuse_nan(images: Tensor, start: int) -> None:
-    if not images.is_floating_point() or not images.numel():
-        return
-    if not all(bool(extreme.isfinite()) for extreme in images.aminmax()):  # NaN wins in both
-        place = int((~images.isfinite().flatten(1).all(1)).nonzero()[0])
-        raise ValueError(f"image {start + place} has NaN or infinite values; correct or remove it.")

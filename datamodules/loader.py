@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from pl_personalize.datamodules.labelled_images import ImageRows
+from pl_personalize.datamodules.labelled_images import ImageRows, permutation
 from pl_personalize.functional.seeding import derive_seed
 
 T = TypeVar("T")
@@ -79,8 +79,7 @@ class TaskSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         n: int = len(self.dataset)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
+        order = permutation(n, self.seed, self.epoch).tolist() if self.shuffle else list(range(n))
         if self.repeat and n:
             order += [order[k % n] for k in range(-n % self.num_replicas)]
         return iter(order[self.rank :: self.num_replicas])
@@ -145,12 +144,12 @@ def tensor_loader(
     """:class:`TensorLoader` over ``tensors``; the last batch may be smaller.
 
     Args:
-        tensors: See :class:`TensorBatches`.
+        tensors: As for :class:`TensorBatches`, like ``transform``.
         batch_size: Batch size per process.
-        shuffle: See :class:`TaskSampler`.
-        seed: See :class:`TaskSampler`.
-        repeat: See :class:`TaskSampler`.
-        transform: See :class:`TensorBatches`.
+        shuffle: As for :class:`TaskSampler`, like ``seed`` and ``repeat``.
+        seed: Seed of the orders and of the augmentation.
+        repeat: Whether all processes get the same number of samples.
+        transform: Transform of a batch of images.
         augment: Whether the transform may be random, as a function of the seed, the epoch, the batch's position and the
             process; a resumed run repeats it.
     """

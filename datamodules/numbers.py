@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -179,49 +178,45 @@ def _normalize(images: Tensor, source: str) -> Tensor:
 
 def _read_folder(folder: Path) -> _Raw:
     """Read ``<digit>/*`` as RGB 32×32, in the order of :func:`files_below`."""
-    _refuse_misnamed(folder)
-    there = [files_below(folder / str(digit)) if (folder / str(digit)).is_dir() else [] for digit in range(10)]
-    files = [[name for name in names if is_image(name)] for names in there]
-    empty = [digit for digit, names in enumerate(files) if not names]
-    if len(empty) == 10:
+    images, digits, empty, others = [], [], [], []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        digit = str(int(name)) if name.strip().isdecimal() else name
+        if digit != name and 0 <= int(digit) <= 9:
+            raise MisconfigurationException(
+                f"{folder.resolve()} has a folder {name!r}; rename it to {digit!r} or move its images there."
+            )
+    for digit in range(10):
+        place = folder / str(digit)
+        names = files_below(place) if place.is_dir() else []
+        if not any(map(is_image, names)):
+            empty.append(digit)
+            others += names
+        for name in filter(is_image, names):
+            image = read_rgb(place / name)
+            image = image if image.size == (32, 32) else image.resize((32, 32), Image.Resampling.BILINEAR)
+            images.append(pil_to_tensor(image))
+            digits.append(digit)
+    if not images:
         raise MisconfigurationException(
             f"No images found in {folder.resolve()}; expected folders 0 to 9 with images. A source is a folder with "
-            f"train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}. "
-            f"{passed_over(chain.from_iterable(there))}"
+            f"train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}. {passed_over(others)}"
         )
     if empty:
-        others = passed_over(name for digit in empty for name in there[digit])
-        raise MisconfigurationException(f"{folder.resolve()} has no images of the digits {empty}. {others}")
-    images, size = [], (32, 32)
-    for digit, names in enumerate(files):
-        for name in names:
-            image = read_rgb(folder / str(digit) / name)
-            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
-            images.append(pil_to_tensor(image))
-    return torch.stack(images), torch.tensor([digit for digit, names in enumerate(files) for _ in names])
-
-
-def _refuse_misnamed(folder: Path) -> None:
-    """Refuse folders named after a digit in another way, such as ``03``, whose images would be left out."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        digit = str(int(entry.name)) if entry.name.strip().isdecimal() else entry.name
-        if entry.is_dir() and digit != entry.name and 0 <= int(digit) <= 9:
-            raise MisconfigurationException(
-                f"{folder.resolve()} has a folder {entry.name!r}; rename it to {digit!r} or move its images there."
-            )
+        raise MisconfigurationException(
+            f"{folder.resolve()} has no images of the digits {empty}. {passed_over(others)}"
+        )
+    return torch.stack(images), torch.tensor(digits)
 
 
 def _check_folder(folder: Path) -> None:
     """Check that a folder has the parts of a source."""
-    missing = [part for part in ("train", "test") if not (folder / part).is_dir()]
-    if missing:
+    if missing := [part for part in ("train", "test") if not (folder / part).is_dir()]:
         there = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
         known = written_otherwise(str(folder), _COLLECTIONS)
         meant = hint(missing[0], there) + ("" if known is None else f" (the collection is called {known!r})")
         raise MisconfigurationException(
             f"The source {str(folder)!r} has no folder {' and no folder '.join(missing)} in {folder.resolve()}{meant}. "
-            "Add the images as train/<digit>/* and test/<digit>/*, or choose one of the collections "
-            f"{', '.join(_COLLECTIONS)}."
+            f"Add the images as train/<digit>/* and test/<digit>/*, or choose one of {', '.join(_COLLECTIONS)}."
         )
 
 
