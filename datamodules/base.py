@@ -292,7 +292,8 @@ class TaskIncrementalDataModule(LightningDataModule):
             **options: As for :meth:`adapt_dataloader`.
         """
         train, val = self.server_split(task)
-        data = {"all": lambda: concatenate([train, val]), "train": lambda: train, "val": lambda: val}[split]()
+        chosen = {"all": [train, val], "train": [train], "val": [val]}[split]
+        data = concatenate(chosen) if len(chosen) > 1 else chosen[0]
         return self._loader(*data, **options)
 
     def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:

@@ -180,10 +180,10 @@ def _read_folder(folder: Path) -> _Raw:
     """Read ``<digit>/*`` as RGB 32×32, in the order of :func:`files_below`."""
     images, digits, empty, others = [], [], [], []
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        digit = str(int(name)) if name.strip().isdecimal() else name
-        if digit != name and 0 <= int(digit) <= 9:
+        plain = str(int(name)) if name.strip().isdecimal() else name
+        if plain != name and 0 <= int(plain) <= 9:
             raise MisconfigurationException(
-                f"{folder.resolve()} has a folder {name!r}; rename it to {digit!r} or move its images there."
+                f"{folder.resolve()} has a folder {name!r}; rename it to {plain!r} or move its images there."
             )
     for digit in range(10):
         place = folder / str(digit)
