@@ -86,7 +86,7 @@ def test_images_of_several_shapes_are_refused_for_a_model_of_all_tasks_alone():
     pooled = TaskNetwork(nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.AdaptiveMaxPool1d(4), Mean()), nn.Linear(4, 2))
     check_data(Growing(), pooled, [METHODS["Experts"]], TrainerOptions("cpu"))
     with pytest.raises(MisconfigurationException, match=r"one shape; got \(1, 4\) in 'a', \(2, 4\) in 'b'"):
-        check_data(Growing(), pooled, [METHODS[METHODS["Experts"]], METHODS["Joint"]], TrainerOptions("cpu"))
+        check_data(Growing(), pooled, [METHODS["Experts"], METHODS["Joint"]], TrainerOptions("cpu"))
     with pytest.raises(MisconfigurationException, match=r"cannot take .* for the task 'b' \(\(2, 4\), torch.float32\)"):
         check_data(Growing(), network, [METHODS["Experts"]], TrainerOptions("cpu"))
 
