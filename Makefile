@@ -47,7 +47,7 @@ help:
 	@echo "make clean       remove the environments, caches and builds"
 
 demo: .venv/.installed-experiments | $(WRITABLE)
-	@"$(BIN)/python" experiments/digits.py
+	@"$(BIN)/python" experiments/run_digits.py
 
 test: .venv/.installed-dev | $(WRITABLE)
 	@echo "pytest"

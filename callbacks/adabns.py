@@ -20,7 +20,7 @@ from pl_personalize.callbacks.data_source import train_limits
 from pl_personalize.callbacks.module_contexts import pass_options, silent_and_synchronized
 from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
 from pl_personalize.callbacks.requirements import check_trainer, is_resumed, naming_errors
-from pl_personalize.functional.batchnorm_pass import Forward
+from pl_personalize.functional.batches import Forward
 
 
 class AdaBNS(BaseFinetuning):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pl_personalize.artifacts import ArtifactError, read_state_dict
-from pl_personalize.functional.module_state import buffers_kept, forward_state_kept
+from pl_personalize.per_sample.module_state import ForwardState, buffers_kept
 
 _LOGS = ("log", "log_dict")
 
@@ -39,35 +39,60 @@ def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool =
     if not path:
         yield
         return
-    before = [(parameter, parameter.detach().clone()) for parameter in pl_module.parameters()]
+    with _structure_kept(pl_module), ForwardState(pl_module):
+        try:
+            hooked = is_overridden("on_load_checkpoint", pl_module)
+            checkpoint = _local(path, _read_whole if hooked else _read_weights)
+            if hooked:
+                pl_module.on_load_checkpoint(checkpoint)  # it may restore what it has left out of the state dict
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+        except Exception as error:  # a user's hook may raise anything
+            what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
+            raise MisconfigurationException(
+                f"The weights of the best checkpoint cannot be used: {what} Use those of the last epoch with "
+                "weights='last'."
+            ) from error
+        yield
+
+
+@contextmanager
+def _structure_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Restore submodules, parameters and buffers on exit, also those that a hook has replaced, and their values."""
+    places = [own for module in model.modules() for own in (module._modules, module._parameters, module._buffers)]
+    before = [(own, dict(own)) for own in places]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
-        with buffers_kept(pl_module), forward_state_kept(pl_module):
-            try:
-                checkpoint = {"state_dict": _read(path)}
-                if is_overridden("on_load_checkpoint", pl_module):
-                    pl_module.on_load_checkpoint(checkpoint)  # it may restore what it has left out of the file
-                pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-            except Exception as error:  # a user's hook may raise anything
-                what = str(error) if isinstance(error, ArtifactError) else f"{path}: {type(error).__name__}: {error}."
-                raise MisconfigurationException(
-                    f"The weights of the best checkpoint cannot be used: {what} Use those of the last epoch with "
-                    "weights='last'."
-                ) from error
-            yield
+        yield
     finally:
+        for own, entries in before:
+            own.clear()
+            own.update(entries)  # type: ignore[arg-type]
         with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
+            for tensor, value in values:
+                tensor.copy_(value)
 
 
-def _read(path: str) -> dict[str, Any]:
-    """Read the state dict of a checkpoint, which may be on a remote file system."""
+def _local(path: str, read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Read a checkpoint, which may be on a remote file system."""
     if "://" not in path:
-        return read_state_dict(path)
+        return read(path)
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "best.ckpt")
         get_filesystem(path).get_file(path, local)
-        return read_state_dict(local)
+        return read(local)
+
+
+def _read_weights(path: str) -> dict[str, Any]:
+    return {"state_dict": read_state_dict(path)}
+
+
+def _read_whole(path: str) -> dict[str, Any]:
+    """The whole checkpoint if it holds plain data only, else its weights."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
+    except Exception:  # objects of other classes, or damage, which the next reader reports
+        return _read_weights(path)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from pl_personalize.functional.batches import batch_size, slice_batch
-from pl_personalize.functional.module_state import random_state_kept
+from pl_personalize.per_sample.module_state import random_state_kept
 
 
 class PassOverData:

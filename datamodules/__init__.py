@@ -1,4 +1,4 @@
-"""LightningDataModules that encode task-incremental personalisation benchmarks."""
+"""LightningDataModules of task-incremental personalization benchmarks."""
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
 from pl_personalize.datamodules.catprior import CatPriorDataModule

@@ -1,4 +1,4 @@
-"""What arguments of datamodules have to be."""
+"""Validation of the arguments of datamodules."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
-    """The value of an option that must be a whole number.
+    """Return an option as an int.
 
     Raises:
-        MisconfigurationException: If it is none, or less than ``least``. True and False are none.
+        MisconfigurationException: If it is not an integer (a bool is not), or is less than ``least``.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
-        raise MisconfigurationException(f"{name} must be a whole number; got {value!r}.")
+        raise MisconfigurationException(f"{name} must be an integer; got {value!r}.")
     if least is not None and number < least:
         raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
     return number
 
 
 def distinct(what: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Names that tell things apart: of two that are the same, the second would never be found.
+    """Return names as a tuple.
 
     Raises:
-        MisconfigurationException: If there is none, one is there twice, or they are a single text.
+        MisconfigurationException: If there are none, two are equal, or they are a single string.
     """
     if isinstance(names, str) or not names or len(set(names)) != len(names):
-        raise MisconfigurationException(f"{what} must be a list of names, at least one, each once; got {names!r}.")
+        raise MisconfigurationException(f"{what} must be a list of one or several different names; got {names!r}.")
     return tuple(names)
 
 
 def index_of(value: int | str, names: Sequence[str], what: str) -> int:
-    """The number, from 0, of what is given by its number or name.
+    """Return the index of an item given by its index or name.
 
     Raises:
-        MisconfigurationException: If there is none.
+        MisconfigurationException: If there is no such item.
     """
     if isinstance(value, str):
         if value in names:
@@ -49,5 +49,5 @@ def index_of(value: int | str, names: Sequence[str], what: str) -> int:
     elif not isinstance(value, bool) and 0 <= operator.index(value) < len(names):
         return operator.index(value)
     raise MisconfigurationException(
-        f"There is no {what} {value!r}; there are {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
+        f"There is no {what} {value!r}; choose one of {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
     )

@@ -1,10 +1,11 @@
-"""What all task-incremental benchmarks have in common."""
+"""Base class for task-incremental benchmarks."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, Self
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -14,43 +15,46 @@ from typing_extensions import override
 
 from pl_personalize.datamodules.arguments import distinct, index_of, whole
 from pl_personalize.datamodules.image_rows import ImageRows
-from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, labelled_images, random_split
+from pl_personalize.datamodules.labelled_images import (
+    LabelledImages,
+    concatenate,
+    described,
+    labelled_images,
+    random_split,
+)
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 
-__all__ = ["LabelledImages", "TaskIncrementalDataModule", "concatenate", "random_split", "whole"]
+__all__ = ["LabelledImages", "TaskIncrementalDataModule", "random_split", "whole"]
 
 
 class TaskIncrementalDataModule(LightningDataModule):
-    """Data of a server and of its users, for a sequence of tasks.
+    """Base class for data of a server and its users, for a sequence of tasks.
 
-    A *task* is a group of classes that arrives together. The server has labelled data of each task, split into train
-    and val. Each *user* has images of each task of his own, split into ``adapt`` (used without labels, for importances
-    and batch norm) and ``eval``.
+    A *task* is a group of classes that arrives together. For each task, the server has labelled images, split into
+    train and val, and each *user* has their own images, split into ``adapt`` (used without labels, for importances and
+    adaptation) and ``eval``.
 
-    * ``train`` and ``val``: the server's data of ``task``; for ``task=None`` of all, with labels counted through.
-    * ``predict``: the adapt images of ``user``, without labels; a list with one loader for each task for ``task=None``.
-    * ``test``: the eval images of ``user``: a list with one loader for each task.
+    * ``train`` and ``val``: the server's images of ``task``; for ``task=None`` of all tasks, with consecutive labels.
+    * ``predict``: the adapt images of ``user``, without labels; for ``task=None`` a list with one loader per task.
+    * ``test``: the eval images of ``user``, a list with one loader per task.
 
-    A benchmark is a subclass with :meth:`load_server` and :meth:`load_user`; where images are not stored as a network
-    takes them, also with :meth:`transform`.
+    Subclasses implement :meth:`load_server` and :meth:`load_user`, and may override :meth:`transform`.
 
     Args:
         tasks: Names of the tasks, in order.
         classes: Names of the classes of each task.
         users: Names of the users.
-        task: The present task, an index from 0 or a name; also an attribute that may be set before ``setup``.
-        user: The present user, likewise.
-        batch_size: For training.
-        eval_batch_size: For everything else.
-        seed: What the order of training data depends on.
+        task: Current task, by name or index; ``None`` for all tasks. The attribute may be set before ``setup``.
+        user: Current user, by name or index. The attribute may be set before ``setup``.
+        batch_size: Batch size for training.
+        eval_batch_size: Batch size for everything else.
+        seed: Seed of the order and the augmentation of training data.
 
     Raises:
-        MisconfigurationException: If a task or user is not there, names of tasks, users or of a task's classes are
-            none or not each once, a batch size or the seed is no whole number, or a batch size is not positive.
+        MisconfigurationException: If the current task or user does not exist, names are missing or repeated, a batch
+            size is not a positive integer, or the seed is not an integer.
     """
-
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class TaskIncrementalDataModule(LightningDataModule):
         self.classes = tuple(distinct(f"classes of task {k}", names) for k, names in enumerate(classes))
         if len(self.classes) != len(self.tasks):
             raise MisconfigurationException(
-                f"classes must be one list for each of the {len(self.tasks)} tasks; got {len(self.classes)}."
+                f"classes must have one list for each of the {len(self.tasks)} tasks; got {len(self.classes)}."
             )
         self.batch_size = whole("batch_size", batch_size, 1)
         self.eval_batch_size, self.seed = whole("eval_batch_size", eval_batch_size, 1), whole("seed", seed)
@@ -79,53 +83,64 @@ class TaskIncrementalDataModule(LightningDataModule):
         self.task = task
         self.user = user
 
-    # What a benchmark defines
+    # Hooks for subclasses
 
     @abstractmethod
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The server's train and val split of a task.
+        """Load the server's train and val split of a task.
 
-        Labels count from 0 within the task. What is returned is checked when it is used first: plain tuples, arrays and
-        labels of other types are taken, what would lose something or has no meaning is refused.
+        Labels count from 0 within the task. The splits are checked on first use: tuples, arrays and other label types
+        are converted if nothing is lost, and refused otherwise.
         """
 
     @abstractmethod
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """A user's adapt and eval split of a task; no image in both. See :meth:`load_server`."""
+        """Load a user's adapt and eval split of a task, which must be disjoint; see :meth:`load_server`."""
 
     def transform(self, images: Tensor, seed: int | None = None) -> Tensor:
-        """What every loader does with the stored images of a batch: here nothing.
+        """Convert a batch of stored images to network inputs in every loader; the identity by default.
 
         Args:
-            images: Of a batch, as :meth:`load_server` and :meth:`load_user` give them.
-            seed: Of a random augmentation, in batches to train on; else ``None``: there must be none.
+            images: Stored images, as :meth:`load_server` and :meth:`load_user` return them.
+            seed: Seed of a random augmentation for training batches; ``None`` for no augmentation.
         """
         return images
 
     def about_user(self, user: int | str) -> str:
-        """What makes a user different, in a few words for results and figures; here nothing."""
+        """Describe in a few words what distinguishes a user, for results and figures; empty by default."""
         return ""
 
-    # Where we are
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of a network input, (channels, height, width); by default that of the first server image."""
+        return tuple(self.transform(self.server_split(0)[0].images[:1]).shape[1:])
+
+    def decisive_options(self) -> dict[str, Any]:
+        """Options that results depend on, as JSON values, apart from ``task``, ``user`` and ``seed``.
+
+        Subclasses add their own, with resolved paths, and omit those that change no image, such as ``download``.
+        """
+        return {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
+
+    # Current task and user
 
     @property
     def trainer(self) -> Trainer | None:
-        """The Trainer that uses this datamodule, if there is one."""
+        """The Trainer that uses this datamodule, if any."""
         return self._trainer
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
             raise MisconfigurationException(
-                f"{type(self).__name__} is made for `lightning.pytorch`; the Trainer is from `pytorch_lightning`, "
-                "whose classes are not the same. "
-                "Change `import pytorch_lightning as pl` to `import lightning.pytorch as pl`."
+                f"{type(self).__name__} needs a Trainer of `lightning.pytorch`; got one of `pytorch_lightning`. Change "
+                "`import pytorch_lightning as pl` to `import lightning.pytorch as pl`."
             )
         self._trainer = trainer
 
     @property
     def task(self) -> str | None:
-        """Name of the present task, or ``None``."""
+        """Name of the current task, or ``None``."""
         return None if self._task is None else self.tasks[self._task]
 
     @task.setter
@@ -134,7 +149,7 @@ class TaskIncrementalDataModule(LightningDataModule):
 
     @property
     def user(self) -> str | None:
-        """Name of the present user, or ``None``."""
+        """Name of the current user, or ``None``."""
         return None if self._user_index is None else self.users[self._user_index]
 
     @user.setter
@@ -142,27 +157,19 @@ class TaskIncrementalDataModule(LightningDataModule):
         self._user_index = None if user is None else self.user_index(user)
 
     def task_index(self, task: int | str) -> int:
-        """The number of a task, from 0, by number or name.
-
-        Raises:
-            MisconfigurationException: If there is none.
-        """
+        """Index of a task given by index or name; raises MisconfigurationException if there is none."""
         return index_of(task, self.tasks, "task")
 
     def user_index(self, user: int | str) -> int:
-        """The number of a user, from 0, by number or name.
-
-        Raises:
-            MisconfigurationException: If there is none.
-        """
+        """Index of a user given by index or name; raises MisconfigurationException if there is none."""
         return index_of(user, self.users, "user")
 
     def num_classes(self, task: int | str | None = None) -> int:
-        """Number of classes of a task, or of all."""
+        """Number of classes of a task, or of all tasks."""
         return len(self.classes[self.task_index(task)]) if task is not None else sum(map(len, self.classes))
 
     def view(self, *, task: int | str | None = None, user: int | str | None = None, seed: int | None = None) -> Self:
-        """The same data, which is shared in memory, for another task and user, and in another order (``seed``)."""
+        """Copy for another task, user and order of the data (``seed``) that shares the images in memory."""
         other = copy.copy(self)
         other.trainer = None
         other.task, other.user = task, user
@@ -170,14 +177,14 @@ class TaskIncrementalDataModule(LightningDataModule):
             other.seed = seed
         return other
 
-    # Splits, each loaded once
+    # Splits, each loaded on first use
 
     def server_split(self, task: int | str) -> tuple[LabelledImages, LabelledImages]:
         """The server's train and val split of a task.
 
         Raises:
-            MisconfigurationException: If :meth:`load_server` returned something else, labels are no classes of the task
-                or not as many as images, or an image has NaN or infinite values.
+            MisconfigurationException: If :meth:`load_server` returned something other than two splits, with as many
+                labels as images, labels that are classes of the task, and finite images.
         """
         index = self.task_index(task)
         if index not in self._server:
@@ -185,25 +192,17 @@ class TaskIncrementalDataModule(LightningDataModule):
         return self._server[index]
 
     def refuse_several_shapes(self) -> None:
-        """See that the server's images of all tasks can be in one batch.
-
-        Raises:
-            MisconfigurationException: If they are of several shapes.
-        """
+        """Raise MisconfigurationException if the server's images of all tasks do not have one shape."""
         shapes: dict[tuple[int, ...], str] = {}
         for task in self.tasks:
             for split in self.server_split(task):
                 shapes.setdefault(tuple(split.images.shape[1:]), task)
         if len(shapes) > 1:
             listed = ", ".join(f"{shape} in {task!r}" for shape, task in shapes.items())
-            raise MisconfigurationException(f"Images of all tasks together must be of one shape; got {listed}.")
+            raise MisconfigurationException(f"Training on all tasks needs images of one shape; got {listed}.")
 
     def user_split(self, user: int | str, task: int | str) -> tuple[LabelledImages, LabelledImages]:
-        """A user's adapt and eval split of a task.
-
-        Raises:
-            MisconfigurationException: As :meth:`server_split` does.
-        """
+        """A user's adapt and eval split of a task; raises as :meth:`server_split` does."""
         key = self.user_index(user), self.task_index(task)
         if key not in self._user:
             owner = f"user {self.users[key[0]]!r}"
@@ -213,13 +212,12 @@ class TaskIncrementalDataModule(LightningDataModule):
     def _checked(
         self, found: Any, owner: str, task: int, names: tuple[str, str]
     ) -> tuple[LabelledImages, LabelledImages]:
-        """What was loaded, in the types and forms that loaders, losses and accuracies take."""
-        who = type(self).__name__
+        """Loaded splits, converted to what loaders, losses and metrics need."""
+        where = f"{type(self).__name__}: {owner}, task {self.tasks[task]!r}"
         if not isinstance(found, tuple | list) or len(found) != 2:
-            many = f" of {len(found)}" if isinstance(found, tuple | list) else ""
             raise MisconfigurationException(
-                f"{who}: {owner}, task {self.tasks[task]!r}: two splits were expected, {' and '.join(names)}, each "
-                f"LabelledImages(images, labels); got a {type(found).__name__}{many}."
+                f"{where}: expected two splits, {' and '.join(names)}, each LabelledImages(images, labels); got "
+                f"{described(found)}."
             )
         splits = []
         for name, split in zip(names, found, strict=True):
@@ -227,23 +225,18 @@ class TaskIncrementalDataModule(LightningDataModule):
                 offset = sum(map(len, self.classes[:task]))
                 splits.append(labelled_images(split, len(self.classes[task]), offset=offset))
             except ValueError as error:
-                raise MisconfigurationException(
-                    f"{who}: {owner}, task {self.tasks[task]!r}, {name}: {error}"
-                ) from error
+                raise MisconfigurationException(f"{where}, {name}: {error}") from error
         return splits[0], splits[1]
 
     @override
     def setup(self, stage: str) -> None:
-        """Load what the stage needs: the server's data for fit and validate, the user's for predict and test."""
+        """Load the server's data for fit and validate, the user's for predict and test."""
         present = range(len(self.tasks)) if self._task is None else [self._task]
         if stage in ("fit", "validate"):
             for task in present:
                 self.server_split(task)
-        elif stage == "predict":
-            for task in present:
-                self.user_split(self._need_user(), task)
         else:
-            for task in range(len(self.tasks)):
+            for task in present if stage == "predict" else range(len(self.tasks)):
                 self.user_split(self._need_user(), task)
 
     # Loaders
@@ -282,17 +275,17 @@ class TaskIncrementalDataModule(LightningDataModule):
         shuffle: bool = False,
         seed: int = 0,
     ) -> TensorLoader:
-        """The present user's adapt split of a task.
+        """The current user's adapt split of a task.
 
         Args:
             task: The task.
-            labels: Whether batches have them.
-            batch_size: By default ``eval_batch_size``.
-            shuffle: A new order for each epoch, else the split's.
-            seed: What the orders depend on.
+            labels: Whether batches contain labels.
+            batch_size: Batch size; by default ``eval_batch_size``.
+            shuffle: Whether to shuffle in each epoch.
+            seed: Seed of the orders.
 
         Raises:
-            MisconfigurationException: If no user was chosen.
+            MisconfigurationException: If no user is set.
         """
         images, classes = self.user_split(self._need_user(), task)[0]
         tensors = [images, classes] if labels else [images]
@@ -307,14 +300,14 @@ class TaskIncrementalDataModule(LightningDataModule):
         shuffle: bool = False,
         seed: int = 0,
     ) -> TensorLoader:
-        """The server's data of a task, with labels and never augmented.
+        """The server's images of a task, with labels and without augmentation.
 
         Args:
             task: The task.
-            split: Train and val, or one of them.
-            batch_size: By default ``eval_batch_size``.
-            shuffle: A new order for each epoch, else the split's.
-            seed: What the orders depend on.
+            split: The split; ``"all"`` for train and val.
+            batch_size: Batch size; by default ``eval_batch_size``.
+            shuffle: Whether to shuffle in each epoch.
+            seed: Seed of the orders.
         """
         train, val = self.server_split(task)
         chosen = {"all": [train, val], "train": [train], "val": [val]}[split]
@@ -322,7 +315,6 @@ class TaskIncrementalDataModule(LightningDataModule):
         return self._loader(*data, batch_size=batch_size, shuffle=shuffle, seed=seed)
 
     def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:
-        """With the transform."""
         size = self.eval_batch_size if batch_size is None else batch_size
         return tensor_loader(*tensors, batch_size=size, transform=self.transform, **options)
 
@@ -330,16 +322,13 @@ class TaskIncrementalDataModule(LightningDataModule):
         if self._task is not None:
             return self.server_split(self._task)[which]
         self.refuse_several_shapes()
-        parts, offset = [], 0
-        for task in range(len(self.tasks)):
-            images, labels = self.server_split(task)[which]
-            parts.append(LabelledImages(images, labels + offset))
-            offset += self.num_classes(task)
-        return concatenate(parts)
+        parts = [self.server_split(task)[which] for task in self.tasks]
+        offsets = [0, *accumulate(map(len, self.classes))]
+        return concatenate([LabelledImages(p.images, p.labels + k) for p, k in zip(parts, offsets, strict=False)])
 
     def _need_user(self) -> int:
         if self._user_index is None:
             raise MisconfigurationException(
-                f"No user was chosen: set user= to one of {', '.join(map(repr, self.users))}, or to its index."
+                f"No user is set: set user= to one of {', '.join(map(repr, self.users))}, or to its index."
             )
         return self._user_index

@@ -1,8 +1,9 @@
-"""Five tasks of two handwritten digits, for a user with a scanner and a user with a camera."""
+"""Digits: five tasks of two handwritten digits, for a user with a scanner and a user with a camera."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +18,23 @@ from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 16, 16)
 SERVER_PHOTOGRAPHS = 2
-"""Photographs that the server has of each of its digits; a user has one."""
+"""Number of photographs of each digit on the server; users have one."""
 
 
 class DigitsDataModule(TaskIncrementalDataModule):
     """The 1797 handwritten digits of scikit-learn: tasks {0, 1}, {2, 3}, …, {8, 9}, and the users *scan* and *camera*.
 
-    The user *scan* sees the scans as they are, brought to RGB 16×16. The user *camera* sees other digits of the same
-    kind through a camera (:func:`photograph`): chalk on a coloured board, in uneven light, blurred and noisy, random
-    for each image and the same whenever it is made. The server has both kinds.
+    The user *scan* sees the scans, resized to RGB 16×16. The user *camera* sees other digits through a camera
+    (:func:`photograph`): chalk on a colored board in uneven light, blurred and noisy, with randomness that depends only
+    on the digit. The server has both kinds.
 
-    No digit is in two places: of each class half of the digits go to the server, a half of these as scans and a half as
-    photographs, two of each; and a quarter of the digits to each user. 80 % of the server's digits are for training; a
-    user's are halved into adapt and eval. Nothing is downloaded.
+    Every digit is in one place: of each class, half of the digits go to the server (half of these as scans, half as two
+    photographs each) and a quarter to each user. The server trains on 80 % of its digits; a user's are halved into
+    adapt and eval. Nothing is downloaded.
 
     Args:
-        task: See :class:`TaskIncrementalDataModule`.
-        user: See there; ``"scan"`` (0) or ``"camera"`` (1).
-        batch_size: See there.
-        eval_batch_size: See there.
-        seed: What the order of training data depends on.
-        split_seed: What the division of the images depends on.
+        split_seed: Seed of the division of the images among server and users.
+        **options: Further arguments of :class:`TaskIncrementalDataModule`.
 
     Example:
         >>> data = DigitsDataModule(task=0, user="camera")
@@ -45,49 +42,41 @@ class DigitsDataModule(TaskIncrementalDataModule):
         (('0-1', '2-3', '4-5', '6-7', '8-9'), ('scan', 'camera'))
     """
 
-    def __init__(
-        self,
-        *,
-        task: int | str | None = None,
-        user: int | str | None = None,
-        batch_size: int = 20,
-        eval_batch_size: int = 256,
-        seed: int = 0,
-        split_seed: int = 27,
-    ) -> None:
+    def __init__(self, *, split_seed: int = 27, **options: Any) -> None:
         pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
-        super().__init__(
-            tasks=["-".join(pair) for pair in pairs],
-            classes=pairs,
-            users=["scan", "camera"],
-            task=task,
-            user=user,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-        )
+        super().__init__(tasks=["-".join(pair) for pair in pairs], classes=pairs, users=["scan", "camera"], **options)
         self.split_seed = split_seed
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return IMAGE_SHAPE
+
+    @override
+    def decisive_options(self) -> dict[str, Any]:
+        return super().decisive_options() | {"split_seed": self.split_seed}
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The server's scans and photographs, 80 % of the digits for training."""
+        """Load the server's scans and photographs, 80 % of the digits for training."""
         scans = _split(self._share(task, 0.0, 0.25), 0.8, self.split_seed, task, "server scan")
         photos = _split(self._share(task, 0.25, 0.5), 0.8, self.split_seed, task, "server camera")
-        return (
-            concatenate([self._scans(task, scans[0]), self._photographs(task, photos[0], SERVER_PHOTOGRAPHS)]),
-            concatenate([self._scans(task, scans[1]), self._photographs(task, photos[1], SERVER_PHOTOGRAPHS)]),
+        train, val = (
+            concatenate([self._scans(task, scan), self._photographs(task, photo, SERVER_PHOTOGRAPHS)])
+            for scan, photo in zip(scans, photos, strict=True)
         )
+        return train, val
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The user's images, halved."""
+        """Load the user's images, halved."""
         share = self._share(task, 0.5, 0.75) if user == 0 else self._share(task, 0.75, 1.0)
         see = self._scans if user == 0 else self._photographs
         evaluation, adapt = _split(share, 0.5, self.split_seed, task, self.users[user])
         return see(task, adapt), see(task, evaluation)
 
     def _share(self, task: int, start: float, stop: float) -> Tensor:
-        """Which digits belong to one owner: the same part of each class, in a random order of its digits."""
+        """Digits of one owner: the same part of each class, whose digits are in random order."""
         digits = _load_digits()[1]
         parts = []
         for name in self.classes[task]:
@@ -115,11 +104,11 @@ def _split(chosen: Tensor, share: float, *seed: int | str) -> tuple[Tensor, Tens
 
 
 def photograph(scan: Tensor, seed: int) -> Tensor:
-    """What a camera makes of a scan: coloured chalk on a coloured board, light from one side, blur and noise.
+    """Simulate a photograph of a scan: colored chalk on a colored board, side light, blur and noise.
 
     Args:
         scan: (3, height, width) in [0, 1], bright on black.
-        seed: Colours, light and noise depend on it; an image looks the same whenever it is made.
+        seed: Seed of colors, light and noise.
 
     Returns:
         (3, height, width) in [0, 1].
@@ -130,8 +119,8 @@ def photograph(scan: Tensor, seed: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     chalk = gaussian_blur(scan, kernel_size=[5, 5], sigma=[1.0, 1.0])
-    board_colour, chalk_colour = uniform(0.1, 0.5, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
-    image = board_colour * (1 - chalk) + chalk_colour * chalk
+    board_color, chalk_color = uniform(0.1, 0.5, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
+    image = board_color * (1 - chalk) + chalk_color * chalk
     height, width = scan.shape[1:]
     rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
     tilt = uniform(-0.35, 0.35, 2)
@@ -147,7 +136,7 @@ def _load_digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MisconfigurationException(
-            "DigitsDataModule takes its images from scikit-learn: pip install 'pl-personalize[experiments]'."
+            "DigitsDataModule needs scikit-learn: pip install 'pl-personalize[experiments]'."
         ) from error
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16

@@ -1,4 +1,4 @@
-"""The ten distortions of the TransPrior benchmark: what a user's camera does to his images."""
+"""The ten distortions of the TransPrior benchmark, which simulate users' cameras."""
 
 from __future__ import annotations
 
@@ -14,47 +14,46 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _Image = NDArray[np.uint8]
-_Levels = NDArray[np.float64]  # grey levels, from 0 to 255
+_Levels = NDArray[np.float64]  # gray levels, from 0 to 255
 _LARGEST = 32_766  # of OpenCV's remap
 
 
 def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image:
-    """What the camera of one of TransPrior's users makes of an image.
+    """Distort an image as the camera of one of TransPrior's users does.
 
     Severity 3 is that of De Lange et al., CVPR 2020; the others, and the constants of all, are those of Tiny-ImageNet-C
     (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR
-    2019). They are in pixels, for images of 64×64, and are not scaled with the image. ``docs/distortions.md`` has the
+    2019). They are in pixels for images of 64×64, and are not scaled with the image. ``docs/distortions.md`` lists the
     formulas and constants.
 
     ================== ===================================================== ==============
-    name               what                                                  at severity 3
+    name               effect                                                at severity 3
     ================== ===================================================== ==============
     ``spatter``        drops of water on the lens; at severity 4 and 5 mud   strength 0.6
     ``elastic``        a random affine map, then smooth random displacements within 3.84 px
     ``saturation``     saturation (HSV) times a factor                       2
     ``defocus_blur``   mean over a disk                                      radius 1.5
-    ``gaussian_noise`` normal noise in each pixel and channel                deviation 0.12
+    ``gaussian_noise`` normal noise in each pixel and channel                std 0.12
     ``brightness``     value (HSV) plus a constant                           0.3
     ``gaussian_blur``  a Gaussian filter                                     σ 1
     ``jpeg``           compression                                           quality 50
     ``contrast``       distance to the mean of each channel times a factor   0.2
-    ``impulse_noise``  values that are replaced by 0 or 255                  5 %
+    ``impulse_noise``  values replaced by 0 or 255                           5 %
     ================== ===================================================== ==============
 
     Args:
-        image: (height, width, 3), uint8, red first. It may be of any size from 1×1, for elastic up to 32,766 pixels in
-            height and width; it is not changed.
+        image: (height, width, 3), uint8, RGB, at least 1×1 pixels, and for elastic at most 32,766 in height and width.
         name: One of ``DISTORTIONS``.
-        severity: From 1 to 5. It orders strengths, but for spatter, elastic and saturation.
-        seed: What all random numbers follow from.
+        severity: From 1 to 5. The strength increases with it, except for spatter, elastic and saturation.
+        seed: Seed of all randomness.
 
     Returns:
-        (height, width, 3), uint8: the distorted values, rounded and clipped. It depends on the arguments alone.
+        (height, width, 3), uint8: the distorted image, rounded and clipped. It depends only on the arguments.
 
     Raises:
-        ValueError: If there is no such distortion or severity, the image has another shape or type or is too large, or
-            the seed is negative.
-        ModuleNotFoundError: If OpenCV is needed (spatter, elastic and both blurs) and not installed.
+        ValueError: If the distortion or severity does not exist, the image has another shape or dtype or is too large,
+            or the seed is negative.
+        ModuleNotFoundError: If OpenCV is required (spatter, elastic and both blurs) but not installed.
 
     Example:
         >>> image = np.full((2, 2, 3), (200, 100, 50), dtype=np.uint8)
@@ -76,13 +75,13 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
         raise ValueError(f"seed must not be negative; got {seed}.")
     levels = np.array(image, dtype=np.float64, order="C")
     distorted = scale[int(severity) - 1](levels, np.random.default_rng(seed))
-    # Halves go up: to the nearest even level, an offset that ends in .5 would make two grey levels one.
+    # Round halves up: to the nearest even level, an offset that ends in .5 would merge two gray levels.
     rounded: _Image = np.floor(distorted.clip(0, 255) + 0.5).astype(np.uint8)
     return rounded
 
 
 def opencv_version() -> str:
-    """The release of OpenCV, on which some distortions depend in the last digit; empty where there is none."""
+    """Version of OpenCV, on which some distortions depend in the last digit; empty if it is not installed."""
     try:
         return str(_opencv().__version__)
     except ModuleNotFoundError:
@@ -90,34 +89,34 @@ def opencv_version() -> str:
 
 
 def _water(
-    levels: _Levels, rng: Generator, mean: float, deviation: float, sigma: float, threshold: float, strength: float
+    levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float, strength: float
 ) -> _Levels:
-    """Bright drops with an edge that catches the light; their brightest pixel adds ``strength`` times the colour."""
+    """Bright drops with an edge that catches the light; their brightest pixel adds ``strength`` times the color."""
     cv2 = _opencv()
-    liquid = _liquid(levels, rng, mean, deviation, sigma, threshold)
+    liquid = _liquid(levels, rng, mean, std, sigma, threshold)
     depth = (255 * liquid).clip(0, 255).astype(np.uint8)
     to_edge = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, cv2.DIST_MASK_5)
     relief = cv2.equalizeHist(cv2.blur(np.minimum(to_edge, 20), (3, 3)).astype(np.uint8))
     relief = cv2.filter2D(relief, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=np.float32))
     drops: _Levels = depth * cv2.blur(relief.astype(np.float64), (3, 3))
-    if drops.max() > 0:  # else no drop fell
+    if drops.max() > 0:  # otherwise there are no drops
         drops *= strength / drops.max()
     return levels + drops[..., None] * (175.0, 238.0, 238.0)
 
 
 def _mud(
-    levels: _Levels, rng: Generator, mean: float, deviation: float, sigma: float, threshold: float, edge_sigma: float
+    levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float, edge_sigma: float
 ) -> _Levels:
     """Brown spots with a soft edge, opaque."""
-    spots = _liquid(levels, rng, mean, deviation, sigma, threshold) > threshold
+    spots = _liquid(levels, rng, mean, std, sigma, threshold) > threshold
     opacity = _gaussian(spots.astype(np.float64), edge_sigma, truncate=4, border="REPLICATE")
     opacity[opacity < 0.8] = 0
     return levels * (1 - opacity[..., None]) + opacity[..., None] * (63.0, 42.0, 20.0)
 
 
-def _liquid(levels: _Levels, rng: Generator, mean: float, deviation: float, sigma: float, threshold: float) -> _Levels:
-    """How much liquid is on each pixel (height, width); under the threshold it does not stick."""
-    liquid = _gaussian(rng.normal(mean, deviation, levels.shape[:2]), sigma, truncate=4, border="REPLICATE")
+def _liquid(levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float) -> _Levels:
+    """Amount of liquid on each pixel (height, width); below the threshold it does not stick."""
+    liquid = _gaussian(rng.normal(mean, std, levels.shape[:2]), sigma, truncate=4, border="REPLICATE")
     liquid[liquid < threshold] = 0
     return liquid
 
@@ -131,7 +130,7 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
     # OpenCV 5 interpolates exactly in float32; OpenCV 4, and 5 in float64, round places to 1/32 of a pixel.
     warped = levels.astype(np.float32)
     reach = min(height, width) // 3
-    if reach:  # else the three points are one
+    if reach:  # otherwise the three points coincide
         signs = np.array([[1, 1], [-1, 1], [-1, -1]])  # x, y
         points = (np.array([width // 2, height // 2]) + reach * signs).astype(np.float32)
         moved = (points + rng.uniform(-jitter, jitter, (3, 2))).astype(np.float32)
@@ -149,20 +148,20 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
 
 
 def _saturation(levels: _Levels, rng: Generator, factor: float, offset: float) -> _Levels:
-    """HSV: S becomes clip(factor S + offset, 0, 1). With hue and value fixed, V − c is in proportion to S."""
+    """HSV: S becomes clip(factor S + offset, 0, 1). With hue and value fixed, V − c is proportional to S."""
     value: _Levels = levels.max(axis=2, keepdims=True)
     gap = value - levels
     chroma: _Levels = gap.max(axis=2, keepdims=True)
-    # Grey has no hue; as red, which HSV gives it, green and blue lack all of the new saturation.
+    # Gray has no hue; HSV treats it as red, so green and blue lack all of the new saturation.
     direction = np.where(chroma > 0, gap / np.maximum(chroma, 1), (0.0, 1.0, 1.0))
     wanted: _Levels = (factor * chroma / np.maximum(value, 1) + offset).clip(0, 1)
     return value * (1 - direction * wanted)
 
 
 def _brightness(levels: _Levels, rng: Generator, offset: float) -> _Levels:
-    """HSV: V becomes clip(V + offset, 0, 1). With hue and saturation fixed, a colour is in proportion to V."""
+    """HSV: V becomes clip(V + offset, 0, 1). With hue and saturation fixed, a color is proportional to V."""
     value: _Levels = levels.max(axis=2, keepdims=True)
-    # Exact in grey levels: where 255 offset ends in .5, a conversion there and back would leave the rounding to chance.
+    # Exact in gray levels: a conversion to HSV and back would round arbitrarily where 255 · offset ends in .5.
     brighter = np.minimum(value + 255 * offset, 255)
     return np.where(value > 0, levels * brighter / np.maximum(value, 1), brighter)
 
@@ -177,8 +176,8 @@ def _defocus_blur(levels: _Levels, rng: Generator, radius: float, edge_sigma: fl
     return blurred
 
 
-def _gaussian_noise(levels: _Levels, rng: Generator, deviation: float) -> _Levels:
-    return levels + rng.normal(0, 255 * deviation, levels.shape)
+def _gaussian_noise(levels: _Levels, rng: Generator, std: float) -> _Levels:
+    return levels + rng.normal(0, 255 * std, levels.shape)
 
 
 def _gaussian_blur(levels: _Levels, rng: Generator, sigma: float) -> _Levels:
@@ -186,7 +185,7 @@ def _gaussian_blur(levels: _Levels, rng: Generator, sigma: float) -> _Levels:
 
 
 def _jpeg(levels: _Levels, rng: Generator, quality: int) -> _Levels:
-    """Encoded with halved resolution of colours and decoded."""
+    """Encode with chroma subsampling and decode."""
     file = BytesIO()
     Image.fromarray(levels.astype(np.uint8)).save(file, "JPEG", quality=quality)
     with Image.open(file) as decoded:
@@ -199,13 +198,13 @@ def _contrast(levels: _Levels, rng: Generator, factor: float) -> _Levels:
 
 
 def _impulse_noise(levels: _Levels, rng: Generator, share: float) -> _Levels:
-    """Each value of a channel on its own."""
+    """Replace each value of each channel independently."""
     drawn = rng.random(levels.shape)
     return np.where(drawn < share / 2, 0, np.where(drawn >= 1 - share / 2, 255, levels))
 
 
 def _gaussian(values: _Levels, sigma: float, *, truncate: float, border: str) -> _Levels:
-    """A Gaussian filter that ends at ``truncate`` times σ, rounded."""
+    """Gaussian filter, truncated at ``truncate`` times σ, rounded."""
     cv2 = _opencv()
     size = 2 * int(truncate * sigma + 0.5) + 1
     blurred: _Levels = cv2.GaussianBlur(values, (size, size), sigma, borderType=getattr(cv2, f"BORDER_{border}"))
@@ -219,7 +218,7 @@ def _opencv() -> Any:
         if error.name != "cv2":
             raise
         raise ModuleNotFoundError(
-            "TransPrior's distortions need OpenCV, which is not installed: pip install 'pl-personalize[transprior]'",
+            "TransPrior's distortions need OpenCV: pip install 'pl-personalize[transprior]'",
             name="cv2",
         ) from error
 
@@ -227,11 +226,11 @@ def _opencv() -> Any:
 _Distortion = Callable[[_Levels, Generator], _Levels]
 _DISTORTIONS: dict[str, tuple[_Distortion, ...]] = {
     "spatter": (
-        partial(_water, mean=0.62, deviation=0.1, sigma=0.7, threshold=0.7, strength=0.6),
-        partial(_water, mean=0.65, deviation=0.1, sigma=0.8, threshold=0.7, strength=0.6),
-        partial(_water, mean=0.65, deviation=0.3, sigma=1.0, threshold=0.69, strength=0.6),
-        partial(_mud, mean=0.65, deviation=0.1, sigma=0.7, threshold=0.68, edge_sigma=0.6),
-        partial(_mud, mean=0.65, deviation=0.1, sigma=0.5, threshold=0.67, edge_sigma=0.6),
+        partial(_water, mean=0.62, std=0.1, sigma=0.7, threshold=0.7, strength=0.6),
+        partial(_water, mean=0.65, std=0.1, sigma=0.8, threshold=0.7, strength=0.6),
+        partial(_water, mean=0.65, std=0.3, sigma=1.0, threshold=0.69, strength=0.6),
+        partial(_mud, mean=0.65, std=0.1, sigma=0.7, threshold=0.68, edge_sigma=0.6),
+        partial(_mud, mean=0.65, std=0.1, sigma=0.5, threshold=0.67, edge_sigma=0.6),
     ),
     "elastic": (
         partial(_elastic, amplitude=0.0, sigma=0.0, jitter=5.12),
@@ -248,7 +247,7 @@ _DISTORTIONS: dict[str, tuple[_Distortion, ...]] = {
         partial(_defocus_blur, radius=radius, edge_sigma=edge_sigma)
         for radius, edge_sigma in ((0.5, 0.6), (1.0, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.1))
     ),
-    "gaussian_noise": tuple(partial(_gaussian_noise, deviation=d) for d in (0.04, 0.08, 0.12, 0.15, 0.18)),
+    "gaussian_noise": tuple(partial(_gaussian_noise, std=d) for d in (0.04, 0.08, 0.12, 0.15, 0.18)),
     "brightness": tuple(partial(_brightness, offset=offset) for offset in (0.1, 0.2, 0.3, 0.4, 0.5)),
     "gaussian_blur": tuple(partial(_gaussian_blur, sigma=sigma) for sigma in (0.5, 0.75, 1.0, 1.25, 1.5)),
     "jpeg": tuple(partial(_jpeg, quality=quality) for quality in (65, 58, 50, 40, 25)),
@@ -256,4 +255,4 @@ _DISTORTIONS: dict[str, tuple[_Distortion, ...]] = {
     "impulse_noise": tuple(partial(_impulse_noise, share=share) for share in (0.01, 0.02, 0.05, 0.08, 0.14)),
 }
 DISTORTIONS: tuple[str, ...] = tuple(_DISTORTIONS)
-"""The names, in the order of TransPrior's ten users."""
+"""Names in the order of TransPrior's ten users."""

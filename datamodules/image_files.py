@@ -1,4 +1,4 @@
-"""Image files of any size and kind, as squares of one size; and which files are images."""
+"""Search for image files, and decoding to squares of one size."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import center_crop
 
-_FORMATS = {
-    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
-    "JPEG 2000 and XL": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".jxl"),
-    "AVIF, HEIF, WebP": (".avif", ".avifs", ".heic", ".heif", ".webp"),
-    "PNG, GIF, TIFF": (".apng", ".gif", ".png", ".tif", ".tiff"),
-    "PNM": (".pbm", ".pfm", ".pgm", ".pnm", ".ppm"),
-    "others": (".bmp", ".dib", ".pcx", ".qoi", ".sgi", ".tga"),
-}
-SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
-"""Of image files, in lower case. Not all can be read by every Pillow; one that cannot is refused, never passed over."""
+_NAMES = """
+    apng avif avifs bmp dib gif heic heif j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl mpo
+    pbm pcx pfm pgm png pnm ppm qoi sgi tga tif tiff webp
+"""
+SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
+"""Suffixes of image files, in lower case. A file that the installed Pillow cannot read is refused, never skipped."""
 _SYSTEM_FOLDERS = {"#recycle", "$recycle.bin", "@eadir", "__macosx"}
-"""Where systems keep thumbnails, companions and deleted files."""
+"""Folders of thumbnails, metadata and deleted files."""
 _LONGEST = 8
-"""How many times the shorter side the longer one is kept; beyond it no centre crop reaches."""
+"""Largest aspect ratio kept; a center crop reaches no further."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, by its name: it has the suffix of one, in any case, and is not hidden.
-
-    Hidden are names that begin with a dot, such as the companions ``._x.png`` that macOS writes.
+    """Whether a file has the suffix of an image, in any case, and is not hidden (its name does not start with a dot).
 
     Example:
         >>> [is_image(name) for name in ("a.png", "a.JPG", "._a.png", "Thumbs.db", ".DS_Store")]
@@ -43,15 +37,15 @@ def is_image(name: str) -> bool:
 
 
 def is_class_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder that may hold images: not hidden, and none of a system's own."""
+    """Whether an entry is a folder that is neither hidden nor a system folder."""
     return entry.is_dir() and not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FOLDERS
 
 
 def files_below(folder: Path) -> list[str]:
-    """The files of a folder and of its subfolders, by their paths below it with slashes.
+    """List the files of a folder and its subfolders, as relative paths with slashes.
 
-    Folders come in sorted order, each with its own files, sorted, before its subfolders: as torchvision's
-    ``ImageFolder`` has them. Links are followed, but into no folder that they are in.
+    The order is that of torchvision's ``ImageFolder``: folders sorted, each with its files, sorted, before its
+    subfolders. Links are followed, except into a folder that contains them.
 
     Raises:
         MisconfigurationException: If a folder cannot be read.
@@ -75,20 +69,20 @@ def _walk(folder: Path, prefix: str, within: tuple[Path, ...]) -> Iterator[str]:
 
 
 def passed_over(names: Iterable[str]) -> str:
-    """The suffixes of files that are no images, and those that are read: for messages about what is missing."""
+    """Sentence on the suffixes of files that are not images, for messages about missing images; possibly empty."""
     suffixes = Counter(Path(name).suffix.lower() or "no suffix" for name in names if not is_image(name))
     found = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(suffixes.items()))
     return f"There are other files ({found}); images end in {', '.join(sorted(SUFFIXES))}." if found else ""
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """An image file in RGB, whatever it is in; transparency and EXIF's orientation are ignored, as in ``ImageFolder``.
+    """Read an image file as RGB, ignoring transparency and EXIF orientation as ``ImageFolder`` does.
 
-    Colours with 16 bits a channel are brought to eight, as Pillow does; of several frames or pages the first counts.
+    Colors with 16 bits per channel are reduced to 8; of several frames or pages the first is read.
 
     Raises:
-        MisconfigurationException: If it is missing or broken, of a format that Pillow cannot read here, or grey with
-            more than 8 bits.
+        MisconfigurationException: If the file is missing, broken, of an unsupported format, or grayscale with more than
+            8 bits.
     """
     try:
         with Image.open(path) as opened:
@@ -99,18 +93,18 @@ def read_rgb(path: Path) -> Image.Image:
                 image = opened.convert("RGB")
     except UnidentifiedImageError as error:
         raise MisconfigurationException(
-            f"{path} cannot be read as an image: it is broken, or of a format that this Pillow does not read. Replace "
-            "it, convert it (to PNG, say), or remove it."
+            f"{path} cannot be read as an image: it is broken or of a format that this Pillow does not support. "
+            "Replace, convert (for example to PNG) or remove it."
         ) from error
-    except Exception as error:  # Pillow's readers raise what they like at a broken file
+    except Exception as error:  # Pillow's readers raise anything for a broken file
         raise MisconfigurationException(f"{path} cannot be read as an image: {error}") from error
     if deep:
-        raise MisconfigurationException(f"{path} is grey with more than 8 bits; convert it to 8.")
+        raise MisconfigurationException(f"{path} is grayscale with more than 8 bits; convert it to 8 bits.")
     return image
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Bring the shorter side to ``size``, bilinear with antialiasing; the ends of a very long image are cut off."""
+    """Resize the shorter side to ``size``, bilinear with antialiasing; very long images are cut at both ends."""
     short, long = sorted(image.size)
     kept = min(long, _LONGEST * short)
     start = (long - kept) // 2
@@ -122,6 +116,6 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     return image.resize(shape, Image.Resampling.BILINEAR, box=box)
 
 
-def crop_centre(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The square in the middle, (size, size, 3); black where a smaller image has nothing."""
+def center_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Center crop, (size, size, 3); smaller images are padded with black."""
     return np.asarray(center_crop(image, [size, size]))

@@ -1,4 +1,4 @@
-"""Images that several splits share, in memory or on disk."""
+"""Images shared by several splits, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from torch import Tensor
 
 
 class ImageRows:
-    """A choice of the images of one or several pools; they are copied when they are asked for by index, and only then.
+    """Selection of images from one or several pools, copied only when indexed.
 
-    Splits, users and tasks that have images in common share the pools, which may be larger than the memory if they are
-    mapped files.
+    Splits, users and tasks share the pools, which may exceed the memory if they are memory-mapped files.
 
     Args:
-        pools: (n, channels, height, width) each, of one size and type.
-        rows: For each image its row in its pool, (n,).
-        which: For each image the number of its pool, (n,); by default the first.
+        pools: Pools, each (n, channels, height, width), of one image shape and dtype.
+        rows: Row of each image in its pool, (n,).
+        which: Index of each image's pool, (n,); 0 by default.
 
     Raises:
-        ValueError: If there is no pool, or the pools differ in the size or type of images.
+        ValueError: If there is no pool, or image shapes or dtypes differ.
 
     Example:
         >>> pool = torch.arange(5).view(5, 1, 1, 1)
@@ -31,7 +30,9 @@ class ImageRows:
 
     def __init__(self, pools: Sequence[Tensor], rows: Tensor, which: Tensor | None = None) -> None:
         if len({(pool.shape[1:], pool.dtype) for pool in pools}) != 1:
-            raise ValueError(f"Pools must have images of one size and type; got {[tuple(p.shape) for p in pools]}.")
+            raise ValueError(
+                f"Pools must have one image shape and dtype; got {[(tuple(p.shape), p.dtype) for p in pools]}."
+            )
         self.pools, self.rows = tuple(pools), rows
         self.which = torch.zeros_like(rows) if which is None else which
 
@@ -42,7 +43,7 @@ class ImageRows:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pools."""
+        """Data type of the pools."""
         return self.pools[0].dtype
 
     def __len__(self) -> int:
@@ -61,12 +62,12 @@ class ImageRows:
         return found
 
     def select(self, index: Tensor) -> ImageRows:
-        """Some of the images, of the same pools."""
+        """Subset of the images, from the same pools."""
         return ImageRows(self.pools, self.rows[index], self.which[index])
 
 
 def join(parts: Sequence[ImageRows]) -> ImageRows:
-    """Several choices as one, in order; a pool that they have in common stays one."""
+    """Concatenate selections in order; a pool that they share is kept once."""
     pools = list({id(pool): pool for part in parts for pool in part.pools}.values())
     numbers = {id(pool): number for number, pool in enumerate(pools)}
     which = [torch.tensor([numbers[id(pool)] for pool in part.pools])[part.which] for part in parts]

@@ -1,4 +1,4 @@
-"""Decoded images, in memory or in mapped files."""
+"""Decoded images, in memory or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Read = Callable[[Path], NDArray[np.uint8]]
 
 
 class ImageStore:
-    """Pools of images of one size; each image is decoded once.
+    """Pools of images of one size, each image decoded once.
 
-    A file of ``cache_dir`` is named after a digest of what it depends on (image files, size, Pillow's version, and what
-    the caller says), and appears when it is complete: what a killed process leaves behind is written anew. Any number
-    of processes may share the folder. No complete file is ever deleted from it; all of it can be made again.
+    A cache file is named after a digest of what determines it (image files, size, Pillow's version, and ``depends``)
+    and appears only when it is complete; a killed process's leftovers are overwritten. Any number of processes may
+    share the folder. Complete files are never deleted; all can be recreated.
 
     Args:
-        folder: Where the image files are.
-        size: Side of the images.
-        cache_dir: Where mapped files are kept; by default pools are in memory.
+        folder: Folder of the image files.
+        size: Side length of the decoded images.
+        cache_dir: Folder for memory-mapped files; by default pools are held in memory.
     """
 
     def __init__(self, folder: Path, size: int, cache_dir: Path | None = None) -> None:
@@ -46,16 +46,16 @@ class ImageStore:
         self._pools: dict[str, Tensor] = {}
 
     def pool(self, name: str, files: Sequence[str], read: Read, *depends: str | int) -> Tensor:
-        """The images of a pool, uint8 (n, 3, size, size), decoded at the first call.
+        """A pool of images, uint8 (n, 3, size, size), decoded at the first call.
 
         Args:
-            name: Of the pool; other files need another one.
-            files: Paths below the folder.
-            read: Decodes one of them.
-            depends: What else the images depend on, besides the files and the size.
+            name: Name of the pool, different for different files.
+            files: Image files, relative to the folder.
+            read: Decoder of an image file.
+            depends: What the images depend on besides the files and the size.
 
         Raises:
-            MisconfigurationException: If a file cannot be decoded, or the cache not be written.
+            MisconfigurationException: If a file cannot be decoded or the cache cannot be written.
         """
         if name not in self._pools:
             if self.cache_dir is None or not files:
@@ -69,7 +69,7 @@ class ImageStore:
         return self._pools[name]
 
     def _decoded(self, name: str, files: Sequence[str], read: Read) -> Generator[NDArray[np.uint8]]:
-        """The images, (3, size, size), in order."""
+        """Yield the images, (3, size, size), in order."""
 
         def channels_first(file: str) -> NDArray[np.uint8]:
             return np.ascontiguousarray(read(self.folder / file).transpose(2, 0, 1))
@@ -83,7 +83,7 @@ class ImageStore:
                     yield image
                     bar.update()
             finally:
-                workers.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is not waited for
+                workers.shutdown(cancel_futures=True)  # do not wait for the rest after an error or Ctrl-C
 
     def _mapped(
         self, cache_dir: Path, name: str, files: Sequence[str], read: Read, depends: Sequence[str | int]
@@ -103,7 +103,7 @@ class ImageStore:
                 return found
             cache_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
-                if (found := _open_mapped(path, shape)) is not None:  # another process was faster
+                if (found := _open_mapped(path, shape)) is not None:  # from another process
                     return found
                 partial = path.with_suffix(".partial")
                 try:
@@ -111,11 +111,11 @@ class ImageStore:
                         _write(file, shape, images)
                     os.replace(partial, path)
                 finally:
-                    partial.unlink(missing_ok=True)  # a full disk is not kept full
+                    partial.unlink(missing_ok=True)  # frees a full disk
         except OSError as error:
             raise MisconfigurationException(
-                f"The images cannot be kept in cache_dir={str(cache_dir)!r}: {error}. They take "
-                f"{np.prod(shape) / 2**20:.0f} MiB; choose another folder, or None to have them in memory."
+                f"Cannot store images in cache_dir={str(cache_dir)!r}: {error}. They take "
+                f"{np.prod(shape) / 2**20:.0f} MiB; choose another folder, or None to hold them in memory."
             ) from error
         found = _open_mapped(path, shape)
         assert found is not None
@@ -123,7 +123,7 @@ class ImageStore:
 
 
 def _write(file: BinaryIO, shape: tuple[int, ...], images: Iterator[NDArray[np.uint8]]) -> None:
-    """An array of NumPy's format, image by image: it never is in memory, and a full disk is an error like any other."""
+    """Write an array in NumPy's format image by image, so that it need not fit in memory."""
     np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     for image in images:
         file.write(image.tobytes())
@@ -132,11 +132,11 @@ def _write(file: BinaryIO, shape: tuple[int, ...], images: Iterator[NDArray[np.u
 
 
 def _open_mapped(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The file as a tensor that is read from disk as it is used; ``None`` if there is none, or none that fits."""
+    """Memory-map the file as a tensor; ``None`` if it is missing or does not have the shape."""
     if not path.is_file():
         return None
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: PyTorch wants writable memory
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, as PyTorch needs writable memory
     except (ValueError, EOFError):
         return None
     return torch.from_numpy(array) if array.shape == shape and array.dtype == np.uint8 else None

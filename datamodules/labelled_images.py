@@ -1,4 +1,4 @@
-"""Images and their classes, and what a benchmark may give as such."""
+"""Images with labels, and the validation of what a benchmark returns as such."""
 
 from __future__ import annotations
 
@@ -13,63 +13,64 @@ from pl_personalize.datamodules.image_rows import ImageRows, join
 from pl_personalize.functional.labels import class_labels
 from pl_personalize.functional.seeding import derive_seed
 
-_CHUNK = 256  # images of a pool that are looked at together
+_CHUNK = 256  # images checked at a time
 
 
 class LabelledImages(NamedTuple):
-    """Images (n, channels, height, width), as they are stored, and their class in the task (n,), from 0."""
+    """Stored images (n, channels, height, width) and their labels within the task (n,), from 0."""
 
     images: Tensor | ImageRows
     labels: Tensor
 
 
 def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
-    """Several sets as one, in order; tensors are copied, :class:`ImageRows` go on sharing their pools."""
-    labels, images = torch.cat([part.labels for part in parts]), [part.images for part in parts]
-    rows = [found for found in images if isinstance(found, ImageRows)]
-    tensors = [found for found in images if isinstance(found, Tensor)]
+    """Concatenate in order; tensors are copied, :class:`ImageRows` keep sharing their pools."""
+    labels = torch.cat([part.labels for part in parts])
+    rows = [part.images for part in parts if isinstance(part.images, ImageRows)]
+    tensors = [part.images for part in parts if isinstance(part.images, Tensor)]
     if rows and tensors:
-        raise TypeError("Images of all sets must be tensors, or of all ImageRows.")
+        raise TypeError("Images must be all tensors or all ImageRows; got both.")
     return LabelledImages(join(rows) if rows else torch.cat(tensors), labels)
 
 
 def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[LabelledImages, LabelledImages]:
-    """Divide at random into floor(share * n) samples and the rest.
+    """Split at random into floor(``share`` * n) samples and the rest.
 
     Args:
-        data: What to divide.
-        share: Of the first part.
-        seed: What the division depends on.
+        data: Samples to split.
+        share: Share of the first part.
+        seed: Parts of the seed.
     """
     count = len(data.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*seed)))
-    return _select(data, order[: int(share * count)]), _select(data, order[int(share * count) :])
+    first, second = order[: int(share * count)], order[int(share * count) :]
+    select = data.images.select if isinstance(data.images, ImageRows) else data.images.__getitem__
+    return LabelledImages(select(first), data.labels[first]), LabelledImages(select(second), data.labels[second])
 
 
-def _select(data: LabelledImages, index: Tensor) -> LabelledImages:
-    images = data.images.select(index) if isinstance(data.images, ImageRows) else data.images[index]
-    return LabelledImages(images, data.labels[index])
+def described(found: Any) -> str:
+    """The type of an object, and the length of a tuple or list, for messages."""
+    return f"a {type(found).__name__}" + (f" of {len(found)}" if isinstance(found, tuple | list) else "")
 
 
 def labelled_images(found: Any, num_classes: int, *, offset: int = 0) -> LabelledImages:
-    """A split as a benchmark gives it, checked: what can be converted without loss is, anything else is refused.
+    """Validate a split that a benchmark returns; other types are converted if nothing is lost, and refused otherwise.
 
     Args:
-        found: :class:`LabelledImages`, or a tuple or list of images and labels. Images: a tensor, :class:`ImageRows`,
-            an array, or a list of tensors or arrays of one shape; (n, …), without NaN and infinity. Labels: see
+        found: :class:`LabelledImages`, or a tuple or list of images and labels. Images: finite, (n, …), as a tensor,
+            :class:`ImageRows`, an array, or a list of tensors or arrays of one shape. Labels: see
             :func:`~pl_personalize.functional.labels.class_labels`.
         num_classes: Number of classes of the task.
-        offset: Number of classes of the tasks before, for the message.
+        offset: Number of classes of the preceding tasks, for the message.
 
     Raises:
-        ValueError: If it is none, with what is wrong.
+        ValueError: If the split is invalid.
     """
     if not isinstance(found, tuple | list) or len(found) != 2:
-        many = f" of {len(found)}" if isinstance(found, tuple | list) else ""
-        raise ValueError(f"a split must be LabelledImages(images, labels); got a {type(found).__name__}{many}.")
+        raise ValueError(f"a split must be LabelledImages(images, labels); got {described(found)}.")
     images, labels = _images(found[0]), class_labels(found[1], num_classes, offset=offset)
     if len(images) != len(labels):
-        raise ValueError(f"there are {len(images)} images and {len(labels)} labels; each image needs one.")
+        raise ValueError(f"there are {len(images)} images and {len(labels)} labels; pass one label per image.")
     if isinstance(images, ImageRows):
         _check_rows(images)
     for start in range(0, len(images), _CHUNK):
@@ -86,8 +87,8 @@ def _images(given: Any) -> Tensor | ImageRows:
         if not all(isinstance(image, Tensor | np.ndarray) for image in images) or len(shapes) != 1:
             kinds = sorted({type(image).__name__ for image in images})
             raise ValueError(
-                "images must be one tensor (n, channels, height, width), or a list of tensors of one shape; got a "
-                f"list of {', '.join(kinds)}, of the shapes {', '.join(map(str, sorted(shapes)[:3]))}."
+                "images must be a tensor (n, channels, height, width) or a list of tensors of one shape; got a list of "
+                f"{', '.join(kinds)} with the shapes {', '.join(map(str, sorted(shapes)[:3]))}."
             )
         images = torch.stack([torch.as_tensor(image) for image in images])
     if isinstance(images, np.ndarray):
@@ -105,9 +106,9 @@ def _check_rows(images: ImageRows) -> None:
     for number, pool in enumerate(images.pools):
         rows = images.rows[images.which == number]
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(pool):
-            raise ValueError(f"rows of ImageRows must be from 0 to {len(pool) - 1}; got {rows.tolist()[:5]}.")
+            raise ValueError(f"ImageRows has rows outside 0 to {len(pool) - 1}: {rows.tolist()[:5]}.")
     if len(images) and not 0 <= int(images.which.min()) <= int(images.which.max()) < len(images.pools):
-        raise ValueError(f"ImageRows has {len(images.pools)} pools, and images of pool {int(images.which.max())}.")
+        raise ValueError(f"ImageRows has {len(images.pools)} pools but refers to pool {int(images.which.max())}.")
 
 
 def _refuse_nan(images: Tensor, start: int) -> None:
@@ -115,4 +116,4 @@ def _refuse_nan(images: Tensor, start: int) -> None:
         return
     if not all(bool(extreme.isfinite()) for extreme in images.aminmax()):  # NaN wins in both
         place = int((~images.isfinite().flatten(1).all(1)).nonzero()[0])
-        raise ValueError(f"image {start + place} has NaN or infinite values; mend it, or leave it out.")
+        raise ValueError(f"image {start + place} has NaN or infinite values; correct or remove it.")

@@ -1,4 +1,4 @@
-"""A data loader over tensors in memory that a run can resume in the middle of an epoch."""
+"""Data loader over tensors in memory that can resume in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from pl_personalize.functional.seeding import derive_seed
 
 T = TypeVar("T")
 Transform = Callable[[Tensor, int | None], Tensor]
-"""What makes a batch of stored images (n, …) into what a network takes; with the seed of what is random in it, or
-``None`` where nothing is."""
+"""Converts a batch of stored images (n, …) to network inputs, given the seed of its randomness or ``None`` for none."""
 
 
 class TensorBatches(Dataset[Any]):
-    """Tensors of one length, of which whole batches are cut by index: a tuple, or for a single tensor the tensor.
+    """Dataset of tensors of one length, indexed by whole batches: tuples, or tensors if there is only one.
 
     Args:
-        tensors: Images, and labels if there are any; (n, …) each.
-        transform: What is done with the images of a batch, if anything.
-        augment_seed: For :meth:`batch`, the seed of what is random in the transform; by default nothing is.
+        tensors: Images and possibly labels, each (n, …).
+        transform: Transform of a batch of images.
+        augment_seed: Seed of the transform's randomness in :meth:`batch`; by default there is none.
 
     Raises:
-        ValueError: If there are none, or they differ in length.
+        ValueError: If there are no tensors, or their lengths differ.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class TensorBatches(Dataset[Any]):
         return self._cut(torch.as_tensor(indices), None)
 
     def batch(self, indices: Sequence[int], *place: int) -> Any:
-        """The batch at a place of a training; what is random in the transform depends on that."""
+        """Batch at a place in the training, on which the randomness of the transform depends."""
         seed = None if self.augment_seed is None else derive_seed(self.augment_seed, *place)
         return self._cut(torch.as_tensor(indices), seed)
 
@@ -60,16 +59,16 @@ class TensorBatches(Dataset[Any]):
 
 
 class TaskSampler(DistributedSampler[Any]):
-    """The order of an epoch, as a function of the seed and the epoch alone; divided among processes.
+    """Order of an epoch as a function of only the seed and the epoch, divided among processes.
 
-    It is a :class:`~torch.utils.data.DistributedSampler`, so that Lightning takes it as it is and tells it the epoch.
+    A subclass of :class:`~torch.utils.data.DistributedSampler`, so that Lightning uses it unchanged and sets the epoch.
 
     Args:
-        dataset: What is sampled.
-        shuffle: A new order for each epoch, else the dataset's.
-        seed: What the orders depend on.
-        repeat: Fill up, by repetition, so that all processes get the same number of samples. Training needs this;
-            what is counted or summed must not have it.
+        dataset: Dataset to sample.
+        shuffle: Whether to shuffle in each epoch.
+        seed: Seed of the orders.
+        repeat: Whether to repeat samples so that all processes get the same number. Training requires it; counts and
+            sums must not use it.
     """
 
     def __init__(self, dataset: Dataset[Any], *, shuffle: bool, seed: int, repeat: bool) -> None:
@@ -93,17 +92,17 @@ class TaskSampler(DistributedSampler[Any]):
 
 
 class TensorLoader(DataLoader[Any]):
-    """Batches of a :class:`TensorBatches`, cut in this process; its place in an epoch is part of a checkpoint.
+    """Loader of :class:`TensorBatches` whose position in an epoch is part of checkpoints; it uses no worker processes.
 
-    Lightning saves and loads the state with its own checkpoints. With a :class:`TaskSampler` a resumed epoch has the
-    rest of the batches that the interrupted one would have had, in the same order.
+    Lightning saves and restores the state. With a :class:`TaskSampler`, a resumed epoch yields the remaining batches
+    of the interrupted one in the same order.
     """
 
     _place: dict[str, int] | None = None
     _resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator: it reads the epoch when the first batch is asked for, after Lightning has set it.
+        # A generator, so that the epoch is read with the first batch, after Lightning has set it.
         start, resume = 0, self._resume
         if resume is not None and resume["epoch"] == self._epoch and resume["position"] < len(self):
             start = resume["position"]
@@ -121,16 +120,16 @@ class TensorLoader(DataLoader[Any]):
         return int(getattr(self.sampler, "epoch", 0))
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
+        """Epoch and number of batches yielded in it."""
         return dict(self._resume or self._place or {"epoch": self._epoch, "position": 0})
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next pass, if it is of the same epoch, after the batches that were handed out."""
+        """Start the next pass over the same epoch after the batches already yielded."""
         self._resume = {"epoch": int(state_dict["epoch"]), "position": int(state_dict["position"])}
 
 
 def as_is(batch: T) -> T:
-    """The collate function of data that comes as batches."""
+    """Collate function for data that is already batched."""
     return batch
 
 
@@ -143,17 +142,17 @@ def tensor_loader(
     transform: Transform | None = None,
     augment: bool = False,
 ) -> TensorLoader:
-    """A :class:`TensorLoader` over ``tensors``; the last batch may be smaller.
+    """:class:`TensorLoader` over ``tensors``; the last batch may be smaller.
 
     Args:
         tensors: See :class:`TensorBatches`.
-        batch_size: Samples in a batch, per process.
+        batch_size: Batch size per process.
         shuffle: See :class:`TaskSampler`.
-        seed: See there.
-        repeat: See there.
+        seed: See :class:`TaskSampler`.
+        repeat: See :class:`TaskSampler`.
         transform: See :class:`TensorBatches`.
-        augment: Whether the transform may do what is random in it: as a function of the seed, the epoch, the batch's
-            position in the epoch and the process, so that a resumed run has the same images.
+        augment: Whether the transform may be random, as a function of the seed, the epoch, the batch's position and the
+            process; a resumed run repeats it.
     """
     dataset = TensorBatches(*tensors, transform=transform, augment_seed=seed if augment else None)
     sampler = TaskSampler(dataset, shuffle=shuffle, seed=seed, repeat=repeat)

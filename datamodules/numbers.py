@@ -1,4 +1,4 @@
-"""Five tasks of two digits from several collections; each collection is also one user."""
+"""Numbers: five tasks of two digits from several collections, each of which is also one user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torchvision
@@ -30,28 +30,24 @@ _Raw = tuple[Tensor, Tensor]  # uint8 (n, 1 or 3, height, width), and digits (n,
 class NumbersDataModule(TaskIncrementalDataModule):
     """The Numbers benchmark of De Lange et al., CVPR 2020: tasks {0, 1}, {2, 3}, …, {8, 9}; each source is one user.
 
-    The server has at most ``max_per_source`` random training images of each task and source, 80 % of them for training.
-    A user has the test images of one source, halved into adapt and eval. Images are 3×28×28 floats: MNIST is
-    standardised with mean 0.1307 and deviation 0.3081; every other source is brought to RGB 32×32 (bilinear), cropped
-    to the middle 28×28, and standardised with 0.5 and 0.5.
+    For each task and source, the server has at most ``max_per_source`` random training images, 80 % of them for
+    training. A user has the test images of one source, halved into adapt and eval. Images are 3×28×28 floats. MNIST is
+    normalized with mean 0.1307 and std 0.3081; every other source is resized to RGB 32×32 (bilinear), center-cropped to
+    28×28, and normalized with mean and std 0.5.
 
     Args:
-        data_dir: Folder of the collections that have names.
+        data_dir: Folder of the named collections.
         sources: ``"svhn"``, ``"mnist"``, ``"usps"``, or the path of a folder with ``{train,test}/<digit>/*`` images,
-            which is named after the folder. Every file of a digit that has an image's suffix and is not hidden is read,
-            also in subfolders.
-        download: Fetch collections that are missing.
-        max_per_source: Cap on the server's images of a task and source; ``None`` for all.
-        task: See :class:`TaskIncrementalDataModule`.
-        user: See there.
-        batch_size: See there.
-        eval_batch_size: See there.
-        seed: What the order of training data depends on.
-        split_seed: What the choice and the division of the images depend on; ``"seed"``: on ``seed``, so that each seed
-            of an experiment has images of its own.
+            whose user is named after the folder. All files with the suffix of an image that are not hidden are read,
+            including those in subfolders.
+        download: Whether to download missing collections.
+        max_per_source: Largest number of images on the server per task and source; ``None`` for all.
+        split_seed: Seed of the choice and the division of the images; ``"seed"``: the same as ``seed``, so that each
+            seed of an experiment has its own images.
+        **options: Further arguments of :class:`TaskIncrementalDataModule`.
 
     Raises:
-        MisconfigurationException: If a source is unknown or missing; the message says where it was looked for.
+        MisconfigurationException: If a source is unknown or missing.
     """
 
     def __init__(
@@ -61,32 +57,33 @@ class NumbersDataModule(TaskIncrementalDataModule):
         *,
         download: bool = False,
         max_per_source: int | None = 10_000,
-        task: int | str | None = None,
-        user: int | str | None = None,
-        batch_size: int = 20,
-        eval_batch_size: int = 256,
-        seed: int = 0,
         split_seed: int | Literal["seed"] = 27,
+        **options: Any,
     ) -> None:
         names = [source if source in _COLLECTIONS else Path(source).name for source in sources]
         if not names or len(set(names)) != len(names):
-            raise MisconfigurationException(f"sources must be at least one, with different names; got {list(sources)}.")
+            raise MisconfigurationException(f"sources must be one or more with different names; got {list(sources)}.")
         if max_per_source is not None and max_per_source < 1:
             raise MisconfigurationException(f"max_per_source must be positive or None; got {max_per_source}.")
         pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
-        super().__init__(
-            tasks=["-".join(pair) for pair in pairs],
-            classes=pairs,
-            users=names,
-            task=task,
-            user=user,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-        )
+        super().__init__(tasks=["-".join(pair) for pair in pairs], classes=pairs, users=names, **options)
         self.data_dir, self.sources, self.download = Path(data_dir).expanduser(), tuple(sources), download
         self.max_per_source, self.split_seed = max_per_source, split_seed
         self._raw: dict[tuple[str, bool], _Raw] = {}
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return IMAGE_SHAPE
+
+    @override
+    def decisive_options(self) -> dict[str, Any]:
+        return super().decisive_options() | {
+            "data_dir": str(self.data_dir.resolve()),
+            "sources": list(self.sources),
+            "max_per_source": self.max_per_source,
+            "split_seed": self.split_seed,
+        }
 
     @property
     def _division(self) -> int:
@@ -94,7 +91,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
 
     @override
     def view(self, *, task: int | str | None = None, user: int | str | None = None, seed: int | None = None) -> Self:
-        """See :meth:`TaskIncrementalDataModule.view`; where the division follows the seed, another seed has its own."""
+        """See :meth:`TaskIncrementalDataModule.view`; with ``split_seed="seed"``, another seed splits anew."""
         other = super().view(task=task, user=user, seed=seed)
         if self.split_seed == "seed" and other.seed != self.seed:
             other._server, other._user = {}, {}
@@ -102,41 +99,39 @@ class NumbersDataModule(TaskIncrementalDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Fetch what is missing, if asked to; else see that nothing is.
+        """Download missing collections if ``download`` is set, and check that all sources are there.
 
         Raises:
-            MisconfigurationException: If a source is missing or cannot be fetched.
+            MisconfigurationException: If a source is missing or cannot be downloaded.
         """
         for source in self.sources:
-            if source not in _COLLECTIONS:
-                _check_folder(Path(source))
-            elif self.download:
+            if source in _COLLECTIONS and self.download:
                 for train in (True, False):
                     self._read(source, train)
             else:
-                _COLLECTIONS[source].check(self.data_dir)
+                self._check(source)
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The training images of all sources, 80 % for training."""
+        """Load the training images of all sources, 80 % for training."""
         parts: list[LabelledImages] = []
         for source, name in zip(self.sources, self.users, strict=True):
             images, labels = self._of_task(source, True, task)
             generator = torch.Generator().manual_seed(derive_seed(self._division, name, task))
             order = torch.randperm(len(labels), generator=generator)[: self.max_per_source]
-            parts.append(LabelledImages(_standardise(images[order], source), labels[order]))
+            parts.append(LabelledImages(_normalize(images[order], source), labels[order]))
         return random_split(concatenate(parts), 0.8, self._division, "server", task)
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The test images of the user's source, halved."""
+        """Load the test images of the user's source, halved."""
         images, labels = self._of_task(self.sources[user], False, task)
-        found = LabelledImages(_standardise(images, self.sources[user]), labels)
+        found = LabelledImages(_normalize(images, self.sources[user]), labels)
         evaluation, adapt = random_split(found, 0.5, self._division, "user", self.users[user], task)
         return adapt, evaluation
 
     def _of_task(self, source: str, train: bool, task: int) -> _Raw:
-        """The images of a task as they were read, and their class in it."""
+        """Images of a task as stored, and their labels in it."""
         key = source, train
         if key not in self._raw:
             self._raw[key] = self._read(source, train)
@@ -145,23 +140,31 @@ class NumbersDataModule(TaskIncrementalDataModule):
         chosen = (digits == lowest) | (digits == lowest + 1)
         return images[chosen], digits[chosen].long() - lowest
 
-    def _read(self, source: str, train: bool) -> _Raw:
+    def _check(self, source: str) -> None:
         if source not in _COLLECTIONS:
             _check_folder(Path(source))
-            return _read_folder(Path(source) / ("train" if train else "test"))
-        collection = _COLLECTIONS[source]
-        if not self.download:
-            collection.check(self.data_dir)
-        try:
-            return collection.read(self.data_dir, train, self.download)
-        except Exception as error:  # readers and downloads of other packages: what they raise is not documented
+        elif missing := [file for file in _COLLECTIONS[source].files if not (self.data_dir / file).is_file()]:
             raise MisconfigurationException(
-                f"The data set {source!r} in {self.data_dir.resolve()} cannot be "
-                f"{'fetched or read' if self.download else 'read'}: {type(error).__name__}: {error}"
+                f"The data set {source!r} is not in {self.data_dir.resolve()}: there is no "
+                f"{' and no '.join(missing)}. Download it with download=True (--download true on the command line), or "
+                "put these files, as torchvision names them, there."
+            )
+
+    def _read(self, source: str, train: bool) -> _Raw:
+        if source not in _COLLECTIONS or not self.download:
+            self._check(source)
+        if source not in _COLLECTIONS:
+            return _read_folder(Path(source) / ("train" if train else "test"))
+        try:
+            return _COLLECTIONS[source].read(self.data_dir, train, self.download)
+        except Exception as error:  # torchvision does not document what its readers and downloads raise
+            raise MisconfigurationException(
+                f"Cannot {'download or read' if self.download else 'read'} the data set {source!r} in "
+                f"{self.data_dir.resolve()}: {type(error).__name__}: {error}"
             ) from error
 
 
-def _standardise(images: Tensor, source: str) -> Tensor:
+def _normalize(images: Tensor, source: str) -> Tensor:
     if source == "mnist":
         return images.float().div_(255).sub_(0.1307).div_(0.3081).expand(-1, 3, -1, -1)
     if images.shape[-2:] != (32, 32):
@@ -171,15 +174,15 @@ def _standardise(images: Tensor, source: str) -> Tensor:
 
 
 def _read_folder(folder: Path) -> _Raw:
-    """``<digit>/*`` as RGB 32×32, in the order of :func:`files_below`."""
+    """Read ``<digit>/*`` as RGB 32×32, in the order of :func:`files_below`."""
     _refuse_misnamed(folder)
     there = [files_below(folder / str(digit)) if (folder / str(digit)).is_dir() else [] for digit in range(10)]
     files = [[name for name in names if is_image(name)] for names in there]
     empty = [digit for digit, names in enumerate(files) if not names]
     if len(empty) == 10:
         raise MisconfigurationException(
-            f"No images were found in {folder.resolve()}; expected folders 0 to 9 with image files. A source is a path "
-            f"with train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}. "
+            f"No images found in {folder.resolve()}; expected folders 0 to 9 with images. A source is a folder with "
+            f"train/<digit>/* and test/<digit>/*, or one of {', '.join(_COLLECTIONS)}. "
             f"{passed_over(chain.from_iterable(there))}"
         )
     if empty:
@@ -195,27 +198,26 @@ def _read_folder(folder: Path) -> _Raw:
 
 
 def _refuse_misnamed(folder: Path) -> None:
-    """Refuse folders that are called after a digit in another way, such as ``03``, whose images would be left out."""
+    """Refuse folders named after a digit in another way, such as ``03``, whose images would be left out."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         digit = str(int(entry.name)) if entry.name.strip().isdecimal() else entry.name
         if entry.is_dir() and digit != entry.name and 0 <= int(digit) <= 9:
             raise MisconfigurationException(
-                f"{folder.resolve()} has a folder {entry.name!r}; images of that digit must be in {digit!r}. Rename it "
-                "or move its images."
+                f"{folder.resolve()} has a folder {entry.name!r}; rename it to {digit!r} or move its images there."
             )
 
 
 def _check_folder(folder: Path) -> None:
-    """See that a source that is no collection is a folder of digits."""
+    """Check that a folder has the parts of a source."""
     missing = [part for part in ("train", "test") if not (folder / part).is_dir()]
     if missing:
         there = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
         known = written_otherwise(str(folder), _COLLECTIONS)
         meant = hint(missing[0], there) + ("" if known is None else f" (the collection is called {known!r})")
         raise MisconfigurationException(
-            f"The source {str(folder)!r} was looked for in {folder.resolve()}, where there is no folder "
-            f"{' and no folder '.join(missing)}{meant}. Either make it, as train/<digit>/* and test/<digit>/*, or "
-            f"choose one of the collections {', '.join(_COLLECTIONS)}."
+            f"The source {str(folder)!r} has no folder {' and no folder '.join(missing)} in {folder.resolve()}{meant}. "
+            "Add the images as train/<digit>/* and test/<digit>/*, or choose one of the collections "
+            f"{', '.join(_COLLECTIONS)}."
         )
 
 
@@ -233,33 +235,22 @@ def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
     _, name, md5 = torchvision.datasets.USPS.split_list["train" if train else "test"]
     path = data_dir / "USPS" / name
     if download and path.is_file() and not check_integrity(path, md5):
-        path.unlink()  # torchvision looks at the checksum of what it has just fetched, and never again
+        path.unlink()  # torchvision checks only new downloads
     data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
     return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
 
 
 class _Collection(NamedTuple):
-    """A data set of torchvision: its name, its reader, and its files below the data folder."""
+    """Reader and files of a data set of torchvision."""
 
-    name: str
     read: Callable[[Path, bool, bool], _Raw]
     files: Sequence[str]
-
-    def check(self, data_dir: Path) -> None:
-        """See that the files are there."""
-        missing = [file for file in self.files if not (data_dir / file).is_file()]
-        if missing:
-            raise MisconfigurationException(
-                f"The data set {self.name!r} was looked for in {data_dir.resolve()}, where there is no "
-                f"{' and no '.join(missing)}. Either fetch it with download=True (--download true on the command "
-                "line), or put these files there yourself; they are those of torchvision."
-            )
 
 
 _MNIST_FILES = [f"MNIST/raw/{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1")]
 _MNIST_FILES += [f"MNIST/raw/{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")]
 _COLLECTIONS = {
-    "mnist": _Collection("mnist", _read_mnist, _MNIST_FILES),
-    "svhn": _Collection("svhn", _read_svhn, ["SVHN/train_32x32.mat", "SVHN/test_32x32.mat"]),
-    "usps": _Collection("usps", _read_usps, ["USPS/usps.bz2", "USPS/usps.t.bz2"]),
+    "mnist": _Collection(_read_mnist, _MNIST_FILES),
+    "svhn": _Collection(_read_svhn, ["SVHN/train_32x32.mat", "SVHN/test_32x32.mat"]),
+    "usps": _Collection(_read_usps, ["USPS/usps.bz2", "USPS/usps.t.bz2"]),
 }

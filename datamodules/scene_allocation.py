@@ -1,4 +1,4 @@
-"""Which images of a folder of scenes the server and the users get."""
+"""Allocation of images of scenes to the server and the users."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pl_personalize.functional.seeding import derive_seed
 
 
 class ServerFiles(NamedTuple):
-    """Names of the server's images of a task."""
+    """Names of the server's images of a task, by split."""
 
     train: Names
     val: Names
 
 
 class UserFiles(NamedTuple):
-    """Names of a user's images of a task."""
+    """Names of a user's images of a task, by split."""
 
     adapt: Names
     eval: Names
 
 
 def server_files(pools: Pools, scenes: Names, *seed: int | str) -> ServerFiles:
-    """The training images of some classes, floor(0.8 n) of them at random for training."""
+    """Split the n images of some classes at random, floor(0.8 n) of them for training."""
     names = _shuffled([name for scene in scenes for name in pools.train[scene]], *seed)
     count = 4 * len(names) // 5
     return ServerFiles(names[:count], names[count:])
@@ -39,20 +39,20 @@ def server_files(pools: Pools, scenes: Names, *seed: int | str) -> ServerFiles:
 def catprior_files(
     pools: Pools, scenes: Names, preferred: Sequence[Names], extra_images: int, *seed: int | str
 ) -> list[UserFiles]:
-    """The images of each user of CatPrior in a task: a share of the test images, and extra ones of what he prefers.
+    """Allocate images of a task of CatPrior: a share of the test images, and extra ones of preferred classes.
 
-    Of the n test images of a class, each of the U users gets floor(n / U), and users in a random order one more, until
-    none is left. A user's images of a class are halved; where they are odd in number, adapt has one more.
+    Each of the U users gets floor(n / U) of the n test images of a class, and users in random order get one more until
+    none is left. A user's images of a class are halved; adapt gets the odd one.
 
     Args:
         pools: The images.
         scenes: The classes of the task.
-        preferred: The classes that each user prefers.
-        extra_images: How many extra images of each.
-        seed: What the allocation depends on.
+        preferred: The preferred classes of each user.
+        extra_images: Number of extra images of each preferred class.
+        seed: Parts of the seed.
 
     Returns:
-        For each user; no image is in two places.
+        The images of each user; all splits are disjoint.
     """
     users = range(len(preferred))
     adapt: list[list[str]] = [[] for _ in users]
@@ -81,79 +81,77 @@ def catprior_files(
 
 
 def transprior_files(pools: Pools, scenes: Names, extra_images: int, *seed: int | str) -> UserFiles:
-    """The images that every user of TransPrior has in a task.
+    """Allocate images of a task of TransPrior, the same to every user.
 
-    Of the n test images of a class, the first floor(n / 2) are in eval, the others in adapt, whatever the seed.
-    ``extra_images`` of all extra images of the task are drawn and halved; where they are odd in number, adapt has one
-    more.
+    Of the n test images of a class, the first floor(n / 2) are in eval and the others in adapt, whatever the seed.
+    ``extra_images`` random extra images of the task are halved; adapt gets the odd one.
     """
     halves = [(pools.test[scene], len(pools.test[scene]) // 2) for scene in scenes]
-    drawn = _shuffled([name for scene in scenes for name in pools.extra[scene]], *seed, "extra")[:extra_images]
-    evaluation = [*(n for names, half in halves for n in names[:half]), *drawn[: extra_images // 2]]
-    adapt = [*(n for names, half in halves for n in names[half:]), *drawn[extra_images // 2 :]]
+    sampled = _shuffled([name for scene in scenes for name in pools.extra[scene]], *seed, "extra")[:extra_images]
+    evaluation = [*(n for names, half in halves for n in names[:half]), *sampled[: extra_images // 2]]
+    adapt = [*(n for names, half in halves for n in names[half:]), *sampled[extra_images // 2 :]]
     _assert_disjoint(adapt, evaluation)
     return UserFiles(_shuffled(adapt, *seed, "adapt"), _shuffled(evaluation, *seed, "eval"))
 
 
 def check_catprior(pools: Pools, classes: Mapping[str, Names], preferences: Preferences, extra_images: int) -> None:
-    """See that there are images for all users of CatPrior.
+    """Check that there are images for all users of CatPrior.
 
     Raises:
-        MisconfigurationException: If there are too few test images or extra images of a class; with the arithmetic.
+        MisconfigurationException: If a class has too few test or extra images.
     """
     users = len(preferences)
     found = {scene: len(pools.test[scene]) for scenes in classes.values() for scene in scenes}
     if few := [f"{scene!r} has {count}" for scene, count in found.items() if count < 2 * users]:
         raise MisconfigurationException(
-            f"Each of the {users} users needs two test images of each class, one for adapt and one for eval, which "
-            f"makes {2 * users}; but in {LISTS[1]} {some(few)}. Ask for fewer users with num_users=, or add images."
+            f"Each of the {users} users needs two test images of each class, one for adapt and one for eval, "
+            f"{2 * users} in total; in {LISTS[1]} {some(few)}. Reduce num_users= or add images."
         )
-    wanted = {
+    demand = {
         scene: sum(scene in preferred[task] for preferred in preferences)
         for task, scenes in classes.items()
         for scene in scenes
     }
-    there = {scene: len(pools.extra[scene]) for scene in wanted}
-    if short := [scene for scene, times in wanted.items() if times * extra_images > there[scene]]:
+    there = {scene: len(pools.extra[scene]) for scene in demand}
+    if short := [scene for scene, count in demand.items() if count * extra_images > there[scene]]:
         needs = (
-            f"{scene!r}: wanted by {wanted[scene]} user(s) × {extra_images} = {wanted[scene] * extra_images}, "
-            f"there are {there[scene]}"
+            f"{scene!r}: {demand[scene]} user(s) × {extra_images} = {demand[scene] * extra_images}, there are "
+            f"{there[scene]}"
             for scene in short
         )
-        most = min(there[scene] // times for scene, times in wanted.items() if times)
+        most = min(there[scene] // count for scene, count in demand.items() if count)
         raise MisconfigurationException(
-            f"There are too few extra images (those of no list). {some(needs, '; ')}. Ask for fewer with "
-            f"extra_images= (at most {most} with these preferences), or let other classes be preferred (preferences=)."
+            f"There are too few extra images, those in neither list. {some(needs, '; ')}. Reduce extra_images= (at "
+            f"most {most} with these preferences) or choose other preferences=."
         )
 
 
 def check_transprior(pools: Pools, classes: Mapping[str, Names], extra_images: int) -> None:
-    """See that there are images for the users of TransPrior.
+    """Check that there are images for the users of TransPrior.
 
     Raises:
-        MisconfigurationException: If there are too few extra images in a task, or no test images of a class; with the
-            arithmetic.
+        MisconfigurationException: If a task has too few extra images or a class too few test images.
     """
     if few := [scene for scenes in classes.values() for scene in scenes if len(pools.test[scene]) < 2]:
         raise MisconfigurationException(
-            f"Each class needs at least 2 test images, one for adapt and one for eval; in {LISTS[1]} there are fewer "
-            f"of {some(map(repr, few))}."
+            f"Each class needs at least 2 test images, one for adapt and one for eval; {LISTS[1]} has fewer of "
+            f"{some(map(repr, few))}."
         )
     there = {task: sum(len(pools.extra[scene]) for scene in scenes) for task, scenes in classes.items()}
     if any(count < extra_images for count in there.values()):
         listed = ", ".join(f"{task!r} has {count}" for task, count in there.items() if count < extra_images)
         raise MisconfigurationException(
-            f"There are too few extra images (those of no list): each user gets {extra_images} of each task, and "
-            f"{listed}. Ask for fewer with extra_images= (at most {min(there.values())})."
+            f"There are too few extra images, those in neither list: each user gets {extra_images} of each task, and "
+            f"{listed}. Reduce extra_images= (at most {min(there.values())})."
         )
 
 
 def _assert_disjoint(*splits: Sequence[str]) -> None:
-    """See that no image was given twice, also under ``python -O``."""
+    """Assert that no image is allocated twice, also under ``python -O``."""
     names = [name for split in splits for name in split]
     if len(set(names)) != len(names):
         twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise AssertionError(f"{twice!r} was given twice.")
+        raise AssertionError(f"{twice!r} is allocated twice.")
 
 
 def _permutation(count: int, *seed: int | str) -> list[int]:

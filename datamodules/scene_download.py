@@ -1,4 +1,4 @@
-"""Fetching MIT Indoor Scenes."""
+"""Download of MIT Indoor Scenes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 import shutil
 import socket
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,29 +18,25 @@ from tqdm.auto import tqdm
 from pl_personalize.datamodules.image_files import is_image
 from pl_personalize.datamodules.scene_folder import missing_parts
 
-_PARTIAL = ".download"
-_SILENCE = 60.0  # seconds without a byte, after which a server is given up
+_TIMEOUT = 60.0  # seconds without a byte from the server
 
 
 class SceneArchive(NamedTuple):
-    """Where a data set is to be had, and how much is in it.
+    """Source of a data set of scenes.
 
     Attributes:
-        url: Of a tar file with ``Images/<class>/<file>``.
-        classes: Folders in it.
-        images: Images in it, at least.
-        lists: Name of each list, its address and the number of its lines.
+        url: Address of a tar file with ``Images/<class>/<file>``.
+        images: Smallest number of images in it.
+        lists: Address and number of lines of each list, by its file name.
     """
 
     url: str
-    classes: int
     images: int
     lists: Mapping[str, tuple[str, int]]
 
 
 MIT_INDOOR = SceneArchive(
     url="http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
-    classes=67,
     images=15_620,
     lists={
         "TrainImages.txt": ("http://web.mit.edu/torralba/www/TrainImages.txt", 5360),
@@ -51,28 +46,27 @@ MIT_INDOOR = SceneArchive(
 
 
 def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None:
-    """Fetch what of a data set is missing in a folder. Each part appears there when it is complete and was checked.
+    """Download the missing parts of a data set; each appears in the folder only when it is complete.
 
-    The tar file stays in the folder; it is used again, also if it was put there by hand, and may be deleted.
+    The tar file is kept in the folder and used again, also if it was put there by hand; it may be deleted.
 
     Args:
         archive: The data set.
         data_dir: The folder.
-        md5: Checksum that the tar file must have, if it is known.
+        md5: Expected checksum of the tar file.
 
     Raises:
-        MisconfigurationException: If something cannot be fetched, or is not what it should be.
+        MisconfigurationException: If a part cannot be downloaded, unpacked or written, or is incomplete.
     """
     if not missing_parts(data_dir):
         return
-    partial = data_dir / _PARTIAL
+    partial = data_dir / ".download"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f"{_PARTIAL}.lock"):
+        with FileLock(data_dir / ".download.lock"):
             try:
                 for part in missing_parts(data_dir):
                     shutil.rmtree(partial, ignore_errors=True)
-                    partial.mkdir()
                     if part == "Images":
                         _fetch_images(archive, data_dir, partial, md5)
                     else:
@@ -83,77 +77,51 @@ def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None
         raise MisconfigurationException(f"The scenes cannot be written to {data_dir.resolve()}: {error}") from error
 
 
-def _download(url: str, folder: Path, name: str, md5: str | None = None) -> Path:
-    try:
-        with _timeout(_SILENCE):  # torchvision sets none
-            download_url(url, folder, name, md5)
-    except Exception as error:  # what torchvision's download raises is not documented
-        raise MisconfigurationException(
-            f"{url} cannot be fetched: {error}. Fetch it in another way, and put {name} into {folder.parent.resolve()}."
-        ) from error
-    return folder / name
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
+def _download(url: str, target: Path, partial: Path, md5: str | None = None) -> Path:
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none
     try:
-        yield
+        download_url(url, partial, target.name, md5)
+    except Exception as error:  # torchvision does not document what it raises
+        raise MisconfigurationException(
+            f"Cannot download {url} ({error}). Download it by other means to {target.resolve()}."
+        ) from error
     finally:
         socket.setdefaulttimeout(before)
+    return partial / target.name
 
 
 def _fetch_list(url: str, lines: int, target: Path, partial: Path) -> None:
-    path = _download(url, partial, target.name)
+    path = _download(url, target, partial)
     names = [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    missing = [name for name in names if not (target.parent / "Images" / name).is_file()]  # the last may be cut
+    missing = [name for name in names if not (target.parent / "Images" / name).is_file()]  # the last one may be cut off
     if len(names) != lines or missing:
-        what = f"names {missing[0]!r}, of which there is no image" if missing else f"has {len(names)}"
+        found = f"names {missing[0]!r}, which is not in Images" if missing else f"has {len(names)}"
         raise MisconfigurationException(
-            f"{url} should have {lines} lines, each with an image, and {what}. Fetch it in another way, and put it at "
-            f"{target}."
+            f"{url} should have {lines} lines, each with the name of an image, but {found}. Download it by other means "
+            f"to {target.resolve()}."
         )
     os.replace(path, target)
 
 
 def _fetch_images(archive: SceneArchive, data_dir: Path, partial: Path, md5: str | None) -> None:
-    name = archive.url.rpartition("/")[2]
-    path, ours = data_dir / name, False
+    path = data_dir / archive.url.rpartition("/")[2]
     if not path.is_file():
-        os.replace(_download(archive.url, partial, name, md5), path)
-        ours = True
-    elif md5 is not None and not check_integrity(path, md5):
-        raise MisconfigurationException(f"{path.resolve()} has not the MD5 {md5}; delete it, and it is fetched again.")
+        os.replace(_download(archive.url, path, partial, md5), path)
+    problem = None if md5 is None or check_integrity(path, md5) else f"does not have the MD5 checksum {md5}"
     try:
-        _unpack(archive, path, partial)
-    except MisconfigurationException as error:
-        if ours:
-            path.unlink()
-        what = "It was deleted" if ours else "Delete it"
-        raise MisconfigurationException(
-            f"{error} {what}; the next call fetches it again. Or unpack it yourself, so that there is "
-            f"{data_dir.resolve() / 'Images'}."
-        ) from error
-    os.replace(partial / "Images", data_dir / "Images")
-
-
-def _unpack(archive: SceneArchive, path: Path, folder: Path) -> None:
-    """Unpack a tar file, whose members must stay in the folder, and count what is in it."""
-    if not hasattr(tarfile, "data_filter"):
-        raise MisconfigurationException("This release of Python cannot unpack safely; it needs 3.11.4 or later.")
-    try:
-        with tarfile.open(path) as tar, tqdm(desc=f"Unpacking {path.name}", unit="file", delay=3, leave=False) as bar:
-            for member in tar:
-                tar.extract(member, folder, filter="data")
-                bar.update()
+        if problem is None:
+            with tarfile.open(path) as tar:
+                members = tqdm(tar, f"Unpacking {path.name}", unit="file", delay=3, leave=False)
+                tar.extractall(partial, members, filter="data")
+            images = sum(is_image(file.name) for file in (partial / "Images").glob("*/*"))
+            if images < archive.images:
+                problem = f"has {images} images Images/<class>/<file>, not {archive.images}"
     except (tarfile.TarError, EOFError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":. ")
-        raise MisconfigurationException(f"{path.resolve()} cannot be unpacked: {reason}.") from error
-    folders = [entry for entry in (folder / "Images").glob("*") if entry.is_dir()]
-    images = sum(1 for entry in folders for file in entry.iterdir() if is_image(file.name))
-    if len(folders) < archive.classes or images < archive.images:
+        problem = f"cannot be unpacked ({str(error).splitlines()[0]})"
+    if problem is not None:
         raise MisconfigurationException(
-            f"{path.resolve()} should have {archive.images} images in {archive.classes} folders Images/<class>, and "
-            f"has {images} in {len(folders)}."
+            f"{path.resolve()} {problem}. Delete it to download it again, or unpack it yourself to "
+            f"{data_dir.resolve() / 'Images'}."
         )
+    os.replace(partial / "Images", data_dir / "Images")

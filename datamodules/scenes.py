@@ -1,7 +1,9 @@
-"""What the benchmarks on scenes have in common."""
+"""Base class for benchmarks on scenes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -18,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
-from pl_personalize.datamodules.image_files import crop_centre, read_rgb, resize_shorter
+from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
 from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
 from pl_personalize.datamodules.labelled_images import LabelledImages
@@ -32,175 +34,171 @@ from pl_personalize.datamodules.scene_folder import (
     read_pools,
     read_supercategories,
 )
-from pl_personalize.datamodules.scene_transforms import random_crops, standardise
+from pl_personalize.datamodules.scene_transforms import MEAN, STD, normalize, random_crops
 
 TASKS = ("home", "leisure", "public", "store")
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 class UserPool(NamedTuple):
-    """Images that are decoded together: a name, how a file is decoded, and what that depends on."""
+    """Images decoded together: name, decoder of a file, and what the decoder depends on."""
 
     name: str
     read: Read
     depends: tuple[str | int, ...] = ()
 
 
-class _Plan(NamedTuple):
-    """Who gets which images: the server of each task, each user of each task."""
-
-    server: list[ServerFiles]
-    users: list[list[UserFiles]]
-
-
 class SceneDataModule(TaskIncrementalDataModule):
-    """Scenes in the layout of MIT Indoor Scenes, whose supercategories are the tasks.
+    """Base class for benchmarks on scenes in the layout of MIT Indoor Scenes, whose supercategories are the tasks.
 
-    The server has the images of ``TrainImages.txt``, 80 % of them for training. What users get of those of
-    ``TestImages.txt`` and of all others, a subclass says (:meth:`check`, :meth:`allocate`, :meth:`pool_of`).
+    The server gets the images listed in ``TrainImages.txt``, 80 % of them for training. A subclass allocates those in
+    ``TestImages.txt`` and the unlisted ones, the *extra* images, to users (:meth:`check`, :meth:`allocate`,
+    :meth:`pool_of`).
 
-    Images are decoded once, brought to ``image_size`` (shorter side, bilinear with antialiasing), cropped to the middle
-    square and kept as uint8; splits share them. Loaders standardise batches.
+    A *profile* is what distinguishes a user: preferences or a distortion. There is one user per profile and allocation
+    seed, named ``user1``, ``user2``, …, or with several seeds ``user1-seed1``, ``user1-seed2``, …
+
+    Images are decoded once: resized to ``image_size`` (shorter side, bilinear with antialiasing), center-cropped to a
+    square and stored as uint8; splits share them. Loaders normalize the batches.
 
     Args:
         data_dir: Folder with ``Images/<class>/<file>``, ``TrainImages.txt`` and ``TestImages.txt``.
-        num_users: How many persons there are.
-        tasks: Supercategories, in order, one or several.
+        num_users: Number of user profiles.
+        tasks: Supercategories in order, one or several; the others are left out.
         supercategories: CSV file with the columns scene_class and supercategory; by default that of MIT Indoor Scenes.
-        iterations: Seeds of allocations of images to the persons, one or several. Each person is one user of this
-            datamodule for each: ``user1``, or where there are several, ``user1-draw1``, ``user1-draw2``, …
-        image_size: Side of the images.
-        augment: Whether training sees random parts of the stored images, every second one mirrored.
-        mean: Of each channel, in [0, 1], which is subtracted; by default ImageNet's.
-        deviation: Of each channel, which the rest is divided by; by default ImageNet's.
-        cache_dir: Folder for decoded images, which are then read from there as they are used; by default they are in
-            memory.
-        download: Fetch MIT Indoor Scenes if it is missing.
-        archive_md5: Checksum that its archive must have; there is no official one.
-        task: See :class:`TaskIncrementalDataModule`.
-        user: See there.
-        batch_size: See there.
-        eval_batch_size: See there.
-        seed: What the order and the augmentation of training data depend on.
-        split_seed: What the choice and the division of the images depend on.
+        allocation_seeds: Seeds, one or several, of the allocation of images to users.
+        image_size: Side length of the images in pixels.
+        augment: Whether to train on random crops of the stored images, half of them flipped horizontally.
+        mean: Mean of each channel, for images in [0, 1]; by default ImageNet's.
+        std: Standard deviation of each channel, for images in [0, 1]; by default ImageNet's.
+        cache_dir: Folder for the decoded images, which are memory-mapped; by default they are held in memory.
+        download: Whether to download MIT Indoor Scenes if it is missing.
+        archive_md5: Expected MD5 checksum of the downloaded archive; there is no official one.
+        split_seed: Seed of the choice and the division of the images.
+        **options: Further arguments of :class:`TaskIncrementalDataModule`.
 
     Raises:
-        MisconfigurationException: If an option is out of range, or the table of supercategories unfit.
+        MisconfigurationException: If an option is out of range or the table of supercategories is invalid.
     """
 
     def __init__(
         self,
-        data_dir: str | os.PathLike[str],
-        num_users: int,
+        data_dir: str | os.PathLike[str] = "data/mit-indoor",
         *,
-        tasks: Sequence[str] | str,
-        supercategories: str | os.PathLike[str] | None,
-        iterations: Sequence[int] | int,
-        image_size: int,
-        augment: bool,
-        mean: Sequence[float],
-        deviation: Sequence[float],
-        cache_dir: str | os.PathLike[str] | None,
-        download: bool,
-        archive_md5: str | None,
-        task: int | str | None,
-        user: int | str | None,
-        batch_size: int,
-        eval_batch_size: int,
-        seed: int,
-        split_seed: int,
+        num_users: int,
+        tasks: Sequence[str] | str = TASKS,
+        supercategories: str | Path | None = None,
+        allocation_seeds: Sequence[int] | int = (1,),
+        image_size: int = 224,
+        augment: bool = False,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        cache_dir: str | Path | None = None,
+        download: bool = False,
+        archive_md5: str | None = None,
+        split_seed: int = 27,
+        **options: Any,
     ) -> None:
         num_users, image_size = whole("num_users", num_users, 1), whole("image_size", image_size, 1)
         split_seed = whole("split_seed", split_seed)
-        if not _are_three(mean, 0, 1) or not _are_three(deviation, _FLOAT32.tiny, _FLOAT32.max):
+        if not _are_three(mean, 0, 1) or not _are_three(std, _FLOAT32.tiny, _FLOAT32.max):
             raise MisconfigurationException(
-                "mean and deviation must have one number for each of the three channels, of images in [0, 1]: means in "
-                f"[0, 1], positive deviations; got {mean} and {deviation}."
+                f"mean={mean!r} and std={std!r} are not supported: pass one number for each of the three channels, "
+                "with each mean in [0, 1] and each std positive."
             )
         tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-        draws = iterations if isinstance(iterations, Iterable) else [iterations]
-        iterations = [whole("iterations", iteration) for iteration in draws]
-        if not iterations or len(set(iterations)) != len(iterations):
-            raise MisconfigurationException(f"iterations must be at least one, each once; got {iterations}.")
-        self.supercategories = read_supercategories(
-            None if supercategories is None else Path(supercategories).expanduser()
-        )
-        self._own_table = supercategories is not None
-        several = len(iterations) > 1
-        self._draws = [(person, iteration) for person in range(num_users) for iteration in iterations]
+        seeds = allocation_seeds if isinstance(allocation_seeds, Iterable) else [allocation_seeds]
+        seeds = [whole("allocation_seeds", allocation_seed) for allocation_seed in seeds]
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise MisconfigurationException(f"allocation_seeds must be one or several different seeds; got {seeds}.")
+        self.supercategories = read_supercategories(supercategories)
+        self._profiles = [(profile, allocation_seed) for profile in range(num_users) for allocation_seed in seeds]
+        suffixes = [f"-seed{allocation_seed}" if len(seeds) > 1 else "" for allocation_seed in seeds]
         super().__init__(
             tasks=tasks,
             classes=classes_of_tasks(self.supercategories, tasks),
-            users=[f"user{person + 1}" + (f"-draw{draw}" if several else "") for person, draw in self._draws],
-            task=task,
-            user=user,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
+            users=[f"user{profile + 1}{suffix}" for profile in range(num_users) for suffix in suffixes],
+            **options,
         )
-        self.data_dir, self.num_users, self.iterations = Path(data_dir).expanduser(), num_users, tuple(iterations)
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
+        self.data_dir, self.num_users, self.allocation_seeds = Path(data_dir).expanduser(), num_users, tuple(seeds)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.image_size, self.augment, self.split_seed = image_size, augment, split_seed
         self.download, self.archive_md5 = download, archive_md5
+        self._table = None if supercategories is None else str(supercategories)
         cache = None if cache_dir is None else Path(cache_dir).expanduser()
         self._store = ImageStore(self.data_dir / "Images", image_size, cache)
-        self._shared: dict[str, Any] = {}  # what all views have in common
+        self._shared: dict[str, Any] = {}  # between views
+        self._allocations: dict[tuple[int, int], list[UserFiles]] = {}
 
-    # What a benchmark defines
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.image_size, self.image_size
+
+    @override
+    def decisive_options(self) -> dict[str, Any]:
+        files = [
+            [self.server_files(task) for task in self.tasks],
+            [self.user_files(user, task) for user in self.users for task in self.tasks],
+        ]
+        return super().decisive_options() | {
+            "data_dir": str(self.data_dir.resolve()),
+            "num_users": self.num_users,
+            "tasks": list(self.tasks),
+            "supercategories": self._table,
+            "allocation_seeds": list(self.allocation_seeds),
+            "image_size": self.image_size,
+            "augment": self.augment,
+            "mean": list(map(float, self.mean)),
+            "std": list(map(float, self.std)),
+            "split_seed": self.split_seed,
+            "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+        }
+
+    # Hooks for subclasses
 
     @abstractmethod
     def check(self, pools: Pools) -> None:
-        """See that there are images for all users.
-
-        Raises:
-            MisconfigurationException: If there are not; with the arithmetic, and the way out.
-        """
+        """Raise MisconfigurationException if there are too few images for the users, with the numbers and a remedy."""
 
     @abstractmethod
-    def allocate(self, pools: Pools, task: int, iteration: int) -> list[UserFiles]:
-        """The images of each person in a task."""
+    def allocate(self, pools: Pools, task: int, allocation_seed: int) -> list[UserFiles]:
+        """Allocate images of a task to each profile."""
 
-    def classes_by_task(self) -> dict[str, Names]:
-        """The classes of each task."""
-        return dict(zip(self.tasks, self.classes, strict=True))
-
-    def person_of(self, user: int | str) -> int:
-        """The number of the person, from 0, that a user is in one of the iterations."""
-        return self._draws[self.user_index(user)][0]
-
-    def pool_of(self, person: int) -> UserPool:
-        """The pool that a person's images belong to; persons who see the same have it in common."""
+    def pool_of(self, profile: int) -> UserPool:
+        """Pool of a profile's images; profiles that see images alike share one."""
         return UserPool("users", self.read_scene)
 
-    # Which images
+    # Allocation of image files
+
+    def classes_by_task(self) -> dict[str, Names]:
+        """Classes of each task."""
+        return dict(zip(self.tasks, self.classes, strict=True))
+
+    def profile_of(self, user: int | str) -> int:
+        """Profile of a user, from 0."""
+        return self._profiles[self.user_index(user)][0]
 
     @override
     def prepare_data(self) -> None:
-        """Fetch the images if they are missing and it was asked for; see that there are enough for everybody.
-
-        Of a table of your own, it says which classes belong to no task and are left out.
+        """Download missing images if ``download`` is set, and check them; log which classes a custom table leaves out.
 
         Raises:
-            MisconfigurationException: If they are missing, do not fit the tables, or are too few.
+            MisconfigurationException: If images are missing, do not match the tables, or are too few.
         """
         if self.download:
             fetch(MIT_INDOOR, self.data_dir, self.archive_md5)
-        if self._own_table and "plan" not in self._shared:
-            self._say_what_is_left_out()
-        self._plan()
-
-    def _say_what_is_left_out(self) -> None:
-        """Of a table of the user's own: in the packaged one, it is the published benchmark that leaves some out."""
         left_out = Counter(of for of in self.supercategories.values() if of not in self.tasks)
-        if left_out:
+        if self._table is not None and left_out and "pools" not in self._shared:
             listed = ", ".join(f"{name!r} ({count})" for name, count in sorted(left_out.items()))
             rank_zero_info(
-                f"{left_out.total()} class(es) are left out: their supercategories are none of the tasks "
-                f"{', '.join(map(repr, self.tasks))}. These are {listed}."
+                f"{left_out.total()} class(es) are left out because their supercategories are not among the tasks "
+                f"{', '.join(map(repr, self.tasks))}: {listed}."
             )
+        self.pools()
 
     def pools(self) -> Pools:
-        """The names of all images."""
+        """Names of all images."""
         if "pools" not in self._shared:
             pools = read_pools(self.data_dir)
             check_classes(pools, self.supercategories, self.classes, self.data_dir / "Images")
@@ -211,33 +209,26 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     def server_files(self, task: int | str) -> ServerFiles:
         """Names of the server's images of a task, ``class/file``, in the order of the splits."""
-        return self._plan().server[self.task_index(task)]
+        index = self.task_index(task)
+        return server_files(self.pools(), self.classes[index], self.split_seed, "server", self.tasks[index])
 
     def user_files(self, user: int | str, task: int | str) -> UserFiles:
         """Names of a user's images of a task, ``class/file``, in the order of the splits."""
-        return self._plan().users[self.user_index(user)][self.task_index(task)]
-
-    def _plan(self) -> _Plan:
-        if "plan" not in self._shared:
-            pools, tasks = self.pools(), range(len(self.tasks))
-            server = [
-                server_files(pools, self.classes[task], self.split_seed, "server", self.tasks[task]) for task in tasks
-            ]
-            given = {(draw, task): self.allocate(pools, task, draw) for draw in self.iterations for task in tasks}
-            users = [[given[draw, task][person] for task in tasks] for person, draw in self._draws]
-            self._shared["plan"] = _Plan(server, users)
-        plan: _Plan = self._shared["plan"]
-        return plan
+        profile, allocation_seed = self._profiles[self.user_index(user)]
+        key = self.task_index(task), allocation_seed
+        if key not in self._allocations:
+            self._allocations[key] = self.allocate(self.pools(), *key)
+        return self._allocations[key][profile]
 
     # The images
 
     def read_scene(self, path: Path) -> NDArray[np.uint8]:
-        """An image file as the server sees it."""
-        return crop_centre(resize_shorter(read_rgb(path), self.image_size), self.image_size)
+        """Decode an image file as the server sees it."""
+        return center_square(resize_shorter(read_rgb(path), self.image_size), self.image_size)
 
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """The images of the list of training images, 80 % for training."""
+        """Load the images of the training list, 80 % for training."""
         splits = self.server_files(task)
         files = sorted({name for split in splits for name in split})
         pool = self._store.pool(f"server-{self.tasks[task]}", files, self.read_scene)
@@ -245,9 +236,9 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     @override
     def load_user(self, user: int, task: int) -> tuple[LabelledImages, LabelledImages]:
-        """What the user was given; the images of all users who see the same are decoded together."""
-        mine = self.pool_of(self.person_of(user))
-        sharing = [k for k, (person, _) in enumerate(self._draws) if self.pool_of(person).name == mine.name]
+        """Load the user's images; those of all users who see images alike are decoded together."""
+        mine = self.pool_of(self.profile_of(user))
+        sharing = [k for k, (profile, _) in enumerate(self._profiles) if self.pool_of(profile).name == mine.name]
         files = sorted({name for k in sharing for split in self.user_files(k, task) for name in split})
         pool = self._store.pool(f"{mine.name}-{self.tasks[task]}", files, mine.read, *mine.depends)
         splits = self.user_files(user, task)
@@ -261,14 +252,14 @@ class SceneDataModule(TaskIncrementalDataModule):
 
     @override
     def transform(self, images: Tensor, seed: int | None = None) -> Tensor:
-        """Standardise a batch; before it, take random parts, if it is to train on and ``augment`` was asked for."""
+        """Normalize a batch, after random crops if it is for training and ``augment`` is set."""
         if self.augment and seed is not None:
             images = random_crops(images, seed)
-        return standardise(images, self.mean, self.deviation)
+        return normalize(images, self.mean, self.std)
 
 
 def _are_three(values: Sequence[float], least: float, most: float) -> bool:
-    """Whether they are three numbers in a range."""
+    """Whether the values are three numbers in a range."""
     try:
         return len(values) == 3 and all(least <= value <= most for value in values)
     except TypeError:

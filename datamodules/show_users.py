@@ -1,4 +1,4 @@
-"""A figure of what users see."""
+"""Figure of the users' images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
 
 _INCHES = 1.2
-_ROOM = 20  # letters beside a row
+_MAX_LABEL = 20  # characters beside a row
 
 
 def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[str], images_per_user: int = 8) -> Path:
-    """Draw a row of adapt images for each user, of all tasks in turn; it needs matplotlib.
+    """Plot a row of adapt images for each user, cycling through the tasks; requires matplotlib.
 
-    Users who have the same images get the same ones, so that what makes them different can be seen. Beside the row
-    stands the user, and what :meth:`~TaskIncrementalDataModule.about_user` says if it is short.
+    Users with the same images get the same ones, which shows what distinguishes them. The label of a row is the user,
+    with :meth:`~TaskIncrementalDataModule.about_user` if it is short.
 
     Args:
         datamodule: The benchmark.
-        path: The image file to write.
-        images_per_user: Images in a row.
+        path: Image file to write.
+        images_per_user: Number of images in a row.
 
     Returns:
         The path.
@@ -51,7 +51,7 @@ def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[st
                 axis.set_title(f"{datamodule.tasks[task]}: {scene}", fontsize=6)
                 axis.imshow(_viewable(images[turn]), cmap="gray", vmin=0, vmax=1)
         about = datamodule.about_user(user)
-        axes[0].set_ylabel(f"{user}\n{about}" if 0 < len(about) <= _ROOM else user)
+        axes[0].set_ylabel(f"{user}\n{about}" if 0 < len(about) <= _MAX_LABEL else user)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
@@ -59,7 +59,7 @@ def show_users(datamodule: TaskIncrementalDataModule, path: str | os.PathLike[st
 
 
 def _viewable(image: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """(channels, height, width) of any range as (height, width, channels) in [0, 1]."""
+    """Convert (channels, height, width) of any range to (height, width, channels) in [0, 1]."""
     values = image.float()
     if image.dtype == torch.uint8:
         values = values / 255

@@ -1,4 +1,4 @@
-"""What exact importances cost: ratios to one batched forward and backward pass of the same batch, in one process.
+"""Cost of exact importances, relative to one batched forward and backward pass of the same batch.
 
 python experiments/bench_importance.py        # or: make bench
 """
@@ -6,17 +6,17 @@ python experiments/bench_importance.py        # or: make bench
 from __future__ import annotations
 
 import gc
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from bench_networks import TITLES, check_networks, image_shape, machine, make_network, write_table
+from bench_tools import TITLES, Table, image_shape, machine, make_network, prepare, timed
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
@@ -24,9 +24,8 @@ from torch.func import functional_call, grad, vmap
 
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
-from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.per_sample.power_sums import PerSamplePowerSums
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import check_writable
 
 BATCH_SIZES = {"mlp": 256, "alexnet": 16, "vgg11": 8, "vgg11_bn": 8, "resnet18": 16, "vit_b_16": 4}
 TOO_LONG = {("vit_b_16", "vmap(grad)"), ("vit_b_16", "BackPACK")}
@@ -41,99 +40,86 @@ def main(
     num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/bench-importance"),
 ) -> None:
-    """Time exact importances and their alternatives, taking turns.
+    """Time exact importances and alternatives, taking turns.
 
     Args:
-        networks: Of ``mlp`` (on images of 28 pixels), ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16``
-            (of 224).
-        alternatives: What ours is compared with: ``BackPACK``, ``vmap(grad)``, ``batch size 1``; on a CPU neither
-            of the first two for the transformer, which they take many minutes for.
-        rounds: Of the reference and of ours, more where they take less than a second; the median counts.
-        slow_rounds: Of the alternatives.
-        device: Such as ``cpu`` or ``cuda``.
+        networks: ``mlp`` (28×28 images), ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16`` (224×224).
+        alternatives: ``BackPACK``, ``vmap(grad)``, ``batch size 1``; on a CPU, the first two are skipped for the
+            transformer because they take many minutes.
+        rounds: Rounds of the reference and of our importances, more if they take less than a second; the median counts.
+        slow_rounds: Rounds of the alternatives.
+        device: Device, such as ``cpu`` or ``cuda``.
         num_threads: Threads for PyTorch.
-        output_dir: Folder of the table, as CSV and Markdown.
+        output_dir: Folder for the table, as CSV and Markdown.
     """
-    check_networks(networks)
-    check_writable(output_dir, "output_dir")
-    torch.set_num_threads(num_threads)
-    lines = [["network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives]]
+    prepare(networks, output_dir, num_threads)
+    table = Table("network", "batch", "forward+backward (s)", "MAS", "Fisher", *alternatives)
     for name in networks:
         model = make_network(name).eval().to(device)
         x = torch.randn(BATCH_SIZES[name], *image_shape(name)).to(device)
-        seconds = time_ours(model, x, rounds)
+        seconds = time_ours(model, x, rounds, device)
         plain = median(seconds["plain"])
-        line = [
-            TITLES[name],
-            str(len(x)),
-            f"{plain:.4f}",
-            *(f"{median(seconds[kind]) / plain:.2f}" for kind in ("mas", "fisher")),
-        ]
+        line = [TITLES[name], str(len(x)), f"{plain:.4f}"]
+        line += [f"{median(seconds[kind]) / plain:.2f}" for kind in ("mas", "fisher")]
         known = {"BackPACK": backpack, "vmap(grad)": vmap_of_grad, "batch size 1": one_by_one}
         for alternative in alternatives:
             too_long = device == "cpu" and (name, alternative) in TOO_LONG
             line.append("-" if too_long else ratio(known[alternative], model, x, slow_rounds, plain))
             gc.collect()
-        lines.append(line)
-        print("  ".join(line), flush=True)
-    table, where = write_table(output_dir, "importance", lines), machine(device, num_threads)
-    print(f"\n{table}\n\nRatios to the batched forward+backward of the same batch, medians, {where}.")
+        table.add(*line)
+    where = machine(device, num_threads)
+    table.write(
+        output_dir, "importance", f"Ratios to the batched forward+backward of the same batch, medians, {where}."
+    )
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def time_ours(model: nn.Module, x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """A plain forward and backward pass, MAS and Fisher, in turns; the engine's check of itself is not counted."""
+def time_ours(model: nn.Module, x: Tensor, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of a plain forward and backward pass, MAS and Fisher, in turns; without the engine's self-check."""
     parameters = dict(model.named_parameters())
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)
         model(x).square().sum().backward()
 
-    found: dict[str, list[float]] = {"plain": [], "mas": [], "fisher": []}
+    def mas(engine: PerSamplePowerSums) -> None:
+        engine.add(x, len(x), lambda logits: [mas_cotangent(logits)])
+
+    def fisher(engine: PerSamplePowerSums) -> None:
+        engine.add(x, len(x), lambda logits: fisher_cotangents(logits, 1, None))
+
+    kinds = {"mas": (1, mas), "fisher": (2, fisher)}
     engines = {}
-    for kind, power in (("mas", 1), ("fisher", 2)):
+    for kind, (power, _) in kinds.items():
         engine = PerSamplePowerSums(model, parameters, power=power, forward=call_model, max_scratch_bytes=2**28)
         with engine:
-            engine.add(x, len(x), lambda logits: [mas_cotangent(logits)])  # checks itself on the first batch
+            mas(engine)  # its self-check runs on the first batch
         engines[kind] = engine
     plain()
-    for _ in range(max(rounds, int(1 / timed(plain)))):
-        found["plain"].append(timed(plain))
+    found: dict[str, list[float]] = {"plain": [], "mas": [], "fisher": []}
+    for _ in range(max(rounds, int(1 / timed(plain, device)))):
+        found["plain"].append(timed(plain, device))
         model.zero_grad(set_to_none=True)
-        with engines["mas"] as engine:
-            found["mas"].append(timed(lambda e=engine: e.add(x, len(x), lambda logits: [mas_cotangent(logits)])))
-        with engines["fisher"] as engine:
-            found["fisher"].append(
-                timed(lambda e=engine: e.add(x, len(x), lambda logits: fisher_cotangents(logits, 1, None)))
-            )
+        for kind, (_, add) in kinds.items():
+            with engines[kind] as engine:
+                found[kind].append(timed(partial(add, engine), device))
     return found
 
 
 def ratio(
     run: Callable[[nn.Module, Tensor], Callable[[], object]], model: nn.Module, x: Tensor, rounds: int, plain: float
 ) -> str:
-    """Median time of an alternative over the plain pass, or why there is none."""
+    """Median time of an alternative relative to the plain pass, or the name of its error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             call = run(model, x)
-            return f"{median(timed(call) for _ in range(rounds)) / plain:.2f}"
+            return f"{median(timed(call, x.device.type) for _ in range(rounds)) / plain:.2f}"
     except (ImportError, NotImplementedError, RuntimeError, AttributeError, MemoryError) as error:
         return f"no ({type(error).__name__})"
 
 
 def backpack(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """BackPACK's sum over samples of squared gradients."""
+    """Sum over samples of squared gradients, by BackPACK."""
     if find_spec("backpack") is None:
         raise ImportError("backpack-for-pytorch is not installed")
     from backpack import backpack as extension
@@ -156,7 +142,7 @@ def backpack(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def vmap_of_grad(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Per-sample gradients of ``torch.func``, two samples at a time where all do not fit."""
+    """Per-sample gradients by ``torch.func``, two samples at a time if all need more than 2 GB."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
@@ -165,16 +151,12 @@ def vmap_of_grad(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
     size = sum(p.numel() * 4 for p in parameters.values())
     chunk = None if size * len(x) < 2**31 else 2
-    return lambda: add_up(vmap(grad(objective), in_dims=(None, 0), chunk_size=chunk)(parameters, x))
-
-
-def add_up(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of absolute values over samples."""
-    return {name: value.abs().sum(0) for name, value in gradients.items()}
+    per_sample = vmap(grad(objective), in_dims=(None, 0), chunk_size=chunk)
+    return lambda: {name: value.abs().sum(0) for name, value in per_sample(parameters, x).items()}
 
 
 def one_by_one(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A forward and backward pass for each sample."""
+    """One forward and backward pass per sample."""
     parameters = list(model.parameters())
     sums = [torch.zeros_like(p) for p in parameters]
 

@@ -1,4 +1,4 @@
-"""How much memory exact importances take beside a plain backward pass: the peak of a fresh process for each case.
+"""Memory of exact importances beside that of a plain backward pass, as peaks of fresh processes.
 
 python experiments/bench_memory.py        # or: make bench
 """
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_networks import TITLES, check_networks, image_shape, machine, make_network, write_table
+from bench_tools import TITLES, Table, image_shape, machine, make_network, prepare
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from pl_personalize import estimate_importance
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import check_writable
 
 MIB = 2**20
 
@@ -32,20 +31,18 @@ def main(
     num_threads: PositiveInt = 1,
     output_dir: Path = Path("runs/bench-memory"),
 ) -> None:
-    """Compare peaks: of a forward and backward pass, of MAS and of Fisher on the same batch.
+    """Compare the peaks of a forward and backward pass, of MAS and of Fisher on the same batch.
 
     Args:
-        networks: Of ``mlp`` (on images of 28 pixels), ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16``
-            (of 224).
-        batch_sizes: Images in a batch.
-        max_scratch_mb: What the estimates may take for per-sample gradients.
-        device: Such as ``cpu`` (the process's peak resident size) or ``cuda`` (the peak of PyTorch's allocator).
+        networks: ``mlp`` (28×28 images), ``alexnet``, ``vgg11``, ``vgg11_bn``, ``resnet18``, ``vit_b_16`` (224×224).
+        batch_sizes: Batch sizes.
+        max_scratch_mb: Memory limit of per-sample gradients, in MiB.
+        device: Device, such as ``cpu`` (peak resident size of the process) or ``cuda`` (peak of PyTorch's allocator).
         num_threads: Threads for PyTorch.
-        output_dir: Folder of the table, as CSV and Markdown.
+        output_dir: Folder for the table, as CSV and Markdown.
     """
-    check_networks(networks)
-    check_writable(output_dir, "output_dir")
-    lines = [["network", "batch", "plain (MiB)", "MAS", "Fisher", "allowed", "per-sample gradients"]]
+    prepare(networks, output_dir, num_threads)
+    table = Table("network", "batch", "plain (MiB)", "MAS", "Fisher", "allowed", "per-sample gradients")
     for network in networks:
         parameters = sum(p.numel() * p.element_size() for p in make_network(network).parameters()) / MIB
         for size in batch_sizes:
@@ -55,22 +52,20 @@ def main(
             }
             over = [f"{peaks[case] - peaks['plain']:+.0f}" for case in ("mas", "fisher")]
             allowed = f"+{1.1 * max_scratch_mb:.0f}"
-            line = [TITLES[network], str(size), f"{peaks['plain']:.0f}", *over, allowed, f"{size * parameters:.0f}"]
-            lines.append(line)
-            print("  ".join(line), flush=True)
-    table = write_table(output_dir, "memory", lines)
-    print(
-        f"\n{table}\n\nPeaks in MiB on {machine(device, num_threads)}; MAS and Fisher: over the plain pass. The last "
-        "column is what per-sample gradients would take that are all held at once."
+            table.add(TITLES[network], str(size), f"{peaks['plain']:.0f}", *over, allowed, f"{size * parameters:.0f}")
+    where = machine(device, num_threads)
+    table.write(
+        output_dir,
+        "memory",
+        f"Peaks in MiB on {where}; MAS and Fisher: relative to the plain pass. The last column is the size of all "
+        "per-sample gradients together.",
     )
 
 
-def _peak_of_a_process(network: str, case: str, size: int, scratch: float, device: str, threads: int) -> float:
-    """In MiB. A fresh process: a peak never falls, and freed memory may be kept."""
-    arguments = json.dumps([network, case, size, scratch, device, threads])
-    done = subprocess.run(
-        [sys.executable, __file__, "--in-a-process", arguments], check=True, capture_output=True, text=True
-    )
+def _peak_of_a_process(*arguments: object) -> float:
+    """Peak in MiB of a fresh process, because peaks never fall and freed memory may be kept."""
+    command = [sys.executable, __file__, "--in-a-process", json.dumps(arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 

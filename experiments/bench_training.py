@@ -1,4 +1,4 @@
-"""What a training step of Numbers costs, and where it goes: ratios of loops that take turns in one process.
+"""Cost of a training step of Numbers, and where it comes from: loops that take turns in one process.
 
 python experiments/bench_training.py
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from bench_tools import take_turns
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
@@ -34,23 +33,23 @@ BATCH = 20
 
 
 class Bare(LightningModule):
-    """The least that Lightning trains."""
+    """Minimal module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = mlp(IMAGE_SHAPE, 2)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return F.cross_entropy(self.network(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.001, momentum=0.9)
 
 
 def fit(module: LightningModule, images: Tensor, labels: Tensor, folder: Path | None = None) -> None:
-    """One epoch in a Trainer; with a folder, as the runner has it: checkpoints, schedule and a log."""
+    """Train for one epoch; with a folder, as in the runner: with checkpoints, schedule and a log."""
     callbacks = [] if folder is None else [Checkpoints(folder)]
     trainer = Trainer(
         accelerator="cpu",
@@ -67,7 +66,7 @@ def fit(module: LightningModule, images: Tensor, labels: Tensor, folder: Path | 
 
 
 def loop(batches: Callable[[], DataLoader[list[Tensor]]]) -> None:
-    """One epoch in plain PyTorch."""
+    """Train for one epoch in plain PyTorch."""
     network = mlp(IMAGE_SHAPE, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
     for images, labels in batches():
@@ -80,8 +79,8 @@ def main(rounds: PositiveInt = 7, steps: PositiveInt = 400, num_threads: Positiv
     """Time loops that take turns.
 
     Args:
-        rounds: How often each has its turn; the median counts.
-        steps: Of training, in each turn.
+        rounds: Turns of each loop; the median counts.
+        steps: Training steps per turn.
         num_threads: Threads for PyTorch.
     """
     torch.set_num_threads(num_threads)
@@ -95,23 +94,16 @@ def main(rounds: PositiveInt = 7, steps: PositiveInt = 400, num_threads: Positiv
             "plain PyTorch, DataLoader of samples": lambda: loop(
                 lambda: DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True)
             ),
-            "Lightning, the least module": lambda: fit(Bare(), images, labels),
+            "Lightning, minimal module": lambda: fit(Bare(), images, labels),
             "TaskLearner, nothing else": lambda: fit(TaskLearner(mlp(IMAGE_SHAPE, 2)), images, labels),
             "TaskLearner with L2-transfer, checkpoints and log": lambda: fit(
                 TaskLearner(mlp(IMAGE_SHAPE, 2), anchor=anchor), images, labels, Path(scratch)
             ),
         }
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        for turn in range(rounds + 1):
-            for name, run in loops.items():
-                start = time.perf_counter()
-                run()
-                if turn:  # the first is for warming up
-                    times[name].append(1000 * (time.perf_counter() - start) / steps)
-    base = median(times["plain PyTorch, our loader"])
-    lines = [["loop", "ms a step", "ratio"]]
-    lines += [[name, f"{median(found):.2f}", f"{median(found) / base:.2f}"] for name, found in times.items()]
-    print(markdown_table(lines))
+        seconds = take_turns(loops, rounds, warm_up=1)
+    base = seconds["plain PyTorch, our loader"]
+    lines = [[name, f"{1000 * found / steps:.2f}", f"{found / base:.2f}"] for name, found in seconds.items()]
+    print(markdown_table([["loop", "ms per step", "ratio"], *lines]))
     print(f"\nMedian of {rounds} turns of {steps} steps; MLP 100-100, batches of {BATCH}, {num_threads} thread(s).")
 
 

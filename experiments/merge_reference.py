@@ -1,4 +1,4 @@
-"""Merge given experts of Numbers with importances from the data: merging apart from training.
+"""Merge given experts of Numbers with importances from the data, to test merging apart from training.
 
 The experts are a safetensors file with ``task{1..5}.{hidden1,hidden2,head}.{weight,bias}``: MLPs 100-100 on 3×28×28.
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Literal
 
+import pandas as pd
 import torch
 from jsonargparse import auto_cli
 from safetensors.torch import load_file
@@ -27,10 +27,11 @@ from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgett
 from pl_personalize.models import TaskNetwork, mlp
 from pl_personalize.runner import MERGING_METHODS, METHODS, MethodName
 from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.results import mean_and_std
 
 
 def load_experts(path: Path) -> list[TaskNetwork]:
-    """The networks in the file, by task."""
+    """Networks in the file, by task."""
     entries = load_file(path)
     experts = []
     for task in range(1, 1 + len({name.partition(".")[0] for name in entries})):
@@ -43,83 +44,81 @@ def load_experts(path: Path) -> list[TaskNetwork]:
 
 
 def estimate(
-    experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, method: MethodName, reduction: str, draw: int
+    experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, method: MethodName, reduction: str, seed: int
 ) -> list[Importance] | None:
-    """The importances that a method takes, for the data's present user."""
+    """Importances that a method needs, for the data's current user; None if it needs none."""
     merge = METHODS[method]
     if merge.kind is None:
         return None
     importances = []
     for task, expert in enumerate(experts):
         loader = data.adapt_dataloader(task) if merge.source == "user" else data.server_dataloader(task)
-        generator = torch.Generator().manual_seed(derive_seed(draw, method, task))
+        generator = torch.Generator().manual_seed(derive_seed(seed, method, task))
         options = {"generator": generator} if merge.kind == "fisher" else {}
         found = estimate_importance(expert, loader, merge.kind, module="body", reduction=reduction, **options)  # type: ignore[arg-type]
         importances.append(found)
     return importances
 
 
+@torch.no_grad()
 def evaluate(
     experts: Sequence[TaskNetwork], importances: Sequence[Importance] | None, data: TaskIncrementalDataModule
 ) -> Tensor:
-    """The accuracy matrix of the merges for the data's present user."""
-    bodies = merge_prefixes([expert.body.state_dict() for expert in experts], importances)
-    matrix = TaskAccuracyMatrix(len(experts))
-    network = mlp(IMAGE_SHAPE, num_classes=2).eval()
+    """Accuracy matrix of the merges, in percent, for the data's current user."""
     assert data.user is not None
-    with torch.no_grad():
-        for t, body in enumerate(bodies):
-            network.body.load_state_dict(body)
-            for i in range(t + 1):
-                network.head.load_state_dict(experts[i].head.state_dict())
-                images, labels = data.user_split(data.user, i)[1]
-                matrix.update(network(images).argmax(1), labels, model=t, task=i)
-    return matrix.compute()
+    matrix, network = TaskAccuracyMatrix(len(experts)), mlp(IMAGE_SHAPE, num_classes=2).eval()
+    for t, body in enumerate(merge_prefixes([expert.body.state_dict() for expert in experts], importances)):
+        network.body.load_state_dict(body)
+        for i in range(t + 1):
+            network.head.load_state_dict(experts[i].head.state_dict())
+            images, labels = data.user_split(data.user, i)[1]
+            matrix.update(network(images).argmax(1), labels, model=t, task=i)
+    return 100 * matrix.compute()
 
 
 def main(
     experts: Path = Path("../shared/reference/numbers-experts.safetensors"),
     data_dir: Path = Path("../shared/data"),
     sources: Sequence[str] = ("../shared/data/meter-digits", "mnist"),
-    draws: Sequence[int] = (1, 2, 3, 4, 5),
+    split_seeds: Sequence[int] = (1, 2, 3, 4, 5),
     methods: Sequence[MethodName] = MERGING_METHODS,
     reduction: Literal["sample", "batch"] = "sample",
     num_threads: int = 1,
 ) -> None:
-    """Merge given experts of Numbers with importances from the data, over several draws of the splits.
+    """Merge given experts of Numbers with importances from the data, for several divisions of the images.
 
     Args:
         experts: File with the experts.
         data_dir: Folder of the named sources.
         sources: Sources of the benchmark; each is one user.
-        draws: Seeds of the division of the images.
-        methods: What is compared.
-        reduction: ``sample`` (exact) or ``batch`` (the published code's estimate, batches of 20).
+        split_seeds: Seeds of the division of the images.
+        methods: Methods to compare.
+        reduction: ``sample`` (exact) or ``batch`` (the published code's estimate, in batches of 20).
         num_threads: Threads for PyTorch.
     """
     if not experts.is_file():
         sys.exit(f"error: no file of experts at {experts}; say where it is with --experts.")
     torch.set_num_threads(num_threads)
     networks = load_experts(experts)
-    results: dict[MethodName, list[tuple[float, float]]] = {method: [] for method in methods}
-    batch_size = 20 if reduction == "batch" else 256
-    for draw in draws:
-        data = NumbersDataModule(data_dir, sources, split_seed=draw, eval_batch_size=batch_size)
+    results = pd.DataFrame(columns=["method", "accuracy", "forgetting"])
+    for seed in split_seeds:
+        data = NumbersDataModule(
+            data_dir, sources, split_seed=seed, eval_batch_size=20 if reduction == "batch" else 256
+        )
         for method in methods:
-            found = []
-            importances = None
+            found, importances = [], None
             for user in data.users:
                 view = data.view(user=user)
                 if importances is None or METHODS[method].source == "user":
-                    importances = estimate(networks, view, method, reduction, draw)
-                matrix = 100 * evaluate(networks, importances, view)
-                found.append((float(average_accuracy(matrix)), float(forgetting(matrix))))
-            results[method].append((mean(a for a, _ in found), mean(f for _, f in found)))
-            print(f"draw {draw}  {method:9s} {results[method][-1][0]:6.2f} ({results[method][-1][1]:5.2f})", flush=True)
-    print(f"\nMean of {len(draws)} draws, {len(sources)} users, reduction={reduction!r}: average accuracy (forgetting)")
-    for method, pairs in results.items():
-        spread = f" ± {stdev(a for a, _ in pairs):.2f}" if len(pairs) > 1 else ""
-        print(f"{method:9s} {mean(a for a, _ in pairs):6.2f}{spread} ({mean(f for _, f in pairs):5.2f})")
+                    importances = estimate(networks, view, method, reduction, seed)
+                matrix = evaluate(networks, importances, view)
+                found.append([float(average_accuracy(matrix)), float(forgetting(matrix))])
+            accuracy, lost = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+            results.loc[len(results)] = [method, accuracy, lost]
+            print(f"split {seed}  {method:9s} {accuracy:6.2f} ({lost:5.2f})", flush=True)
+    print(f"\nMean of {len(split_seeds)} splits, {len(sources)} users, {reduction=}: average accuracy (forgetting)")
+    for method, rows in results.groupby("method", sort=False):
+        print(f"{method:9s} {mean_and_std(rows['accuracy'], 2)} ({rows['forgetting'].mean():5.2f})")
 
 
 if __name__ == "__main__":

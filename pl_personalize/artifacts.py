@@ -1,9 +1,9 @@
-"""What the project writes to disk: tensors as safetensors with checked metadata, and JSON. Written whole or not at all.
+"""Files of tensors and JSON, written atomically, and state dicts from files of other programs.
 
-A file has one metadata entry, a JSON object: ``kind``, ``version``, ``names`` (in order), ``aliases``, ``metadata`` and
-``sha256`` (of all of it). One entry, because the order of several differs from process to process, and with it the
-bytes of the file. Tensors that are the same storage are stored once and come back as one. What a state dict knows of
-its modules' versions is in ``metadata``, under a name of its own, so that earlier releases read the file as well.
+A file of tensors is a safetensors file with one metadata entry, a JSON object: ``kind``, ``version``, ``names`` (in
+order), ``aliases``, ``metadata`` and ``sha256`` (of all of it). A single entry, because the order of several, and with
+it the bytes of the file, differs between processes. Tied tensors are stored once. The module versions of a state dict
+are in ``metadata`` under a reserved name, so that earlier releases can read the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,11 +39,11 @@ class ArtifactError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write ``data`` so that ``path`` holds either what it held before, or all of it.
+    """Write a file so that, whatever happens, it has either its old content or all of the new.
 
     Args:
-        path: Where to; missing folders are made.
-        data: The bytes.
+        path: The file; missing folders are created.
+        data: The content.
 
     Returns:
         The path.
@@ -75,7 +75,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-        ArtifactError: If it is missing or not JSON.
+        ArtifactError: If it is missing or not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text())
@@ -101,107 +101,117 @@ def save_tensors(
     kind: str,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write named tensors as a safetensors file of ours.
+    """Write named tensors to a safetensors file, atomically and with a checksum.
 
     Args:
-        path: Where to; ``.safetensors`` by custom.
-        tensors: The tensors, on any device. Names that are one storage (tied weights) are stored once. The
-            ``_metadata`` of a state dict, the versions of its modules, is stored with it.
-        kind: What they are, checked when the file is opened.
-        metadata: Anything that JSON can hold.
+        path: The file, by convention ``.safetensors``.
+        tensors: The tensors, on any device. Tied tensors are stored once, and the module versions in a state dict's
+            ``_metadata`` are stored with it.
+        kind: The kind of content, checked when the file is opened.
+        metadata: JSON-serializable metadata.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If an entry is no tensor, or of a type that safetensors files do not have.
+        ValueError: If an entry is not a tensor, or has a type that safetensors files cannot hold.
     """
     if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ValueError(
-            f"The entries {some(others)} are no tensors, and a safetensors file has nothing else: leave them out, or "
+            f"The entries {some(others)} are not tensors, the only content of a safetensors file: leave them out, or "
             "save the state dict with torch.save."
         )
     aliases = shared_entries(tensors)
     unique = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in aliases}
-    content = {
+    content: dict[str, Any] = {
         "kind": kind,
         "version": _VERSION,
         "names": list(tensors),
         "aliases": aliases,
-        "metadata": {**(metadata or {}), **_json_of(module_versions(tensors))},
+        "metadata": dict(metadata or {}),
     }
+    if (versions := module_versions(tensors)) is not None:
+        content["metadata"][_MODULES] = {
+            module: {what: value for what, value in entry.items() if isinstance(value, str | int | float | None)}
+            for module, entry in versions.items()
+        }
     content["sha256"] = _checksum(content, unique)
     try:
         data = save(unique, {_KEY: json.dumps(content, sort_keys=True)})
-    except KeyError as error:  # how safetensors says that it has no such type
+    except KeyError as error:  # safetensors' error for an unknown type
         wrong = [name for name, value in unique.items() if value.dtype in error.args]
         raise ValueError(
-            f"A safetensors file cannot hold {error.args[0]}: {some(wrong)}. Convert, or leave out."
+            f"A safetensors file cannot hold {error.args[0]}: {some(wrong)}. Convert these entries, or leave them out."
         ) from error
     return write_atomically(path, data)
 
 
-def _json_of(versions: Versions | None) -> dict[str, Any]:
-    """The versions as a part of a file's metadata: nothing if there are none."""
-    plain = {
-        module: {what: value for what, value in entry.items() if isinstance(value, str | int | float | None)}
-        for module, entry in (versions or {}).items()
-    }
-    return {} if versions is None else {_MODULES: plain}
+class _LazyTensors(Mapping[str, Tensor]):
+    """The tensors of any safetensors file, read on access."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._names = file, dict.fromkeys(file.keys())
+        self.aliases: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(self.aliases.get(name, name))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file of ours, its tensors read one by one when asked for.
+class TensorFile(_LazyTensors):
+    """A file of :func:`save_tensors` whose tensors are read one at a time, on access.
 
     Args:
         path: The file.
-        kind: What it must hold.
-        verify: Compare the checksum (reads the whole file once, one tensor at a time).
+        kind: The expected kind of content.
+        verify: Compare the checksum, which reads the whole file once, one tensor at a time.
+
+    Attributes:
+        aliases: Tied entries, see :func:`~pl_personalize.functional.state_dicts.shared_entries`.
+        metadata: The metadata that the file was written with.
 
     Raises:
-        ArtifactError: If the file is missing, truncated, changed, not ours or of another kind.
+        ArtifactError: If the file is missing, truncated, modified, of another program or of another kind.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, kind: str, verify: bool = True) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise ArtifactError(f"{path} does not exist; expected a file of kind {kind!r}.")
-        self._file, content = _open(self.path)
-        self._names = set(self._file.keys())
+        file, content = _open(self.path)
+        super().__init__(file)
         if not isinstance(content, dict) or content.keys() != _FIELDS:
             raise ArtifactError(f"{path} was not written by pl_personalize; expected a file of kind {kind!r}.")
         if content["kind"] != kind:
             raise ArtifactError(f"{path} holds {content['kind']!r}; expected {kind!r}.")
         if content["version"] != _VERSION:
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
-        self._order: list[str] = content["names"]
-        self.aliases: dict[str, str] = content["aliases"]
+        stored = _LazyTensors(file)
+        self._names, self.aliases = dict.fromkeys(content["names"]), content["aliases"]
         self.metadata: dict[str, Any] = {n: v for n, v in content["metadata"].items() if n != _MODULES}
-        self._metadata: Versions | None = content["metadata"].get(_MODULES)  # by the name that PyTorch looks for
+        self._metadata: Versions | None = content["metadata"].get(_MODULES)
         if not verify:
             return
         expected = content.pop("sha256")
-        if (found := _checksum(content, _Lazy(self._file, self._names))) != expected:
+        if (found := _checksum(content, stored)) != expected:
             raise ArtifactError(
-                f"{path} was changed after it was written: the SHA-256 of its content is {found}, expected {expected}."
+                f"{path} was modified after it was written: its content has the SHA-256 {found}; expected {expected}."
             )
 
-    def __getitem__(self, name: str) -> Tensor:
-        target = self.aliases.get(name, name)
-        if target not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(target)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
     def load(self) -> dict[str, Tensor]:
-        """All tensors in memory, a state dict; names that were one storage are one again."""
-        loaded = {name: self._file.get_tensor(name) for name in sorted(self._names)}
+        """Read all tensors into a state dict, in which tied entries are one tensor."""
+        loaded = {name: self[name] for name in sorted(self) if name not in self.aliases}
         return with_versions({name: loaded[self.aliases.get(name, name)] for name in self}, module_versions(self))
 
     def __repr__(self) -> str:
@@ -209,49 +219,50 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read all tensors and the metadata of a file of ours.
+    """Read all tensors and the metadata of a file of :func:`save_tensors`.
 
     Raises:
-        ArtifactError: As :class:`TensorFile` does.
+        ArtifactError: See :class:`TensorFile`.
     """
     file = TensorFile(path, kind=kind)
     return file.load(), file.metadata
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the state dict in a checkpoint of Lightning, in a file of ``torch.save``, or in a safetensors file.
+    """Read the state dict in a Lightning checkpoint, a file of ``torch.save``, or a safetensors file.
 
-    Nothing in the file is run. Hyperparameters and other objects beside the state dict may be of any class, also of one
-    that does not exist here: they are passed over.
+    No code in the file is run. Hyperparameters and other objects beside the state dict can be of any class, even one
+    that cannot be imported, and are ignored.
 
     Args:
-        path: The file; what it is shows in its content.
+        path: The file. Its format is recognized by its content.
 
     Returns:
-        A state dict with its ``_metadata``, on the CPU: tensors, and what is no tensor (``_extra_state``) where it is
-        plain data.
+        A state dict with its ``_metadata``, on the CPU: tensors, and other entries (``_extra_state``) if they are plain
+        data.
 
     Raises:
-        ArtifactError: If the file is missing, broken, or holds no state dict.
+        ArtifactError: If the file is missing, broken, or has no state dict.
     """
     state = open_state_dict(path)
     if isinstance(state, TensorFile):
         state = state.load()
-    # Not mapped: the file may be written again, as a last checkpoint is, while its tensors are in use.
+    # Not memory-mapped: the file may be overwritten, as a last checkpoint is, while its tensors are in use.
     return copy.deepcopy(with_versions(state, module_versions(state)))
 
 
 def open_state_dict(path: str | os.PathLike[str], *, kind: str | None = None) -> Mapping[str, Any]:
-    """The same with tensors that stay in the file until they are used, so that many can be open at once.
+    """Open a state dict as :func:`read_state_dict` does, but leave its tensors in the file until they are used.
 
-    Only a file in torch's format before version 1.6 is read whole. The file must not be changed meanwhile.
+    Many such files can be open at once, but they must not be modified. Only files in the format that ``torch.save`` had
+    before PyTorch 1.6 are read as a whole.
 
     Args:
         path: The file.
-        kind: What it must hold if it is one of :func:`save_tensors`; by default anything but importances.
+        kind: The expected kind of a file of :func:`save_tensors`; by default anything but importances.
 
     Raises:
-        ArtifactError: As :func:`read_state_dict` does.
+        ArtifactError: See :func:`read_state_dict`.
     """
     source = Path(path)
     if not source.is_file():
@@ -264,63 +275,47 @@ def open_state_dict(path: str | os.PathLike[str], *, kind: str | None = None) ->
         found = content.get("kind") if isinstance(content, dict) else None
         if found == "importance" != kind:
             raise ArtifactError(f"{path} holds {found!r}; expected {kind or _EXPECTED!r}.")
-        return _Lazy(file, list(file.keys())) if found is None else TensorFile(path, kind=kind or str(found))
+        return _LazyTensors(file) if found is None else TensorFile(path, kind=kind or str(found))
     try:
-        file = InertFile(source)
-        state = file.content
+        inert = InertFile(source)
+        state = inert.content
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
             state = state["state_dict"]
-        problem = _no_state_dict(state, file)
-    except Exception as error:  # torch's reader raises whatever a broken file makes it do
+        problem = _no_state_dict(state, inert)
+    except Exception as error:  # a broken file can make PyTorch's reader raise anything
         cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
         problem = f"cannot be read: {next(iter(str(cause).splitlines()), type(cause).__name__)}"
     if problem:
         raise ArtifactError(
             f"{path} {problem.removesuffix('.')}. Expected {_EXPECTED}. If you trust the file, load it with torch, and "
-            "save its state dict alone: torch.save(model.state_dict(), path)."
+            "save its state dict only: torch.save(model.state_dict(), path)."
         )
     return state  # type: ignore[no-any-return]
 
 
 def _no_state_dict(state: Any, file: InertFile) -> str:
-    """Why it is none; empty if it is one."""
+    """Why an object is not a state dict; empty if it is one."""
     if not isinstance(state, Mapping):
-        return f"holds an object of the class {file.inert_name(state) or type(state).__name__}, and no state dict"
+        return f"holds an object of the class {file.inert_name(state) or type(state).__name__}, not a state dict"
     if state and not any(isinstance(value, Tensor) for value in state.values()):
         return f"holds no tensors but the entries {some(map(str, state))}"
     for name, value in state.items():
         if not isinstance(value, Tensor) and (found := file.inert_name((name, value))):
-            return f"has an object of {found} in the entry {name!r} of its state dict, which only its own code can make"
+            return f"has an object of {found} in the entry {name!r} of its state dict, readable only by running code"
     return ""
 
 
 def _open(path: Path) -> tuple[Any, Any]:
-    """A safetensors file, and what a file of ours says of itself."""
+    """Open a safetensors file, and parse the metadata of :func:`save_tensors`."""
     try:
         file = safe_open(path, framework="pt")
         return file, json.loads((file.metadata() or {}).get(_KEY, "null"))
     except (SafetensorError, ValueError, OSError) as error:
-        raise ArtifactError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from error
-
-
-class _Lazy(Mapping[str, Tensor]):
-    def __init__(self, file: Any, names: Collection[str]) -> None:
-        self._file, self._names = file, names
-        self.aliases: dict[str, str] = {}  # each tensor of such a file has its own bytes
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        raise ArtifactError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
 
 
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors and of what is said about them."""
+    """SHA-256 of the metadata and the tensors."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Running statistics of batch-norm layers, apart from the model: small tensors to be kept, averaged and applied."""
+"""Running statistics of batch-norm layers apart from their model, to be saved, averaged and applied."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class BatchNormStatistics(Mapping[str, Tensor]):
     """Running means and variances by their names in a state dict: ``{layer}.running_mean``, ``{layer}.running_var``.
 
     Args:
-        tensors: Each (C,).
-        num_samples: How many samples they were estimated from; 0 if that is not known.
-        fingerprint: Of the parameters with which they were estimated, if that was noted.
+        tensors: The statistics, each (C,).
+        num_samples: Number of samples they were estimated from; 0 if unknown.
+        fingerprint: Fingerprint of the parameters they were estimated with, if known.
 
     Raises:
         ValueError: If a mean or variance has no counterpart, or a variance is negative.
@@ -43,14 +43,14 @@ class BatchNormStatistics(Mapping[str, Tensor]):
                 if value is None:
                     raise ValueError(f"There is no {what} of the layer {layer!r}; there are {some(self._tensors)}.")
                 if not torch.isfinite(value).all() or (what == VARIANCE and (value < 0).any()):
-                    raise ValueError(f"The {what} of the layer {layer!r} has entries that no data can have.")
+                    raise ValueError(f"The {what} of the layer {layer!r} has negative, NaN or infinite entries.")
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """A copy of what the layers of a model have now.
+        """A copy of the present statistics of a model.
 
         Raises:
-            ValueError: As :func:`batchnorm_layers` does.
+            ValueError: See :func:`batchnorm_layers`.
         """
         found: dict[str, Tensor] = {}
         for name, layer in batchnorm_layers(model).items():
@@ -60,23 +60,23 @@ class BatchNormStatistics(Mapping[str, Tensor]):
 
     @classmethod
     def average(cls, parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> Self:
-        """Statistics of the mixture of what several were estimated from.
+        """Statistics of the mixture of several data sets.
 
-        Means and second moments are averaged, so that a variance has also what lies between the means.
+        Means and second moments are averaged, so variances include the variance between the means.
 
         Args:
-            parts: The statistics.
-            weights: How much each counts; by default equally.
+            parts: Statistics of the data sets.
+            weights: Weights of the data sets; by default equal.
 
         Raises:
-            ValueError: If there are none, they are of different layers, the weights do not fit, or a result is larger
-                than its type holds.
+            ValueError: If there are none, they are of different layers, the weights do not fit, or a result is too
+                large for its type.
         """
         if weights is not None and (len(weights) != len(parts) or min(weights, default=1) < 0 or not sum(weights)):
-            raise ValueError(f"There must be a weight of 0 or more for each of {len(parts)}; got {list(weights)}.")
+            raise ValueError(f"weights must be {len(parts)} numbers of 0 or more, not all 0; got {list(weights)}.")
         parts = [part if isinstance(part, BatchNormStatistics) else cls(part) for part in parts]
         if not parts or any(part.keys() != parts[0].keys() for part in parts):
-            raise ValueError("Statistics can be averaged if there is at least one set, and all are of the same layers.")
+            raise ValueError("To average statistics, pass at least one set, and sets of the same layers only.")
         found: dict[str, Tensor] = {}
         for name in parts[0]:
             if name.endswith(MEAN):
@@ -94,11 +94,11 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self._tensors))
 
     def apply(self, model: nn.Module) -> None:
-        """Copy them into the buffers of a model; nothing else is changed.
+        """Copy the statistics into the buffers of a model.
 
         Raises:
-            ValueError: If the model has no such layer, or of another shape, or in a precision that cannot hold a value;
-                then nothing was changed.
+            ValueError: If a layer is missing, has another shape, or a precision too low for a value. The model is then
+                unchanged.
         """
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for name, value in self.items():
@@ -120,7 +120,7 @@ class BatchNormStatistics(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
             ArtifactError: If the file is missing, damaged, or of another kind.
@@ -142,17 +142,17 @@ class BatchNormStatistics(Mapping[str, Tensor]):
 
 
 def batchnorm_layers(model: nn.Module, module: str | None = None) -> dict[str, _BatchNorm]:
-    """The batch-norm layers of a model by name: BatchNorm1d, 2d and 3d, SyncBatchNorm, and subclasses of these.
+    """Batch-norm layers of a model, by name: BatchNorm1d, 2d and 3d, SyncBatchNorm, and subclasses of these.
 
-    A layer that is used under several names is there once. Layers that are made to be fixed, such as torchvision's
-    ``FrozenBatchNorm2d``, are none.
+    A layer with several names appears once. Fixed layers, such as torchvision's ``FrozenBatchNorm2d``, are not
+    included.
 
     Args:
         model: Any module.
-        module: Only layers below this submodule; names are relative to it.
+        module: Submodule to search. Names are relative to it.
 
     Raises:
-        ValueError: If a layer keeps no running statistics or has not seen its first input, or there is no such module.
+        ValueError: If a layer keeps no running statistics or is uninitialized, or there is no such module.
     """
     if module is not None:
         try:
@@ -165,8 +165,8 @@ def batchnorm_layers(model: nn.Module, module: str | None = None) -> dict[str, _
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(
-                f"The batch-norm layer {name!r} keeps no running statistics (track_running_stats=False): it normalises "
-                "by each batch, so there is nothing to adapt. Make it with track_running_stats=True."
+                f"The batch-norm layer {name!r} keeps no running statistics (track_running_stats=False): it normalizes "
+                "by each batch, so there is nothing to adapt. Create it with track_running_stats=True."
             )
         if isinstance(layer.running_mean, nn.UninitializedBuffer):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How important each parameter of a model is: the result, on disk and in memory."""
+"""Importances of a model's parameters, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
-from pl_personalize.functional.merging import Bounds, check_importance
+from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.state_dicts import Bounds
 
-Kind = Literal["mas", "fisher", "empirical_fisher"]
+Kind = str
+"""Name of an entry of :data:`~pl_personalize.functional.importance_kinds.IMPORTANCE_KINDS`, or of another source."""
 Reduction = Literal["sample", "batch"]
 ARTIFACT_KIND = "importance"
 
 
 class Importance(Mapping[str, Tensor]):
-    """The importance of each parameter: non-negative tensors by parameter name, and how they came about.
+    """Importance of each parameter: non-negative tensors by parameter name, with their origin.
 
     Args:
         values: Importance by parameter name, of the parameter's shape.
-        kind: ``"mas"``, ``"fisher"`` or ``"empirical_fisher"``.
-        num_samples: Number of samples that the mean is over.
+        kind: How they were estimated: ``"mas"``, ``"fisher"``, ``"empirical_fisher"``, or any other name.
+        num_samples: Number of samples averaged over.
         reduction: ``"sample"``, or ``"batch"`` for the published code's estimate.
-        paths: How each parameter's gradients were computed (``"closed form"``, ``"layer"``, ``"model"``, ``"loop"``,
-            or ``"batch"``); ``"none"`` where none reached it.
+        routes: How each parameter's gradients were computed (``"closed form"``, ``"layer"``, ``"model"``, ``"loop"``
+            or ``"batch"``); ``"none"`` if no gradient reached it.
 
     Raises:
-        ValueError: If a value is negative, NaN or infinite, or if ``num_samples`` is not positive.
+        ValueError: If a value is negative, NaN or infinite, ``num_samples`` is not positive, or ``kind`` is empty.
 
     Example:
         >>> importance = Importance({"weight": torch.tensor([0.5, 2.0])}, kind="mas", num_samples=8)
@@ -45,8 +47,10 @@ class Importance(Mapping[str, Tensor]):
         kind: Kind,
         num_samples: int,
         reduction: Reduction = "sample",
-        paths: Mapping[str, str] | None = None,
+        routes: Mapping[str, str] | None = None,
     ) -> None:
+        if not kind or not isinstance(kind, str):
+            raise ValueError(f"kind must be a name, such as 'mas'; got {kind!r}.")
         if num_samples < 1:
             raise ValueError(f"Importances need at least one sample; got num_samples={num_samples}.")
         self._bounds = {name: (_version(value), check_importance(name, value)) for name, value in values.items()}
@@ -54,7 +58,7 @@ class Importance(Mapping[str, Tensor]):
         self.kind = kind
         self.num_samples = num_samples
         self.reduction = reduction
-        self.paths = dict(paths or {})
+        self.routes = dict(routes or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -71,23 +75,22 @@ class Importance(Mapping[str, Tensor]):
             f"parameters={len(self)})"
         )
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """How the importances were computed, as stored in files."""
+        return {name: getattr(self, name) for name in ("kind", "num_samples", "reduction", "routes")}
+
     def bounds(self, name: str) -> Bounds | None:
-        """The smallest and the largest entry of a tensor, or ``None`` if it was, or may be, changed in place since."""
+        """Smallest and largest entry of a tensor, or ``None`` if it may have been changed in place since."""
         version, bounds = self._bounds[name]
         return bounds if version is not None and _version(self._values[name]) == version else None
 
     def to(self, *args: Any, **kwargs: Any) -> Importance:
-        """A copy with every tensor moved or cast as :meth:`torch.Tensor.to` does."""
-        return Importance(
-            {name: value.to(*args, **kwargs) for name, value in self.items()},
-            kind=self.kind,
-            num_samples=self.num_samples,
-            reduction=self.reduction,
-            paths=self.paths,
-        )
+        """A copy with every tensor moved or cast by :meth:`torch.Tensor.to`."""
+        return Importance({name: value.to(*args, **kwargs) for name, value in self.items()}, **self.metadata)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """For each parameter its ``norm`` (Euclidean) and ``zeros`` (the share of entries that are exactly zero)."""
+        """The Euclidean ``norm`` and the share of ``zeros`` of each parameter."""
         return {
             name: {"norm": float(value.norm()), "zeros": float((value == 0).sum()) / max(value.numel(), 1)}
             for name, value in self.items()
@@ -99,20 +102,14 @@ class Importance(Mapping[str, Tensor]):
         Returns:
             The path.
         """
-        metadata = {
-            "kind": self.kind,
-            "num_samples": self.num_samples,
-            "reduction": self.reduction,
-            "paths": self.paths,
-        }
-        return str(save_tensors(path, self, kind=ARTIFACT_KIND, metadata=metadata))
+        return str(save_tensors(path, self, kind=ARTIFACT_KIND, metadata=self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:
-        """Read a file that :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            ArtifactError: If it is missing, broken, or holds something else.
+            ArtifactError: If it is missing, damaged, or of another kind.
         """
         values, metadata = load_tensors(path, kind=ARTIFACT_KIND)
         try:
@@ -122,10 +119,10 @@ class Importance(Mapping[str, Tensor]):
 
     @classmethod
     def combine(cls, importances: Iterable[Importance]) -> Importance:
-        """The importance over all the data of several: means weighted by their number of samples.
+        """Importance over the data of several: their mean, weighted by the number of samples.
 
         Raises:
-            ValueError: If there are none, or if they differ in kind, reduction, names or shapes.
+            ValueError: If there are none, or they differ in kind, reduction, names or shapes.
         """
         parts = list(importances)
         if not parts:
@@ -150,12 +147,12 @@ class Importance(Mapping[str, Tensor]):
             name: sum((part[name] * (part.num_samples / total) for part in parts), torch.zeros_like(first[name]))
             for name in first
         }
-        paths: dict[str, str] = {}
-        for part in parts:  # what no gradient reached in one part may have been reached in another
-            paths |= {name: path for name, path in part.paths.items() if paths.get(name, "none") == "none"}
-        return Importance(values, kind=first.kind, num_samples=total, reduction=first.reduction, paths=paths)
+        routes: dict[str, str] = {}
+        for part in parts:  # a parameter without a gradient in one part may have one in another
+            routes |= {name: route for name, route in part.routes.items() if routes.get(name, "none") == "none"}
+        return Importance(values, **first.metadata | {"num_samples": total, "routes": routes})
 
 
 def _version(value: Tensor) -> int | None:
-    """Counts the changes in place; inference tensors do not."""
+    """Number of changes in place, which inference tensors do not count."""
     return None if value.is_inference() else value._version

@@ -11,14 +11,14 @@ from torchmetrics import Metric
 
 
 class TaskAccuracyMatrix(Metric):
-    r"""Accuracy of the model after each task on each task so far.
+    r"""Accuracy on each task of the model after each task.
 
     Entry :math:`A(t, i)` of :meth:`compute` is the share of correct predictions of model ``t`` (row) on task ``i``
-    (column), in [0, 1]; NaN where nothing was seen, as above the diagonal.
+    (column), in [0, 1]; NaN without samples, as above the diagonal.
 
     Args:
-        num_tasks: T.
-        kwargs: For :class:`torchmetrics.Metric`.
+        num_tasks: Number of tasks T.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> matrix = TaskAccuracyMatrix(num_tasks=2)
@@ -43,21 +43,21 @@ class TaskAccuracyMatrix(Metric):
         self.add_state("total", torch.zeros(num_tasks, num_tasks, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor, *, model: int, task: int) -> None:
-        """Count a batch.
+        """Count the correct predictions of a batch.
 
         Args:
             predictions: (n,) predicted classes.
             labels: (n,) true classes.
-            model: Number of the model, from 0: the one after task ``model``.
-            task: Number of the task that the batch is from, from 0.
+            model: Index of the model: the one after task ``model``.
+            task: Index of the task of the batch.
 
         Raises:
             MisconfigurationException: If ``model`` or ``task`` is out of range, or the shapes differ.
         """
         if predictions.dim() != 1 or predictions.shape != labels.shape:
             raise MisconfigurationException(
-                f"predictions and labels must be of one shape (n,); got {tuple(predictions.shape)} and "
-                f"{tuple(labels.shape)}. Of logits, take logits.argmax(1)."
+                f"predictions and labels must both have the shape (n,); got {tuple(predictions.shape)} and "
+                f"{tuple(labels.shape)}. For logits, pass logits.argmax(1)."
             )
         for name, index in (("model", model), ("task", task)):
             if not 0 <= index < self.num_tasks:
@@ -71,10 +71,7 @@ class TaskAccuracyMatrix(Metric):
 
 
 def average_accuracy(matrix: Tensor) -> Tensor:
-    r"""Mean over tasks of the last model's accuracy, :math:`\frac1T \sum_i A(T, i)`.
-
-    Args:
-        matrix: (T, T), model by task.
+    r"""Accuracy of the last model of a (T, T) matrix, model by task, averaged: :math:`\frac1T \sum_i A(T, i)`.
 
     Example:
         >>> average_accuracy(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
@@ -84,15 +81,15 @@ def average_accuracy(matrix: Tensor) -> Tensor:
 
 
 def forgetting(matrix: Tensor, divisor: Literal["tasks", "earlier"] = "tasks") -> Tensor:
-    r"""Mean loss of accuracy since a task was new, :math:`\sum_{i<T} (A(i, i) - A(T, i))`, divided.
+    r"""Mean loss of accuracy on earlier tasks, :math:`\frac1D \sum_{i<T} (A(i, i) - A(T, i))`.
 
     Args:
         matrix: (T, T), model by task.
-        divisor: ``"tasks"``: by T, as in the tables of De Lange et al., CVPR 2020; ``"earlier"``: by T - 1, the usual
-            definition (Chaudhry et al., ECCV 2018, without the maximum).
+        divisor: D: ``"tasks"`` for T, as in the tables of De Lange et al., CVPR 2020; ``"earlier"`` for T - 1, the
+            usual definition (Chaudhry et al., ECCV 2018, without the maximum).
 
     Returns:
-        A scalar; 0 for a single task. Negative: the later tasks helped.
+        A scalar; 0 for a single task, negative if later tasks helped.
 
     Raises:
         MisconfigurationException: If ``divisor`` is unknown.

@@ -294,3 +294,13 @@ def make_network(name: str, num_samples: int, dtype: torch.dtype = torch.float64
         if name == "recurrent":
             return network, torch.randint(0, 7, (num_samples, *shape))
         return network, torch.randn(num_samples, *shape, dtype=dtype)
+
+
+def labels_of(x: Tensor) -> Tensor:
+    """Labels of three classes for some samples."""
+    return torch.arange(len(x)) * 2 % 3
+
+
+def labelled_batches(x: Tensor, sizes: int | list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Samples and their labels in batches."""
+    return list(zip(x.split(sizes), labels_of(x).split(sizes), strict=True))

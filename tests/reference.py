@@ -7,6 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+KINDS = {
+    "mas": ("mas", {}),
+    "fisher": ("expected_fisher", {"draws": "all"}),
+    "empirical_fisher": ("empirical_fisher", {}),
+}
+"""By kind of importance: that of :func:`naive_importance` which it equals, and with which options."""
+
 
 def naive_importance(
     model: nn.Module,

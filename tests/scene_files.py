@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pl_personalize.datamodules import CatPriorDataModule, TransPriorDataModule
-from pl_personalize.datamodules.scene_transforms import DEVIATION, MEAN
+from pl_personalize.datamodules.scene_transforms import MEAN, STD
 
 TABLE = {
     "attic": "home", "bath": "home", "cellar": "home",
@@ -68,10 +68,10 @@ def names_by_colour(folder: Path) -> dict[tuple[int, int, int], str]:
 
 
 def names_of(images: Tensor, names: Mapping[tuple[int, int, int], str]) -> list[str]:
-    """Which images these are, standardised or not; each must have one colour."""
+    """Which images these are, normalized or not; each must have one colour."""
     if images.dtype != torch.uint8:
-        mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, DEVIATION))
-        values = (images * deviation + mean) * 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        values = (images * std + mean) * 255
         assert float((values - values.round()).abs().max()) < 1e-3
         images = values.round().to(torch.uint8)
     assert bool((images == images[:, :, :1, :1]).all())
@@ -79,7 +79,7 @@ def names_of(images: Tensor, names: Mapping[tuple[int, int, int], str]) -> list[
 
 
 def catprior(folder: Path, **options: Any) -> CatPriorDataModule:
-    """CatPrior for three persons who prefer two classes of each task."""
+    """CatPrior for three profiles who prefer two classes of each task."""
     fixed: dict[str, Any] = {
         "supercategories": folder / "supercategories.csv", "image_size": SIZE, "num_users": 3,
         "preferred_classes": 2, "extra_images": 3, "preferences": 1, "batch_size": 4, "eval_batch_size": 5,
@@ -88,7 +88,7 @@ def catprior(folder: Path, **options: Any) -> CatPriorDataModule:
 
 
 def transprior(folder: Path, **options: Any) -> TransPriorDataModule:
-    """TransPrior for three persons."""
+    """TransPrior for three profiles."""
     fixed: dict[str, Any] = {
         "supercategories": folder / "supercategories.csv", "image_size": SIZE, "num_users": 3, "extra_images": 11,
         "batch_size": 4, "eval_batch_size": 5,

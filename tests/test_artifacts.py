@@ -431,7 +431,7 @@ def test_a_file_with_versions_has_the_fields_that_earlier_releases_read(tmp_path
 
 
 def test_entries_that_are_no_tensors_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"entries _extra_state are no tensors.*torch\.save"):
+    with pytest.raises(ValueError, match=r"entries _extra_state are not tensors.*torch\.save"):
         save_tensors(tmp_path / "x", {"w": torch.ones(1), "_extra_state": {"steps": 3}}, kind="expert")
     assert not (tmp_path / "x").exists()
 

@@ -2,30 +2,16 @@
 
 import pytest
 import torch
-from networks import make_network
-from reference import relative_error
+from networks import labelled_batches, make_network
+from reference import KINDS, relative_error
 
 from pl_personalize import ArtifactError, Importance, estimate_importance
 from pl_personalize.artifacts import save_tensors
 
-KINDS = {
-    "mas": ("mas", {}),
-    "fisher": ("expected_fisher", {"draws": "all"}),
-    "empirical_fisher": ("empirical_fisher", {}),
-}
-
-
-def _labels(x):
-    return torch.arange(len(x)) * 2 % 3
-
-
-def _batches(x, sizes):
-    return list(zip(x.split(sizes), _labels(x).split(sizes), strict=True))
-
 
 def _importance(values=(0.5, 2.0), num_samples=8, kind="mas", name="layer.weight", **options):
     return Importance(
-        {name: torch.tensor(values)}, kind=kind, num_samples=num_samples, paths={name: "layer"}, **options
+        {name: torch.tensor(values)}, kind=kind, num_samples=num_samples, routes={name: "layer"}, **options
     )
 
 
@@ -42,7 +28,7 @@ def test_bounds_are_those_of_the_values_until_these_change():
 
 def test_importance_is_a_mapping():
     importance = Importance(
-        {"b": torch.ones(2), "a": torch.zeros(1)}, kind="fisher", num_samples=3, paths={"a": "loop", "b": "layer"}
+        {"b": torch.ones(2), "a": torch.zeros(1)}, kind="fisher", num_samples=3, routes={"a": "loop", "b": "layer"}
     )
 
     assert list(importance) == ["b", "a"]
@@ -57,13 +43,13 @@ def test_importance_is_a_mapping():
 
 
 def test_the_caller_s_mapping_is_not_kept():
-    values, paths = {"a": torch.ones(1)}, {"a": "loop"}
-    importance = Importance(values, kind="mas", num_samples=1, paths=paths)
+    values, routes = {"a": torch.ones(1)}, {"a": "loop"}
+    importance = Importance(values, kind="mas", num_samples=1, routes=routes)
 
-    values["b"], paths["b"] = torch.ones(1), "loop"
+    values["b"], routes["b"] = torch.ones(1), "loop"
 
     assert list(importance) == ["a"]
-    assert importance.paths == {"a": "loop"}
+    assert importance.routes == {"a": "loop"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +75,7 @@ def test_to_casts_a_copy():
 
     assert cast["layer.weight"].dtype == torch.float64
     assert importance["layer.weight"].dtype == torch.float32
-    assert (cast.kind, cast.num_samples, cast.reduction, cast.paths) == ("mas", 8, "batch", {"layer.weight": "layer"})
+    assert (cast.kind, cast.num_samples, cast.reduction, cast.routes) == ("mas", 8, "batch", {"layer.weight": "layer"})
 
 
 def test_summary():
@@ -119,7 +105,7 @@ def test_saving_and_loading(tmp_path, reduction):
     assert all(
         torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in importance.items()
     )
-    for what in ("kind", "num_samples", "reduction", "paths"):
+    for what in ("kind", "num_samples", "reduction", "routes"):
         assert getattr(loaded, what) == getattr(importance, what)
 
 
@@ -151,14 +137,14 @@ def test_loading_what_is_no_importance_is_refused_by_the_files_name(tmp_path, va
 @pytest.mark.parametrize("kind", KINDS)
 def test_combining_equals_one_pass_over_all_the_data(kind):
     model, x = make_network("residual", 9)
-    parts = _batches(x, [2, 6, 1])
+    parts = labelled_batches(x, [2, 6, 1])
     right = estimate_importance(model, parts, kind, **KINDS[kind][1])
 
     combined = Importance.combine(estimate_importance(model, [part], kind, **KINDS[kind][1]) for part in parts)
 
     assert relative_error(combined, right) <= 1e-12
     assert (combined.kind, combined.num_samples, combined.reduction) == (kind, 9, "sample")
-    assert combined.paths == right.paths
+    assert combined.routes == right.routes
 
 
 def test_combining_by_hand_leaves_the_parts_alone():
@@ -195,9 +181,9 @@ def test_combining_nothing_is_refused():
 def test_what_one_part_did_not_reach_has_the_path_of_another():
     parts = [
         Importance(
-            {"a": torch.ones(1), "b": torch.ones(1)}, kind="mas", num_samples=1, paths={"a": a, "b": "closed form"}
+            {"a": torch.ones(1), "b": torch.ones(1)}, kind="mas", num_samples=1, routes={"a": a, "b": "closed form"}
         )
         for a in ("none", "layer", "loop")
     ]
 
-    assert Importance.combine(parts).paths == {"a": "layer", "b": "closed form"}
+    assert Importance.combine(parts).routes == {"a": "layer", "b": "closed form"}

@@ -23,6 +23,7 @@ FOLDERS = {
 # A room imports from rooms of a lower rank only; of its own rank, only what PEERS says.
 RANKS = {
     "registry": 0,
+    "checks": 0,
     "functional": 1,
     "per_sample": 2,
     "artifacts": 2,

@@ -9,7 +9,7 @@ from reference import naive_importance, relative_error
 from torch import nn
 
 from pl_personalize import estimate_importance
-from pl_personalize.functional import layer_rules
+from pl_personalize.per_sample import layer_rules
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
             network, x = nn.Sequential(nn.Linear(4, 6), names["Gain"](6), nn.Tanh()), torch.randn(shape)  # type: ignore[operator]
             assert layer_rules.find_layer_rule(network[1]) is not None
             importance = estimate_importance(network, [x], "mas")
-            assert importance.paths["1.gain"] == "closed form"
+            assert importance.routes["1.gain"] == "closed form"
             assert relative_error(importance, naive_importance(network, x, "mas")) < 1e-5
 
 

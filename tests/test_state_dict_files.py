@@ -279,7 +279,7 @@ def _write_text(path):
         (_write_text, r"cannot be read: .*Expected .*torch\.save\(model\.state_dict\(\), path\)"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
         (lambda path: torch.save(nn.Linear(2, 2), path), "an object of the class torch.nn.modules.linear.Linear"),
-        (lambda path: torch.save([torch.ones(2)], path), "holds an object of the class list, and no state dict"),
+        (lambda path: torch.save([torch.ones(2)], path), "holds an object of the class list, not a state dict"),
         (lambda path: torch.save({"model": {"w": torch.ones(2)}, "n": 1}, path), "no tensors but the entries model, n"),
         (lambda path: torch.save({"state_dict": {"w": 1}}, path), "no tensors but the entries w"),
         (lambda path: torch.jit.script(nn.Linear(2, 2)).save(path), "cannot be read"),

@@ -1,105 +1,107 @@
-"""Which importances ``importance_analysis.py`` compares, how they correlate, and what follows."""
+"""Importances that ``importance_analysis.py`` compares, and their correlations."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from pl_personalize import Importance, estimate_importance
 from pl_personalize.datamodules import TaskIncrementalDataModule
-from pl_personalize.functional.correlation import pearson_matrix, spearman_matrix
 from pl_personalize.functional.seeding import derive_seed
-from pl_personalize.importance import Reduction
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner.options import ImportanceOptions
 
 ImportanceName = Literal["mas", "fisher"]
-KINDS: dict[ImportanceName, str] = {"mas": "MAS", "fisher": "Fisher"}
-COEFFICIENTS = ("pearson", "spearman")
+KINDS: dict[str, str] = {"mas": "MAS", "fisher": "Fisher"}
+COEFFICIENTS = ["pearson", "spearman"]
 SERVER = "server"
-ALL = "all"  # of the body's parameters, one after the other
+ALL = "all"  # parameters of the body, concatenated
 BY_UNIT, BY_INPUT = "by unit", "by input"
-
-Relation = Literal["server and user", "two users", "other task", "same images", "nothing"]
+COLUMNS = [
+    *("experts", "kind", "reduction", "parameters", "relation"),
+    *("first_expert", "first_images", "second_expert", "second_images"),
+    *COEFFICIENTS,
+]
 
 
 class Images(NamedTuple):
-    """Whose images of which task (from 0): a user's for importances, or the server's."""
+    """Images of a task (counted from 0): a user's for importances, or the server's."""
 
     owner: str
     task: int
 
 
 class Estimate(NamedTuple):
-    """Importances: of the expert of a task (from 0), on images."""
+    """Importances of the expert of a task (counted from 0) on images."""
 
     expert: int
     images: Images
 
 
 @dataclass(frozen=True)
-class PairRow:
-    """How two importances correlate.
-
-    Attributes:
-        experts: Which set of experts, such as that of a seed.
-        kind: ``mas`` or ``fisher``.
-        reduction: ``sample`` or ``batch``.
-        parameters: ``all``, the name of a parameter, or of a parameter summed ``by unit`` or ``by input``.
-        relation: What the two have in common, see :func:`related`.
-        first_expert: Task of the first expert.
-        first_images: Owner and task of its images.
-        second_expert: Task of the second expert.
-        second_images: Owner and task of its images.
-        pearson: Pearson's correlation; NaN where an importance is constant.
-        spearman: Spearman's.
-    """
-
-    experts: str
-    kind: ImportanceName
-    reduction: Reduction
-    parameters: str
-    relation: Relation
-    first_expert: str
-    first_images: str
-    second_expert: str
-    second_images: str
-    pearson: float
-    spearman: float
-
-
-@dataclass(frozen=True)
 class Group:
-    """Pairs over which a mean is taken.
+    """Selection of pairs.
 
     Attributes:
-        title: What they are.
-        relations: What the two have in common.
+        title: Description.
+        relations: How the two importances are related, see :func:`related`.
         images: Only pairs on these images.
         user: Only pairs whose second images are this user's.
     """
 
     title: str
-    relations: frozenset[Relation]
+    relations: tuple[str, ...]
     images: str | None = None
     user: str | None = None
 
-    def __contains__(self, row: PairRow) -> bool:
-        chosen = self.images in (None, row.first_images) and self.user in (None, row.second_images.rpartition(" ")[0])
-        return chosen and row.relation in self.relations
+    @property
+    def full_title(self) -> str:
+        """Title that does not continue that of another group."""
+        return self.title.replace("– of", "same expert, images of")
+
+    def of(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """The pairs that are in the group."""
+        chosen = pairs["relation"].isin(self.relations)
+        if self.images is not None:
+            chosen &= pairs["first_images"] == self.images
+        if self.user is not None:
+            chosen &= pairs["second_images"].str.rpartition(" ")[0] == self.user
+        return pairs[chosen]
 
 
-def related(num_tasks: int, users: Sequence[str]) -> Iterator[tuple[Relation, Estimate, Estimate]]:
-    """The pairs that are compared.
+def groups(fixed: str, users: Sequence[str]) -> dict[str, Group]:
+    """The groups of pairs in the tables, by a short name.
 
-    * ``server and user``, ``two users``: one expert, images of its task of two owners.
-    * ``other task``: one expert, a user's images of its task and of another.
-    * ``same images``: two experts, a user's images of one task.
+    Args:
+        fixed: Images for the second half of the claim, such as ``mnist 0-1``.
+        users: Names of the users.
+    """
+    return {
+        "model": Group("same expert, images of server and users", ("server and user", "two users")),
+        **{f"server {u}": Group(f"– of the server and {u}", ("server and user",), user=u) for u in users},
+        "users": Group("– of two users", ("two users",)),
+        "task": Group("same expert, one user's images of two tasks", ("other task",)),
+        "fixed": Group(f"two experts, the images {fixed}", ("same images",), fixed),
+        "images": Group("two experts, the same images, any user and task", ("same images",)),
+        "nothing": Group("two experts, each on images of its own task", ("nothing",)),
+    }
+
+
+def related(num_tasks: int, users: Sequence[str]) -> Iterator[tuple[str, Estimate, Estimate]]:
+    """The pairs to compare, with the relation of the two.
+
+    * ``server and user``, ``two users``: one expert on two owners' images of its task.
+    * ``other task``: one expert on a user's images of its task and of another.
+    * ``same images``: two experts on a user's images of one task.
     * ``nothing``: two experts, each on a user's images of its own task.
     """
     for task in range(num_tasks):
@@ -126,15 +128,16 @@ def estimate_all(
     options: ImportanceOptions,
     seed: int,
 ) -> dict[Estimate, Importance]:
-    """Every expert on every user's images of every task, and on the server's of its own."""
+    """Importances of every expert on every user's images of every task, and on the server's of its own."""
     found = {}
     draws = options.fisher_draws if options.reduction == "sample" else 1
     for k, expert in enumerate(experts):
-        everything = [Images(user, task) for user in data.users for task in range(len(data.tasks))]
-        for images in [Images(SERVER, k), *everything]:
-            view = data.view(user=None if images.owner == SERVER else images.owner)
-            server = images.owner == SERVER
-            loader = view.server_dataloader(images.task) if server else view.adapt_dataloader(images.task)
+        for images in [Images(SERVER, k), *(Images(user, task) for user in data.users for task in range(len(experts)))]:
+            loader = (
+                data.view(user=None).server_dataloader(images.task)
+                if images.owner == SERVER
+                else data.view(user=images.owner).adapt_dataloader(images.task)
+            )
             generator = torch.Generator().manual_seed(derive_seed(seed, kind, k, *images))
             drawn = {"draws": draws, "generator": generator} if kind == "fisher" else {}
             found[Estimate(k, images)] = estimate_importance(
@@ -149,10 +152,10 @@ def estimate_all(
 
 
 def views(importances: Sequence[Importance]) -> Iterator[tuple[str, Tensor]]:
-    """What is correlated, a row for each importance.
+    """The vectors to correlate, one row for each importance.
 
-    All parameters, each parameter, and each matrix summed over its inputs (what its units are worth) and over its units
-    (what its inputs are worth).
+    These are all parameters, each parameter, and each matrix summed over its inputs (the importance of its units) and
+    over its units (the importance of its inputs).
     """
     yield ALL, torch.stack([torch.cat([value.flatten() for value in one.values()]) for one in importances])
     for name, value in importances[0].items():
@@ -163,60 +166,38 @@ def views(importances: Sequence[Importance]) -> Iterator[tuple[str, Tensor]]:
             yield f"{name} {BY_INPUT}", stacked.double().sum(1).flatten(1)
 
 
+def correlation_matrix(rows: np.ndarray) -> np.ndarray:
+    """Pearson's correlations of the rows, ``(k, k)``; NaN for constant rows, also where rounding hides that."""
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        matrix = np.corrcoef(rows)
+    constant = (rows == rows[:, :1]).all(1)
+    matrix[constant] = matrix[:, constant] = np.nan
+    return matrix
+
+
 def correlate(
-    name: str,
-    kind: ImportanceName,
-    reduction: Reduction,
-    found: dict[Estimate, Importance],
-    data: TaskIncrementalDataModule,
-) -> list[PairRow]:
-    """The correlations of all pairs, for all parameters and each."""
+    found: dict[Estimate, Importance], data: TaskIncrementalDataModule, experts: str, kind: str, reduction: str
+) -> pd.DataFrame:
+    """Correlations of all pairs, for all parameters and each, with the columns :data:`COLUMNS`."""
     places = {estimate: place for place, estimate in enumerate(found)}
     pairs = list(related(len(data.tasks), data.users))
-    rows = []
+    described = pd.DataFrame(
+        {"experts": experts, "kind": kind, "reduction": reduction, "relation": [r for r, *_ in pairs]}
+    )
+    for end, estimates in (("first", [first for _, first, _ in pairs]), ("second", [second for *_, second in pairs])):
+        described[f"{end}_expert"] = [data.tasks[one.expert] for one in estimates]
+        described[f"{end}_images"] = [title(one.images, data) for one in estimates]
+    where = [places[first] for _, first, _ in pairs], [places[second] for *_, second in pairs]
+    frames = []
     for parameters, values in views(list(found.values())):
-        if values.shape[1] < 2:
-            continue
-        pearson, spearman = pearson_matrix(values), spearman_matrix(values)
-        for relation, first, second in pairs:
-            where = places[first], places[second]
-            rows.append(
-                PairRow(
-                    experts=name,
-                    kind=kind,
-                    reduction=reduction,
-                    parameters=parameters,
-                    relation=relation,
-                    first_expert=data.tasks[first.expert],
-                    first_images=title(first.images, data),
-                    second_expert=data.tasks[second.expert],
-                    second_images=title(second.images, data),
-                    pearson=float(pearson[where]),
-                    spearman=float(spearman[where]),
-                )
-            )
-    return rows
+        if values.shape[1] > 1:
+            rows = values.double().cpu().numpy()
+            pearson, spearman = correlation_matrix(rows), correlation_matrix(stats.rankdata(rows, axis=1))
+            frames.append(described.assign(parameters=parameters, pearson=pearson[where], spearman=spearman[where]))
+    return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
 def title(images: Images, data: TaskIncrementalDataModule) -> str:
-    """Such as ``mnist 0-1``."""
+    """Title of images, such as ``mnist 0-1``."""
     return f"{images.owner} {data.tasks[images.task]}"
-
-
-def groups(fixed: str, users: Sequence[str]) -> dict[str, Group]:
-    """The groups of pairs in the tables, by a short name.
-
-    Args:
-        fixed: The images that the claim's second half is read on, such as ``mnist 0-1``.
-        users: Names of the users.
-    """
-    of_server: frozenset[Relation] = frozenset({"server and user"})
-    return {
-        "model": Group("same expert, images of server and users", of_server | {"two users"}),
-        **{f"server {user}": Group(f"– of the server and {user}", of_server, user=user) for user in users},
-        "users": Group("– of two users", frozenset({"two users"})),
-        "task": Group("same expert, one user's images of two tasks", frozenset({"other task"})),
-        "fixed": Group(f"two experts, the images {fixed}", frozenset({"same images"}), fixed),
-        "images": Group("two experts, the same images, any user and task", frozenset({"same images"})),
-        "nothing": Group("two experts, each on images of its own task", frozenset({"nothing"})),
-    }

@@ -1,4 +1,4 @@
-"""The fields of a batch, how many samples each speaks of, and taking samples out of them."""
+"""Fields of a batch: their number of samples, and selection of samples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Readings = frozenset[int]
 
 
 def items_of(field: Any) -> list[tuple[str, Any]] | None:
-    """The parts of a dict, a tuple, a list or a dataclass, each with what it is called; ``None`` of anything else."""
+    """Names and values of the parts of a dict, tuple, list or dataclass; ``None`` for anything else."""
     if isinstance(field, Mapping):
         return [(repr(key), value) for key, value in field.items()]
-    if isinstance(field, PackedSequence):  # its tensors have no dimension of the samples
+    if isinstance(field, PackedSequence):  # its tensors have no sample dimension
         return None
     if isinstance(field, tuple) and hasattr(field, "_fields"):
         return [(repr(name), value) for name, value in zip(field._fields, field, strict=True)]
@@ -29,15 +29,15 @@ def items_of(field: Any) -> list[tuple[str, Any]] | None:
 
 
 def is_listed(field: Any) -> bool:
-    """Whether a field is a list or a plain tuple, which may hold one item for each sample."""
+    """Whether a field is a list or a plain tuple, which may hold one item per sample."""
     return isinstance(field, list | tuple) and not hasattr(field, "_fields") and not isinstance(field, Size)
 
 
 def readings(field: Any) -> Readings | None:
-    """The numbers of samples for which a field may be read; ``None`` of one that says nothing of it.
+    """Possible numbers of samples in a field; ``None`` if it does not tell.
 
-    A tensor says its first dimension. A list of things that are alike may hold one for each sample, as a detector's
-    images, or several inputs that have the samples in their first dimension: it offers both.
+    For a tensor, its first dimension. A list of similar items may hold one per sample, like a detector's images, or
+    several inputs with the samples in their first dimension, so both numbers are possible.
     """
     if isinstance(field, Tensor):
         return frozenset(field.shape[:1]) or None
@@ -52,10 +52,9 @@ def readings(field: Any) -> Readings | None:
 
 
 def agreed(said: list[Readings | None]) -> Readings | None:
-    """What all fields that say anything can be read as; empty if they disagree.
+    """Numbers of samples that all fields allow; empty if they disagree, ``None`` if none tells.
 
-    A size of 1 behind a larger one is that of something which is the same for all samples. The first field is the
-    input, or a part of it, and no such thing.
+    A size of 1 in any field but the first, which holds the input, stands for something shared by all samples.
     """
     speaking = [one for one in said if one is not None]
     if not speaking:
@@ -64,14 +63,14 @@ def agreed(said: list[Readings | None]) -> Readings | None:
 
 
 def _are_alike(items: list[Any]) -> bool:
-    """Whether they may be one thing of several samples: of one type, and tensors of as many dimensions."""
+    """Whether items have one type, and tensors one number of dimensions, so that they may belong to several samples."""
     if any(isinstance(item, Tensor) for item in items):
         return len({(type(item), getattr(item, "dtype", None), getattr(item, "ndim", None)) for item in items}) == 1
     return len({type(item) for item in items}) == 1 or all(items_of(item) is None for item in items)
 
 
 def may_be_samples(batch: list[Any]) -> bool:
-    """Whether a list that is a batch looks like one of samples, rather than of fields: images, dicts, or tuples."""
+    """Whether a batch that is a list looks like one of samples (images, dicts or tuples) rather than of fields."""
     if len(batch) < 2 or not _are_alike(batch):
         return False
     first = batch[0]
@@ -84,13 +83,9 @@ def may_be_samples(batch: list[Any]) -> bool:
 def map_samples(
     batch: Any, size: int, on_rows: Callable[[Tensor], Any], on_items: Callable[[Any], Any] = lambda items: items
 ) -> Any:
-    """A batch of ``size`` samples with other things in the place of what it has of each sample.
+    """A copy of a batch of ``size`` samples in which the parts that hold samples are replaced.
 
-    Args:
-        batch: The batch; it is left alone.
-        size: Its number of samples.
-        on_rows: From a tensor whose first dimension is the samples to what takes its place.
-        on_items: The same of a list or a tuple with one item for each sample.
+    ``on_rows`` maps tensors with the samples in their first dimension, ``on_items`` lists or tuples with one item each.
     """
     has_rows = any(tensor.shape[:1] == (size,) for tensor in _tensors_outside_of_lists(batch))
 
@@ -111,7 +106,7 @@ def _holds_samples(field: Any, size: int, has_rows: bool) -> bool:
     if len(field) != size or not _are_alike(list(field)):
         return False
     as_inputs = agreed([readings(item) for item in field])
-    # As many inputs as samples: whoever stacks the samples of one field does not list those of another.
+    # As many inputs as samples: samples are either stacked in all fields or listed in all.
     return as_inputs is None or size not in as_inputs or not has_rows
 
 

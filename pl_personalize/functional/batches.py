@@ -1,4 +1,4 @@
-"""What a batch is: a tensor, a tuple or list whose first item is the input, or a dict."""
+"""Batches: a tensor, a tuple or list whose first item is the input, or a dict."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from pl_personalize.functional.batch_fields import agreed, is_listed, items_of, map_samples, may_be_samples, readings
 from pl_personalize.functional.names import some
 
+Forward = Callable[[torch.nn.Module, Any], Any]
+"""How a model is called on a batch: ``(model, batch) -> output``."""
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -24,16 +26,15 @@ def batch_tensors(batch: Any) -> list[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples: what all fields of a batch agree on.
+    """Number of samples, on which all fields of a batch agree.
 
-    A field is a tensor, whose first dimension is the samples; a list or a tuple of one thing for each sample, such as
-    the images of a detector, or their names; or a dict, a dataclass, a list or a tuple of fields, as the batch itself
-    is. A tensor without dimensions says nothing of the number, nor does a number or a string; a first dimension of 1
-    beside larger ones is a constant that broadcasts. Where labels alone disagree, as the boxes of all images in one
-    tensor do, the others decide.
+    A field is a tensor with the samples in its first dimension; a list or tuple with one item per sample, such as the
+    images of a detector or their names; or, like the batch itself, a dict, dataclass, list or tuple of fields. Numbers,
+    strings and tensors without dimensions are ignored, and so is a first dimension of 1 beside larger ones, which
+    broadcasts. If only the labels disagree, such as the boxes of all images in one tensor, the other fields decide.
 
     Raises:
-        ValueError: If no field says it, if they disagree, or if several numbers are possible.
+        ValueError: If no field tells the number, fields disagree, or several numbers are possible.
     """
     if isinstance(batch, Tensor) and batch.dim() > 0:
         return batch.shape[0]
@@ -42,9 +43,9 @@ def batch_size(batch: Any) -> int:
     found = agreed(list(said.values())) or agreed([said[name] for name in _without_labels(batch, list(said))])
     if found is None:
         raise ValueError(f"A batch must hold at least one tensor with a batch dimension; got {type(batch).__name__}.")
-    if isinstance(batch, list) and may_be_samples(batch):  # nobody who takes a list of samples would call it fields
+    if isinstance(batch, list) and may_be_samples(batch):
         found = found | {len(batch)}
-    if len(found) > 1:  # a list of something other than tensors, such as a detector's targets, is one of samples
+    if len(found) > 1:  # a list of non-tensors, such as a detector's targets, holds one item per sample
         listed = [len(part) for _, part in parts if is_listed(part) and part and not isinstance(part[0], Tensor)]
         likely = found.intersection(listed)
         found = likely if len(likely) == 1 and not isinstance(batch, list) else found
@@ -53,17 +54,17 @@ def batch_size(batch: Any) -> int:
     sizes = some(f"{name}: {_or(sizes)}" for name, sizes in said.items() if sizes is not None)
     if not found:
         raise ValueError(
-            f"The fields of a batch disagree on its number of samples ({sizes}). Each needs one entry for each sample, "
-            "in its first dimension or in a list. Leave out what is no sample's, and give it to the model by forward=."
+            f"The fields of a batch disagree on its number of samples ({sizes}). Each needs one entry per sample, in "
+            "its first dimension or in a list. Leave other data out of the batch; forward= can pass it to the model."
         )
     raise ValueError(
-        f"A batch ({type(batch).__name__}) may be one of {_or(found)} samples ({sizes}). Stack what is one tensor for "
-        "each sample, or give a tuple with another field that has one entry for each sample, such as a list of names."
+        f"A batch ({type(batch).__name__}) may be one of {_or(found)} samples ({sizes}). Stack tensors of single "
+        "samples, or add a field with one entry per sample, such as a list of names."
     )
 
 
 def _without_labels(batch: Any, names: list[str]) -> list[str]:
-    """The fields that are no labels, which may be of any form where nobody asks for them, such as the boxes of all."""
+    """Names of the fields other than labels, which may have any form, such as the boxes of all images."""
     if isinstance(batch, Mapping):
         return [name for name, key in zip(names, batch, strict=True) if key not in LABEL_KEYS]
     return names[:1] if isinstance(batch, list | tuple) and len(names) == 2 else names
@@ -77,55 +78,53 @@ Labels = Callable[[Any], Tensor] | int | str
 
 
 def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
-    """The labels of a batch.
+    """Labels of a batch.
 
-    Args:
-        batch: The batch.
-        labels: A function from the batch to them; or their index, key, or name of an attribute. By default they are the
-            second of two items, or the entry of a dict named in ``LABEL_KEYS``.
+    ``labels`` is a function ``batch -> labels``, an index, a key, or an attribute name. By default, they are the second
+    of two items, or the entry of a dict named in ``LABEL_KEYS``.
 
     Raises:
-        ValueError: If there are none, or if it is not clear which they are.
+        ValueError: If there are none, or several candidates.
     """
     kind = type(batch).__name__
     if labels is None:
-        return _as_labels(_usual_labels(batch), f"the batch ({kind}) has none", batch)
+        return _as_labels(_usual_labels(batch), f"the batch ({kind}) has none")
     if callable(labels):
-        return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})", batch)
+        return _as_labels(labels(batch), f"labels= returned no tensor for a batch ({kind})")
     try:
         found: Any = batch[labels] if isinstance(batch, Mapping | Sequence) else None  # type: ignore[index]
     except (LookupError, TypeError):
         found = None
     if found is None and isinstance(labels, str):
         found = getattr(batch, labels, None)
-    return _as_labels(found, f"the batch ({kind}) has no tensor {labels!r}", batch)
+    return _as_labels(found, f"the batch ({kind}) has no tensor {labels!r}")
 
 
 def _usual_labels(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         keys = [key for key in LABEL_KEYS if key in batch]
         if len({id(batch[key]) for key in keys}) > 1:
-            raise ValueError(f"The batch has {' and '.join(keys)}, and which are its labels is not clear: say labels=.")
+            raise ValueError(f"The batch has {' and '.join(keys)}: pass labels= to select its labels.")
         return batch[keys[0]] if keys else None
     if isinstance(batch, Sequence) and len(batch) > 2:
         raise ValueError(
-            f"The true labels are needed, and in a batch of {len(batch)} items ({type(batch).__name__}) it is not "
-            "clear which they are: say so, as labels=2 or labels=lambda batch: batch[2]."
+            f"The true labels are needed, and their place in a batch of {len(batch)} items ({type(batch).__name__}) is "
+            "ambiguous: pass labels=2, for example, or labels=lambda batch: batch[2]."
         )
     return batch[1] if isinstance(batch, Sequence) and len(batch) == 2 else None
 
 
-def _as_labels(found: Any, problem: str, batch: Any) -> Tensor:
+def _as_labels(found: Any, problem: str) -> Tensor:
     if isinstance(found, Tensor):
         return found
     raise ValueError(
-        f"The true labels are needed, and {problem}: give (input, labels) or a dict with one of the keys "
-        f"{', '.join(LABEL_KEYS)}; or say where they are, labels=lambda batch: ...; or choose a kind that needs none."
+        f"The true labels are needed, and {problem}: pass (input, labels), a dict with one of the keys "
+        f"{', '.join(LABEL_KEYS)}, or labels=lambda batch: ...; or choose a kind that needs none."
     )
 
 
 def call_model(model: torch.nn.Module, batch: Any, label_key: Any = None) -> Any:
-    """Call ``model`` on the input of ``batch``; a dict becomes keyword arguments, without its labels."""
+    """Call ``model`` on the input of ``batch``; a dict is passed as keyword arguments, without its labels."""
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, label_key)}
         try:
@@ -133,59 +132,49 @@ def call_model(model: torch.nn.Module, batch: Any, label_key: Any = None) -> Any
         except TypeError as error:
             raise ValueError(
                 f"The entries {list(inputs)} of a batch do not fit as keyword arguments of {type(model).__name__}: "
-                f"{error}. Say how logits are computed: forward=lambda model, batch: ..."
+                f"{error}. Pass forward=lambda model, batch: ... to compute the logits."
             ) from error
     return model(as_input(batch))
 
 
 def as_input(batch: Any) -> Any:
-    """The input in a batch that is no dict: the tensor itself, or the first item.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Input of a batch other than a dict: the tensor itself, or the first item of a sequence."""
     if not isinstance(batch, Tensor | Sequence):
         raise ValueError(
-            f"The input in a batch of type {type(batch).__name__} is not known: say how the model is called on it, "
-            "forward=lambda model, batch: ..."
+            f"The input in a batch of type {type(batch).__name__} is unknown: pass forward=lambda model, batch: ... to "
+            "call the model on it."
         )
     return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def as_logits(output: Any) -> Tensor:
-    """The logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``.
+    """Logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``.
 
     Raises:
         ValueError: If there are none.
     """
-    if not isinstance(output, Tensor):
-        output = (
-            output["logits"]
-            if isinstance(output, Mapping) and "logits" in output
-            else getattr(output, "logits", output)
-        )
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise ValueError(
             f"The model must return logits with a batch dimension, or an object with `.logits`; it returned a "
-            f"{type(output).__name__}. Pass forward=lambda model, batch: ... to say how logits are computed."
+            f"{type(output).__name__}. Pass forward=lambda model, batch: ... to compute the logits."
         )
     return output
 
 
 def check_logits(logits: Tensor, num_samples: int) -> None:
-    """Refuse logits from which no importance follows.
-
-    Raises:
-        ValueError: If there is not one row for each sample, or an entry is NaN or infinite.
-    """
+    """Raise a ``ValueError`` unless there is one row of logits per sample, and all are finite."""
     if logits.shape[0] != num_samples:
         raise ValueError(f"The model returned {logits.shape[0]} rows of logits for {num_samples} samples.")
     if not torch.isfinite(logits).all():
-        raise ValueError("The model's output has NaN or infinite entries; its importances are not defined.")
+        raise ValueError("The model's output has NaN or infinite entries, so its importances are undefined.")
 
 
 def split_batch(batch: Any, num_samples: int) -> list[Tensor]:
-    """The tensors of a batch that have one row for each sample."""
+    """The tensors of a batch that have one row per sample."""
     found: list[Tensor] = []
     map_samples(batch, num_samples, found.append)
     return found
@@ -207,19 +196,19 @@ def slice_batch(batch: Any, num_samples: int, rows: slice | list[int]) -> Any:
 
 
 def has_listed_samples(batch: Any, num_samples: int) -> bool:
-    """Whether samples, or a part of them, are tensors in a list, which may be of different shapes."""
+    """Whether tensors of samples are in a list, and so may have different shapes."""
     lists: list[Any] = []
     map_samples(batch, num_samples, lambda tensor: tensor, lists.append)
     return bool(batch_tensors(lists))
 
 
 def copy_batch(batch: Any) -> Any:
-    """A batch that a model may change in place."""
+    """A copy of a batch that a model may change in place."""
     return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
 def are_same(batch: Any, other: Any) -> bool:
-    """Whether two batches are equal in everything; things that cannot be compared, such as arrays, are not."""
+    """Whether two batches are equal; objects that cannot be compared, such as arrays, count as different."""
     tensors = [batch_tensors(batch), batch_tensors(other)]
     try:
         return (
@@ -237,7 +226,7 @@ def _without_tensors(batch: Any) -> Any:
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any | None:
-    """Several batches as one, or ``None`` where they do not fit together."""
+    """Several batches as one, or ``None`` if they do not fit together."""
     sizes = [batch_size(batch) for batch in batches]
     rows: list[list[Tensor]] = []
     lists: list[list[Any]] = []
@@ -246,9 +235,9 @@ def concatenate_batches(batches: Sequence[Any]) -> Any | None:
         rows.append([])
         lists.append([])
         rest.append(map_samples(batch, size, rows[-1].append, lists[-1].append))
-    alike = len({tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}) == 1
-    alike = alike and len({tuple(map(type, some_lists)) for some_lists in lists}) == 1
-    if not alike or not all(are_same(rest[0], other) for other in rest):
+    alike = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
+    types = {tuple(map(type, some_lists)) for some_lists in lists}
+    if len(alike) != 1 or len(types) != 1 or not all(are_same(rest[0], other) for other in rest):
         return None
     columns, longer = iter(zip(*rows, strict=True)), iter(zip(*lists, strict=True))
     return map_samples(

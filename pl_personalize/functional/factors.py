@@ -1,4 +1,4 @@
-"""Parameters whose product is what counts, and whose means have another product."""
+"""Parameters that are factors of one weight: the product of their means is not the mean of their products."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _WEIGHT_NORM = (
 
 
 def factor_pairs(entries: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Names of entries whose product is a weight: factors of low rank, or a norm and a direction (weight norm).
+    """Names of entries whose product is a weight: low-rank factors, or norm and direction (weight norm).
 
     Args:
-        entries: By name; of those that may be a norm, the shapes count.
+        entries: Tensors by name; for weight norm, their shapes must fit.
 
     Example:
         >>> factor_pairs({"q.lora_A.weight": torch.zeros(2, 6), "q.lora_B.weight": torch.zeros(5, 2)})
@@ -44,21 +44,19 @@ def factor_pairs(entries: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def warn_of_factors(experts: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
-    """Warn where the mean of factors is none of their product.
+    """Warn if factors are merged separately although more than one of them differs between experts.
 
-    It is where one of two factors is the same in all experts, or the direction that a norm belongs to.
+    Merging is exact if the experts share one of two factors, or the direction that norms belong to.
     """
-    if len(experts) == 1:
-        return
     chosen = set(names)
     pairs = [pair for pair in factor_pairs(experts[0]) if chosen.issuperset(pair)]
     for pair in pairs:
         is_norm = any(pattern.search(pair[0]) for pattern, _ in _WEIGHT_NORM)
         if all(_differs(experts, name) for name in pair[is_norm:]):
             rank_zero_warn(
-                f"{pair[0]!r} and {pair[1]!r} are factors of one weight ({len(pairs)} such pairs): a merge of each by "
-                "itself has another product than the merge of the weights. Merge the weights: of adapters after "
-                "merge_and_unload(), of weight norm after remove_weight_norm() or remove_parametrizations()."
+                f"{pair[0]!r} and {pair[1]!r} are factors of one weight ({len(pairs)} such pairs), and merging each "
+                "separately does not merge the weight. Merge the weights: those of adapters after merge_and_unload(), "
+                "those of weight norm after remove_weight_norm() or remove_parametrizations()."
             )
             return
 
@@ -69,7 +67,7 @@ def _differs(experts: Sequence[Mapping[str, Tensor]], name: str) -> bool:
 
 
 def _is_norm_of(norm: Tensor, direction: Tensor) -> bool:
-    """Whether it has one number for each slice of the direction, or one for all."""
+    """Whether a tensor has one number per slice of the direction, or one in total."""
     if norm.ndim == 0:
         return direction.ndim > 0
     fits = norm.ndim == direction.ndim and all(n in (1, d) for n, d in zip(norm.shape, direction.shape, strict=True))

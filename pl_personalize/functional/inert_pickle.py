@@ -1,4 +1,4 @@
-"""Reading files of ``torch.save`` that hold objects of any class, without looking up or running one of them."""
+"""Reading files of ``torch.save`` with objects of any class, without importing or running their code."""
 
 from __future__ import annotations
 
@@ -7,43 +7,42 @@ import sys
 import threading
 import zipfile
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-_LOCK = threading.Lock()  # what is allowed is allowed in the whole process
+_LOCK = threading.Lock()  # the list of allowed classes is global
 
 
 class InertFile:
-    """The content of a file of ``torch.save``, in which an inert object stands for each that is no plain data.
+    """The content of a file of ``torch.save``, with inert objects in place of all objects that are not plain data.
 
-    It is read by PyTorch's reader for ``weights_only=True``, which runs what is on its list and nothing else. For the
-    time of reading, every other class or function that the file names is on that list, too, by its name alone: in its
-    place is a class that takes what a pickle does to its objects, and does nothing.
+    PyTorch's ``weights_only=True`` reader, which runs nothing but allowed classes, reads the file. For that time, every
+    other class or function that the file names is replaced, in the reader's list of allowed classes, by a class of the
+    same name that accepts what a pickle does with its objects and does nothing.
 
     Args:
-        path: The file. Its tensors are mapped into memory, and read when they are used; those of a file in the format
-            before PyTorch 1.6 are read, and it may name no classes.
+        path: The file. Its tensors are memory-mapped; those of a file in the format before PyTorch 1.6 are read, and
+            such a file may not name any classes.
 
     Attributes:
-        content: What it holds.
-        is_mapped: Whether the tensors are mapped.
+        content: The content of the file.
 
     Raises:
-        Exception: Whatever PyTorch's reader makes of a file that is broken or does more than build objects.
+        Exception: Any error of PyTorch's reader, if the file is broken or does more than build objects.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._inert: dict[int, tuple[object, str]] = {}  # by identity; held, so that no other object gets it
-        self.is_mapped = zipfile.is_zipfile(path)
-        if not self.is_mapped:
-            self.content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        self._inert: dict[int, tuple[object, str]] = {}  # by id; keeps the objects alive, so that ids are not reused
+        self.content: Any
+        if not zipfile.is_zipfile(path):
+            self.content = torch.load(path, map_location="cpu", weights_only=True)
             return
         names = get_unsafe_globals_in_checkpoint(path)
-        # Of classes that are not imported here it is not known whether their objects are filled as dicts or lists are.
+        # Whether the objects of a class that is not imported are filled like dicts or lists has to be guessed.
         guesses = (dict, list) if any(_imported(name) is None for name in names) else ()
         try:
             self.content = self._load(path, names, unknown=object)
@@ -55,14 +54,12 @@ class InertFile:
             raise
 
     def inert_name(self, value: object) -> str | None:
-        """The class or function that an inert object stands for; of a container, the first that is inside."""
+        """The class or function that an inert object stands for, or in a container, the first inert object in it."""
         if id(value) in self._inert:
             return self._inert[id(value)][1]
-        inside: Iterable[object] = ()
+        inside: Iterable[object] = value if isinstance(value, list | tuple | set) else ()
         if isinstance(value, Mapping):
             inside = (*value.keys(), *value.values())
-        elif isinstance(value, list | tuple | set):
-            inside = value
         return next((name for name in map(self.inert_name, inside) if name is not None), None)
 
     def _load(self, path: str | os.PathLike[str], names: list[str], *, unknown: type) -> Any:
@@ -72,17 +69,13 @@ class InertFile:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def _stand_in(self, name: str, unknown: type) -> Any:
-        """A class of that name whose objects are empty; PyTorch fills none but its own dicts and lists."""
+        """A class of that name whose objects are empty. PyTorch fills only plain dicts and lists."""
         found = _imported(name)
         like = unknown if found is None else found if isinstance(found, type) else object
-        make: Callable[[Any], object] = object.__new__
-        if issubclass(like, dict):
-            make = _new_dict
-        elif issubclass(like, list | deque):
-            make = _new_list
+        is_list = issubclass(like, list | deque)
 
         def new(cls: Any, *args: object, **kwargs: object) -> object:
-            made = make(cls)
+            made: object = OrderedDict() if issubclass(like, dict) else [] if is_list else object.__new__(cls)
             self._inert[id(made)] = made, name
             return made
 
@@ -100,15 +93,7 @@ class _Inert:
     def __setitem__(self, key: object, value: object) -> None: ...
 
 
-def _new_dict(cls: object) -> dict[Any, Any]:
-    return OrderedDict()
-
-
-def _new_list(cls: object) -> list[Any]:
-    return []
-
-
 def _imported(name: str) -> object | None:
-    """What has that name, if its module is imported; nothing is imported, and no code of the module runs."""
+    """The object of that name if its module is imported already; nothing is imported or run."""
     module, _, attribute = name.rpartition(".")
     return vars(sys.modules[module]).get(attribute) if module in sys.modules else None

@@ -1,4 +1,4 @@
-"""Class labels, as losses and accuracies take them."""
+"""Class labels in the form that losses and accuracies expect."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from torch import Tensor
 
 
 def class_labels(labels: Any, num_classes: int, *, offset: int = 0, ignored: int | None = None) -> Tensor:
-    """Labels as int64 (n,), each from 0 to num_classes − 1; other types and forms are converted if nothing is lost.
+    """Convert labels to int64 (n,), each from 0 to num_classes − 1 or ``ignored``, if no information is lost.
 
-    Args:
-        labels: A tensor, array or list of whole numbers or truth values, of any type (also floats), (n,) or (n, 1).
-        num_classes: Number of classes.
-        offset: Of the labels, if they were counted through several tasks: for the message alone.
-        ignored: A label that is allowed besides, and has no class.
+    Labels are a tensor, array or list (n,) or (n, 1) of whole numbers or booleans of any type, including floats. The
+    ``offset`` of a task among several is for the message.
 
     Raises:
-        ValueError: If they are none; it says which label of which sample is wrong, and the way out.
+        ValueError: If they cannot be converted. The message names the first wrong label and its sample.
 
     Example:
         >>> class_labels([[1.0], [0.0]], 2)
@@ -30,8 +27,8 @@ def class_labels(labels: Any, num_classes: int, *, offset: int = 0, ignored: int
     if values.ndim == 2 and shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim != 1:
-        hint = " If they are one-hot, give argmax(1)." if values.ndim == 2 and shape[1] == num_classes else ""
-        raise ValueError(f"labels must be one whole number for each sample, (n,); got the shape {shape}.{hint}")
+        hint = " If they are one-hot, pass argmax(1)." if values.ndim == 2 and shape[1] == num_classes else ""
+        raise ValueError(f"labels must be one whole number per sample, (n,); got the shape {shape}.{hint}")
     if values.is_floating_point() and (wrong := (values != values.round()) | ~values.isfinite()).any():
         place = int(wrong.nonzero()[0])
         raise ValueError(f"label {values[place].item():g} (of sample {place}) is no whole number.")
@@ -46,14 +43,14 @@ def class_labels(labels: Any, num_classes: int, *, offset: int = 0, ignored: int
         return found
     place = int(wrong.nonzero()[0])
     raise ValueError(
-        f"label {int(found[place])} (of sample {place}) is no class of the task, which has {num_classes}: labels count "
-        f"from 0 within a task, to {num_classes - 1}.{_way_out(low, high, num_classes, offset)}"
+        f"label {int(found[place])} (of sample {place}) is no class of the task, which has {num_classes}: labels range "
+        f"from 0 to {num_classes - 1} within a task.{_hint(low, high, num_classes, offset)}"
     )
 
 
-def _way_out(low: int, high: int, num_classes: int, offset: int) -> str:
+def _hint(low: int, high: int, num_classes: int, offset: int) -> str:
     if offset and offset <= low and high < offset + num_classes:
-        return f" These seem to be counted through all tasks: subtract {offset}."
+        return f" These seem to be numbered across all tasks: subtract {offset}."
     if low >= 1 and high == num_classes:
         return " These seem to count from 1: subtract 1."
     return ""

@@ -1,4 +1,4 @@
-"""Moments of the channels that batch-norm layers see, and statistics made of them."""
+"""Moments of the channels of batch-norm inputs, and the statistics computed from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ MEAN, VARIANCE = "running_mean", "running_var"
 
 
 def channel_moments(x: Tensor) -> Tensor:
-    r"""Count, sum and sum of squares of each channel: what adds up over batches and processes.
+    r"""Count, sum and sum of squares (3, C) of each channel of (N, C) or (N, C, \*), which add up over batches.
 
-    Args:
-        x: The input of a batch-norm layer, (N, C) or (N, C, \*).
-
-    Returns:
-        (3, C) in float64 (float32 on devices that have no float64).
+    They are float64, or float32 on devices without it.
 
     Example:
         >>> channel_moments(torch.tensor([[3.0, 0.0], [4.0, 2.0]])).tolist()
@@ -31,12 +27,10 @@ def channel_moments(x: Tensor) -> Tensor:
 
 
 def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Mean and variance, each (C,), that follow from moments (3, C).
+    """Mean and variance, each (C,), from moments (3, C).
 
-    Args:
-        moments: Of at least one value for each channel.
-        unbiased: Divide by n - 1, as running statistics do, instead of n, as the normalisation of a batch does. A
-            single value has variance 0.
+    The unbiased variance, as in running statistics, divides by n - 1; the other, by n, as in normalization by a batch.
+    A single value has variance 0.
 
     Example:
         >>> mean, variance = mean_and_variance(channel_moments(torch.tensor([[3.0], [4.0]])), unbiased=True)
@@ -52,14 +46,9 @@ def mean_and_variance(moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tenso
 def pooled_statistics(
     means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a mixture of sources with these means and variances, each (C,).
+    """Mean and variance of a mixture of sources, each (C,).
 
-    Its second moment is the mean of the sources' second moments, so sources with different means make it wider.
-
-    Args:
-        means: Of the sources.
-        variances: Of the sources.
-        weights: Of the sources; by default equal.
+    The variance includes the variance between the sources' means. ``weights`` are equal by default.
 
     Example:
         >>> mean, variance = pooled_statistics([torch.tensor([0.0]), torch.tensor([2.0])], [torch.ones(1)] * 2)
@@ -76,17 +65,13 @@ def pooled_statistics(
 
 
 def in_precision_of(other: Tensor, value: Tensor, what: str) -> Tensor:
-    """A statistic in the type, and on the device, of another tensor.
+    """A statistic in the type and on the device of another tensor.
 
-    What is too small for the type becomes 0, which harms nothing: a layer adds its ``eps`` to a variance.
-
-    Args:
-        other: Of that type.
-        value: The statistic, (C,).
-        what: Its name, for the message.
+    Values too small for the type become 0, which is harmless: a layer adds its ``eps`` to a variance. Messages call the
+    statistic ``what``.
 
     Raises:
-        ValueError: If an entry is finite, and larger than the type holds.
+        ValueError: If a finite entry is too large for the type.
 
     Example:
         >>> in_precision_of(torch.zeros(1, dtype=torch.float16), torch.tensor([70000.0]), "running_var of 'bn'")
@@ -102,7 +87,7 @@ def in_precision_of(other: Tensor, value: Tensor, what: str) -> Tensor:
         kind = str(other.dtype).removeprefix("torch.")
         raise ValueError(
             f"The {what} reaches {float(value[lost].abs().max()):.6g}, and {kind} holds no more than "
-            f"{torch.finfo(other.dtype).max:.5g}. Keep the layer in float32 (layer.float(): its inputs may stay in "
-            f"{kind}), or make what it normalises smaller."
+            f"{torch.finfo(other.dtype).max:.5g}. Keep the layer in float32 (layer.float(); its inputs may stay in "
+            f"{kind}), or scale its inputs down."
         )
     return rounded

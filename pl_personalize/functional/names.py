@@ -1,4 +1,4 @@
-"""Names in messages."""
+"""Lists of names, and hints on wrong names, for messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SHOWN = 5
 
 
 def some(names: Iterable[str], separator: str = ", ") -> str:
-    """The first of some names, and how many more there are.
+    """The first names, and the number of the others.
 
     Example:
         >>> some(f"layer{k}.weight" for k in range(7))
@@ -23,14 +23,10 @@ def some(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
-    """A sentence on the prefix by which names differ from those that are known; empty if it is not that alone.
+    """A sentence on the prefix or inner part by which names differ from known ones; empty if they differ otherwise.
 
-    Such as the ``module.`` of a wrapped model, or the ``body.`` of names that are relative to a whole; or on a part in
-    the middle, such as the ``.default`` of an adapter. Of several that could be lacking, none is named.
-
-    Args:
-        names: Names that are not known.
-        known: Those that are.
+    Examples are the ``module.`` of a wrapped model, the ``body.`` of a submodule, and the ``.default`` of an adapter.
+    If several prefixes are possible, none is named.
 
     Example:
         >>> prefix_hint(["module.fc.weight", "module.fc.bias"], ["fc.weight", "fc.bias"])
@@ -54,7 +50,7 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
 
 
 def _hint_inside(names: list[str], there: dict[str, None]) -> str:
-    """The same for a part that is neither at the beginning nor at the end."""
+    """The same for an inner part."""
     lacking = set()
     for first, other in product(names[:1], there):
         if (part := _part_inside(first, other)) and all(_without(name, part) in there for name in names):
@@ -67,11 +63,11 @@ def _hint_inside(names: list[str], there: dict[str, None]) -> str:
 
 
 def _part_inside(longer: str, shorter: str) -> str:
-    """What of the longer name has to go, everywhere, for the shorter one; empty if it takes more than that."""
+    """The part whose removal turns the longer name into the shorter one; empty if there is none."""
     parts, left = longer.split("."), shorter.split(".")
     begin = next((k for k, (a, b) in enumerate(zip(parts, left, strict=False)) if a != b), len(left))
     more = len(parts) - len(left)
-    for count in range(1, more + 1):  # of a part that is there several times, the first time
+    for count in range(1, more + 1):  # the first occurrence, if there are several
         part = ".".join(parts[begin : begin + count])
         if 0 < begin < len(left) and _without(longer, part) == shorter:
             return part
@@ -79,7 +75,7 @@ def _part_inside(longer: str, shorter: str) -> str:
 
 
 def _without(name: str, part: str) -> str:
-    """The name without a part, wherever it is."""
+    """The name without any occurrence of a part."""
     while (shorter := f".{name}.".replace(f".{part}.", ".", 1).strip(".")) != name:
         name = shorter
     return name

@@ -1,7 +1,7 @@
-"""The objectives whose gradients make importances, as gradients with respect to the logits.
+"""Objectives of importances, as gradients with respect to the logits.
 
-Probabilities, and their distances to 1, are formed in float32 at least, and keep their relative precision; what comes
-back has the logits' type.
+Probabilities and their distances to 1 are computed in at least float32 and keep their relative precision. Results have
+the logits' type.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a position that does not count, as in :func:`torch.nn.functional.cross_entropy`."""
+"""Label of ignored positions, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
 def mas_cotangent(logits: Tensor) -> Tensor:
-    r"""Gradient of :math:`\|f(x)\|_2^2` with respect to the logits.
+    r"""Gradient (n, \*) of :math:`\|f(x)\|_2^2` with respect to the logits: ``2 * logits``.
 
-    Args:
-        logits: (n, *).
-
-    Returns:
-        ``2 * logits``, (n, *). Aljundi et al., ECCV 2018, "Memory Aware Synapses", equation 2 with the squared norm.
+    Aljundi et al., ECCV 2018, "Memory Aware Synapses", equation 2 with the squared norm.
     """
     return 2 * logits
 
@@ -30,16 +26,11 @@ def mas_cotangent(logits: Tensor) -> Tensor:
 def label_cotangent(logits: Tensor, labels: Tensor, *, may_ignore: bool = False) -> Tensor:
     r"""Gradient of :math:`-\log p(y | x)`, summed over the positions of a sample, with respect to the logits.
 
-    Args:
-        logits: (n, classes, *).
-        labels: (n, *), integers.
-        may_ignore: Whether positions labelled ``IGNORE_INDEX`` do not count; else there may be none.
-
-    Returns:
-        ``softmax(logits) - onehot(labels)``, (n, classes, *).
+    It is ``softmax(logits) - onehot(labels)``, (n, classes, \*), for integer labels (n, \*). Positions labelled
+    ``IGNORE_INDEX`` are ignored if ``may_ignore``, otherwise out of range.
 
     Raises:
-        ValueError: If the labels are no integers, or not one for each position, or out of range.
+        ValueError: If the labels are not integers, not one per position, or out of range.
     """
     shape = (logits.shape[0], *logits.shape[2:])
     if labels.shape != shape or labels.is_floating_point() or labels.is_complex():
@@ -52,7 +43,7 @@ def label_cotangent(logits: Tensor, labels: Tensor, *, may_ignore: bool = False)
     counted = labels[~ignored]
     if counted.numel() and not (counted.min() >= 0 and counted.max() < logits.shape[1]):
         found = f"{int(counted.min())} to {int(counted.max())}"
-        raise ValueError(f"The labels must be in 0..{logits.shape[1] - 1}; they go from {found}.")
+        raise ValueError(f"The labels must be in 0..{logits.shape[1] - 1}; they range from {found}.")
     score = _less_one(_probabilities(logits), labels.masked_fill(ignored, 0))
     return score.masked_fill_(ignored.unsqueeze(1), 0).to(logits.dtype)
 
@@ -62,27 +53,14 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _less_one(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities (n, classes, *) less 1 at each label (n, *): there, less all the others, which is more precise."""
+    """Probabilities (n, classes, *) minus 1 at each label (n, *), as minus the sum of the others for precision."""
     index = labels.unsqueeze(1)
     others = probabilities.scatter(1, index, 0)
     return others.scatter_(1, index, -others.sum(1, keepdim=True))
 
 
-def sample_labels(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """Draw labels from the model's own softmax, at each position by itself.
-
-    Args:
-        logits: (n, classes, *).
-        draws: Number of independent draws.
-        generator: Source of randomness; drawn on its device.
-
-    Returns:
-        (n, *, draws), on the logits' device.
-    """
-    return _draw(_probabilities(logits), draws, generator)
-
-
-def _draw(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+def draw_labels(probabilities: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Draw labels (n, *, draws) from probabilities (n, classes, *), independently at each position."""
     rows = probabilities.movedim(1, -1)
     moved = rows.reshape(-1, rows.shape[-1]).to(rows.device if generator is None else generator.device)
     labels = torch.multinomial(moved, draws, replacement=True, generator=generator)
@@ -90,34 +68,19 @@ def _draw(probabilities: Tensor, draws: int, generator: torch.Generator | None) 
 
 
 def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """One direction per draw; the squares of their gradients sum to the mean over draws.
-
-    Args:
-        logits: (n, classes, *).
-        draws: Number of times that labels are drawn for each sample.
-        generator: Source of randomness.
-
-    Yields:
-        ``draws`` tensors (n, classes, *).
-    """
+    """One cotangent (n, classes, *) per draw of labels; the squares of their gradients sum to the mean over draws."""
     probabilities = _probabilities(logits)
-    labels = _draw(probabilities, draws, generator)
+    labels = draw_labels(probabilities, draws, generator)
     for k in range(draws):
         yield (_less_one(probabilities, labels[..., k]) / draws**0.5).to(logits.dtype)
 
 
 def expected_fisher_cotangents(logits: Tensor) -> Iterator[Tensor]:
-    r"""One direction per class, in turn; the squares of their gradients sum to the expectation under the softmax.
+    r"""One cotangent per class; the squares of their gradients sum to the expectation under the softmax.
 
-    Labels of several positions are independent and each has a score of mean 0, so that the expectation of the square of
-    their sum is the sum over positions of the expectations: one direction for each position and class.
-
-    Args:
-        logits: (n, classes, *).
-
-    Yields:
-        For each position and each class ``c``, the gradient of :math:`-\log p(c | x)` there times
-        :math:`\sqrt{p(c | x)}`, (n, classes, *).
+    Labels of several positions are independent, with scores of mean 0, so the expected square of the sum of scores is
+    the sum over positions of expected squares: one cotangent (n, classes, \*) per position and class ``c``, the
+    gradient of :math:`-\log p(c | x)` there times :math:`\sqrt{p(c | x)}`.
     """
     probabilities = _probabilities(logits).flatten(2) if logits.dim() > 2 else _probabilities(logits).unsqueeze(2)
     for position in range(probabilities.shape[2]):

@@ -1,4 +1,4 @@
-"""What rounding explains of the difference between two ways to compute the same gradients."""
+"""Tolerances for rounding between two ways of computing the same gradients."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from torch import Tensor
 
 
 def rounding_of_sums(grad: Tensor, entries: int) -> float:
-    """How much of a bias's gradient, a sum over the positions of the output's, may be nothing but rounding.
+    """Rounding error of a bias's gradient, which is the sum of the output's gradient over positions.
 
-    The numbers that are summed may be large and cancel: of the bias of a convolution before an instance norm, which
-    takes every bias away, nothing is left but rounding, of the size of these numbers times the precision.
+    The summands may be large and cancel: before an instance norm, which removes every bias, only rounding is left of a
+    convolution's bias gradient, of the size of the summands times the precision.
 
-    Args:
-        grad: (n, *), of some samples, the gradient of a layer's output.
-        entries: How many the bias has.
-
-    Returns:
-        Eight units of precision (for the few roundings on the way) of the sum of absolute values that an entry has: the
-        root mean square over entries, the largest of the samples. 0 where that is not finite.
+    For the output's gradient (n, *) of n samples and a bias of so many entries, it is eight units of precision times
+    the sum of absolute values of an entry: root mean square over entries, maximum over samples. 0 if that is not
+    finite.
     """
     if grad.layout != torch.strided or not grad.numel() or not entries:
         return 0.0
     dim = next((d for d in (1, -1) if grad.dim() > 1 and grad.shape[d] == entries), None)
-    if dim is None:  # each entry has its share of the whole
+    if dim is None:  # an equal share for each entry
         rows = grad.reshape(len(grad), 1, -1) / entries
     else:
         rows = grad.movedim(dim, 1).reshape(len(grad), entries, -1)
@@ -46,19 +42,14 @@ def beyond_rounding(
     left: Mapping[str, float] = MappingProxyType({}),
     exhausted: Collection[str] = (),
 ) -> list[str]:
-    """The parameters whose errors rounding does not explain.
+    """Names of parameters whose errors are larger than rounding explains.
 
-    Where a true gradient is zero, rounding leaves something of the size of the others times the precision: of those of
-    the same module, or at worst of the network; or what is known to be left of it.
+    If a true gradient is zero, rounding leaves an error of the size of other gradients times the precision: those of
+    the same module, or at worst of the network; or what is given as ``left``.
 
-    Args:
-        errors: Norms of the differences, by parameter name.
-        sizes: Norms of what is right.
-        counts: Numbers of entries.
-        dtype: In which they were computed.
-        power: 1 where absolute values were summed, 2 for squares.
-        left: What rounding leaves in an entry of a gradient, where that is known: see :func:`rounding_of_sums`.
-        exhausted: Names for which there is no other way left; they are allowed more.
+    All mappings are by parameter name: ``errors`` and ``sizes`` are norms of differences and of right values,
+    ``counts`` numbers of entries, ``left`` the :func:`rounding_of_sums` where known. ``dtype`` is the type of the
+    computation, and ``exhausted`` are names without a slower route, which get a larger tolerance.
     """
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     roots = {name: max(1, count) ** 0.5 for name, count in counts.items()}
@@ -73,7 +64,7 @@ def beyond_rounding(
         near = unit**power * largest[_module_of(name)]
         far = (1e-6 if name in exhausted else far_unit) ** power * max(means.values())
         rest = left.get(name, 0.0)
-        if power == 2:  # of a gradient g that may be larger than the rest: (g + rest)² - g²
+        if power == 2:  # (g + rest)² - g², as the gradient g may be larger than the rest
             rest *= rest + 2 * means[name] ** 0.5
         if not error <= tolerance * sizes[name] + max(near, far, rest) * roots[name]:
             wrong.append(name)
@@ -85,9 +76,6 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _module_of(parameter: str) -> str:
-    """Name of the module that a parameter is of, also where it is computed from others."""
-    return (
-        parameter.partition(".parametrizations.")[0]
-        if ".parametrizations." in parameter
-        else parameter.rpartition(".")[0]
-    )
+    """Name of the module of a parameter, also if it is parametrized."""
+    module, inner, _ = parameter.partition(".parametrizations.")
+    return module if inner else parameter.rpartition(".")[0]

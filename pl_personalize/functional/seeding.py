@@ -1,4 +1,4 @@
-"""Seeds that follow from what they are for, so that a resumed run draws what the uninterrupted one would have."""
+"""Seeds derived from their purpose, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in 0..2**63-1 that depends on all parts and their order, the same in every process and release.
+    """A seed in 0..2**63-1 that depends on all parts and their order, equal in every process and release.
 
     Raises:
-        TypeError: If a part is neither a string nor an integer, of Python or of another library.
+        TypeError: If a part is neither a string nor an integer (of Python or another library).
 
     Example:
         >>> derive_seed(1, "task", 3) == derive_seed(1, "task", 3) != derive_seed(1, "task", 4)
@@ -23,9 +23,9 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Seed the generators that a module on ``device`` draws from: that of the CPU, and the device's own.
+    """Seed the generators that a module on ``device`` draws from: the CPU's and the device's own.
 
-    ``torch.manual_seed`` seeds every kind of accelerator that the build knows, at 0.5 ms a call where none is there.
+    ``torch.manual_seed`` seeds every accelerator that the build supports, at 0.5 ms a call even without one.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

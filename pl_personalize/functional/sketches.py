@@ -1,4 +1,4 @@
-"""Comparing large tensors in little memory."""
+"""Comparison of large tensors in little memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SMALL = 2**16  # numbers, up to which the tensor itself is kept
+_SMALL = 2**16  # numbers, up to which the tensor itself is the sketch
 _DIRECTIONS = 4
 _AT_A_TIME = 2**20  # numbers
 
 
 class Sketch:
-    r"""A random projection of a tensor, whose differences are in expectation as large as those of the tensors.
+    r"""Random projection of a tensor that preserves norms of differences in expectation.
 
-    Of a matrix :math:`A` it is :math:`A U / \sqrt{4}` with four fixed columns of normal numbers in :math:`U`, so that
+    For a matrix :math:`A`, it is :math:`A U / \sqrt{4}` with four fixed columns of normal numbers in :math:`U`, so that
     :math:`E \|A U / \sqrt{4}\|^2 = \|A\|_F^2`. A small tensor is its own sketch.
-
-    Args:
-        shape: The tensor's.
-        dtype: What to compute in.
-        device: Where.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -36,7 +31,7 @@ class Sketch:
         self._values = torch.zeros(self._rows, size, dtype=dtype, device=device)
 
     def add(self, tensor: Tensor, power: int = 1) -> float:
-        """Add the sketch of ``|tensor| ** power``; returns its Euclidean norm. No copy of the whole is made."""
+        """Add the sketch of ``|tensor| ** power`` without a full copy, and return its Euclidean norm."""
         rows = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
         square = torch.zeros((), dtype=torch.float64, device=tensor.device)
         at_a_time, start = max(1, _AT_A_TIME // max(1, rows[:1].numel())), 0
@@ -51,11 +46,11 @@ class Sketch:
         return float(square.sqrt())
 
     def distance(self, other: Sketch) -> float:
-        """The Euclidean norm of the difference, in expectation."""
+        """Euclidean norm of the difference, in expectation."""
         return float((self._values - other._values).norm())
 
     def is_multiple_of(self, other: Sketch) -> bool:
-        """Whether one is the other times a factor that is far from 1, but for rounding."""
+        """Whether it equals the other times a factor far from 1, up to rounding."""
         size, other_size = float(self._values.norm()), float(other._values.norm())
         if not (size > 0 and other_size > 0) or 0.8 < size / other_size < 1.25:
             return False

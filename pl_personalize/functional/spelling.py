@@ -1,4 +1,4 @@
-"""Names that users write in files: without blanks around them, and compared with what is there."""
+"""Names from user-written files: trimming, and comparison with the names that exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def trimmed(text: str) -> str:
-    r"""A name without blanks and invisible characters around it, such as no-break spaces and byte order marks.
+    r"""Strip whitespace and invisible characters, such as no-break spaces and byte order marks.
 
     Example:
         >>> trimmed("\ufeff kitchen\u00a0\t")
@@ -18,7 +18,7 @@ def trimmed(text: str) -> str:
 
 
 def written_otherwise(name: str, there: Iterable[str]) -> str | None:
-    """The name that differs from another in its case, blanks, slashes or Unicode form alone; ``None`` if none does.
+    """The existing name that differs only in case, whitespace, slashes or Unicode form, or ``None``.
 
     Example:
         >>> written_otherwise("Living room", ["attic", "livingroom"])
@@ -31,7 +31,7 @@ def written_otherwise(name: str, there: Iterable[str]) -> str | None:
 
 
 def hint(name: str, there: Iterable[str]) -> str:
-    """What to add to a message that a name is not there: how it is written, if that is what is wrong.
+    """Addition to a message about a missing name: the right spelling, if only that is wrong.
 
     Example:
         >>> hint("Attic", ["attic"]), hint("Attic", ["cellar"])
@@ -47,5 +47,5 @@ def _plain(name: str) -> str:
 
 
 def _is_blank(letter: str) -> bool:
-    """Also of a class without a width: control and format characters."""
+    """Whether a character is whitespace, or a control or format character without a width."""
     return letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf")

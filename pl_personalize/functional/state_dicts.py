@@ -1,77 +1,150 @@
-"""What a state dict is beside names and tensors: entries that are one tensor, and the versions of its modules."""
+"""State dicts: tied entries, module versions, prefixes, and what some of them know about their tensors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+StateDict = Mapping[str, Tensor]
+"""Tensors by name: a dict, or an object that reads each tensor from a file on access."""
 Versions = dict[str, dict[str, Any]]
-"""By the name of a module what PyTorch keeps of it in a state dict's ``_metadata``, such as ``{"version": 2}``."""
+"""What PyTorch keeps of each module in a state dict's ``_metadata``, by module name, such as ``{"version": 2}``."""
+Bounds = tuple[float, float]
+"""The smallest and the largest entry of a tensor."""
+
+
+@runtime_checkable
+class Aliased(Protocol):
+    """A state dict that knows its tied entries, see :func:`shared_entries`, such as one that reads from a file."""
+
+    aliases: dict[str, str]
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A state dict with the versions of its modules, under the name that PyTorch uses."""
+
+    _metadata: Versions | None
+
+
+@runtime_checkable
+class Described(Protocol):
+    """Importances whose metadata say how they were computed, as ``kind`` and ``reduction``."""
+
+    metadata: Mapping[str, Any]
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """Importances that were checked, and know the range of each tensor."""
+
+    def bounds(self, name: str) -> Bounds | None:
+        """The smallest and the largest entry, or ``None`` if unknown or outdated."""
 
 
 def shared_entries(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """The entries that are the same storage as an earlier one (tied weights), each with that one's name.
+    """Find the entries that share the storage of an earlier one (tied weights).
 
-    A mapping that reads its tensors from a file knows this itself, as its attribute ``aliases``. Entries that are no
-    tensors, and tensors without a storage of their own (sparse, or on the meta device), are shared with none.
+    Entries that are not tensors, and tensors without storage (sparse, meta or empty ones), are never shared.
+
+    Returns:
+        The name of each such entry, with the name of the earlier one.
     """
-    known: dict[str, str] | None = getattr(tensors, "aliases", None)
-    if known is not None:
-        return known
+    if isinstance(tensors, Aliased):
+        return tensors.aliases
     first: dict[Any, str] = {}
     shared: dict[str, str] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
             continue
-        storage = tensor.untyped_storage().data_ptr()
-        key = (
-            tensor.device,
-            storage,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-        if key in first:
-            shared[name] = first[key]
-        else:
-            first[key] = name
+        place = tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        view = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        if (earlier := first.setdefault((place, view), name)) != name:
+            shared[name] = earlier
     return shared
 
 
 def module_versions(state: Mapping[str, Any]) -> Versions | None:
-    """A copy of a state dict's ``_metadata``, by which modules know the version of their entries; ``None`` without."""
-    found = getattr(state, "_metadata", None)
-    if not isinstance(found, Mapping):
+    """Copy the module versions in a state dict's ``_metadata``; ``None`` if it has none."""
+    if not isinstance(state, Versioned) or not isinstance(state._metadata, Mapping):
         return None
-    return {str(name): dict(entry) for name, entry in found.items() if isinstance(entry, Mapping)}
-
-
-def versions_below(versions: Versions | None, module: str) -> Versions | None:
-    """The versions of a module and of what it contains, with names relative to it."""
-    if versions is None:
-        return None
-    return {
-        name[len(module) :].removeprefix("."): entry
-        for name, entry in versions.items()
-        if name == module or name.startswith(f"{module}.")
-    }
+    return {str(name): dict(entry) for name, entry in state._metadata.items() if isinstance(entry, Mapping)}
 
 
 def versions_above(versions: Versions | None, module: str) -> Versions:
-    """The same with the names that they have in what contains the module."""
+    """The versions of a submodule, with names relative to the module that contains it as ``module``."""
     return {f"{module}.{name}".removesuffix("."): entry for name, entry in (versions or {}).items()}
 
 
+def kind_of(importance: Mapping[str, Any]) -> str | None:
+    """The kind and reduction of importances, such as ``"mas (sample)"``, or ``None`` if they do not know it."""
+    metadata = importance.metadata if isinstance(importance, Described) else {}
+    kind, reduction = metadata.get("kind"), metadata.get("reduction")
+    return f"{kind} ({reduction})" if reduction is not None else kind
+
+
 def with_versions(entries: Mapping[str, Any], versions: Versions | None) -> dict[str, Any]:
-    """A state dict of the entries that ``load_state_dict`` takes for one of modules of these versions."""
+    """A state dict of the entries whose ``_metadata`` has the given module versions."""
     state = OrderedDict(entries)
     if versions is not None:
         vars(state)["_metadata"] = OrderedDict(versions)
     return state
+
+
+class PrefixView(Mapping[str, Any]):
+    """The entries of a submodule in a state dict, with names relative to it, read on access.
+
+    It passes on what the state dict knows: tied entries, module versions, and the kind and bounds of importances.
+
+    Args:
+        state: The state dict.
+        module: The name of the submodule, such as ``"body"``.
+
+    Example:
+        >>> body = PrefixView({"body.0.weight": torch.ones(2), "head.weight": torch.zeros(2)}, "body")
+        >>> list(body), body["0.weight"].tolist()
+        (['0.weight'], [1.0, 1.0])
+    """
+
+    def __init__(self, state: Mapping[str, Any], module: str) -> None:
+        self._state, self._module, self._prefix = state, module, f"{module}."
+        self._names = [name.removeprefix(self._prefix) for name in state if name.startswith(self._prefix)]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._state[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The tied entries, see :func:`shared_entries`."""
+        shared = shared_entries(self._state)
+        firsts = [(shared.get(self._prefix + name, self._prefix + name), name) for name in self]
+        inside = {first: name for first, name in reversed(firsts)}
+        return {name: inside[first] for first, name in firsts if inside[first] != name}
+
+    @property
+    def _metadata(self) -> Versions | None:
+        versions = module_versions(self._state)
+        return versions and {
+            name[len(self._module) :].removeprefix("."): entry
+            for name, entry in versions.items()
+            if name == self._module or name.startswith(self._prefix)
+        }
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The state dict's metadata, empty if it has none."""
+        return self._state.metadata if isinstance(self._state, Described) else {}
+
+    def bounds(self, name: str) -> Bounds | None:
+        """The range of the importances of a parameter, if it is known."""
+        return self._state.bounds(self._prefix + name) if isinstance(self._state, Bounded) else None

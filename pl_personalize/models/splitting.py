@@ -1,4 +1,4 @@
-"""Taking any network apart into a body and a head."""
+"""Splitting any network into a body and a head."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pl_personalize.functional.module_state import evaluating, random_state_kept
 from pl_personalize.models.task_network import ConvHead, TaskNetwork
+from pl_personalize.per_sample.module_state import evaluating, random_state_kept
 
 
 def split(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
-    """Take a network apart into its body and its head, the last linear layer.
+    """Split a network into its body and its head, the last linear layer.
 
-    The body is a copy of the module with :class:`torch.nn.Identity` in the place of the head: ``body(x)`` is what goes
-    into the head, and ``head(body(x))`` are the logits. So its parameters keep their names, frozen ones stay frozen,
-    and what comes before the head (dropout, pooling, hooks, adapters) stays where it is. Nothing may follow the head,
-    such as a softmax, except what a 1×1 convolution can trade places with: pooling by the mean, and flattening. One
-    forward pass in eval mode checks all this.
+    The body is a copy of the module with :class:`torch.nn.Identity` in place of the head, so that ``head(body(x))`` are
+    the logits. Its parameters keep their names, frozen ones stay frozen, and everything before the head (dropout,
+    pooling, hooks, adapters) is kept. Nothing may follow the head, such as a softmax, except mean pooling and
+    flattening after a 1×1 convolution. One forward pass in eval mode checks this.
 
     Args:
-        module: A network whose output is logits (n, classes). It stays as it is.
-        head: Name of the last linear layer or 1×1 convolution, as in ``module.named_modules()``. A convolution becomes
-            a :class:`~pl_personalize.models.ConvHead`.
+        module: A network that returns logits (n, classes). It is not changed.
+        head: Name of the last linear layer or 1×1 convolution in ``module.named_modules()``. A convolution becomes a
+            :class:`~pl_personalize.models.ConvHead`.
         example: Any input of the module, (n, …), for the check.
 
     Returns:
-        The network. It shares nothing with the module.
+        The network. It shares no tensors with the module.
 
     Raises:
-        ValueError: If there is no such layer, its parameters are used elsewhere in the module, it is called several
-            times, or the body and the head do not give the module's logits.
+        ValueError: If there is no such layer, its parameters are used elsewhere in the module, it is not called exactly
+            once, or the body and the head do not reproduce the module's logits.
 
     Example:
         >>> module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 10))
@@ -45,7 +44,7 @@ def split(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
 
 
 def split_checked(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
-    """Split a module as :func:`split` does, but in place; a module that is refused may have lost its head."""
+    """Split a module as :func:`split` does, but in place. After an error, the module may have lost its head."""
     layer = _find_head(module, head)
     calls: list[nn.Module] = []
     with torch.no_grad(), evaluating(module):
@@ -68,14 +67,14 @@ def split_checked(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
             )
         network = split_in_place(module, head)
         follows = (
-            f"The {type(module).__name__} does something with the output of {head!r} (another layer, a softmax, a "
-            "scale?), so that layer cannot be its head: the body followed by the head does not give its logits. Take "
-            "out what follows; or build TaskNetwork(body, head) yourself."
+            f"The {type(module).__name__} processes the output of {head!r} further (another layer, a softmax, a "
+            "scale?), so that layer cannot be its head: body and head do not reproduce its logits. Remove what follows "
+            "the head, or build TaskNetwork(body, head) yourself."
         )
         with evaluating(network):
             try:
                 again = network(example)
-            except Exception as error:  # whatever the module did to the logits does not fit the features
+            except Exception as error:  # what the module does with the logits fails on the features
                 raise ValueError(f"{follows} ({error})") from error
     if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError(follows)
@@ -83,7 +82,7 @@ def split_checked(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
 
 
 def split_in_place(module: nn.Module, head: str) -> TaskNetwork:
-    """Move the head out of a module, which becomes the body, without a check.
+    """Take the head out of a module, which becomes the body, without checking the logits.
 
     Raises:
         ValueError: If there is no such layer, or its parameters are used elsewhere in the module.
@@ -95,21 +94,21 @@ def split_in_place(module: nn.Module, head: str) -> TaskNetwork:
 
 def as_conv_head(layer: nn.Conv2d) -> ConvHead:
     """A head with the parameters of a 1×1 convolution."""
-    # On the meta device nothing is drawn: the global generator does not move.
+    # On the meta device, initialization draws no random numbers.
     head = ConvHead(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
     head.weight, head.bias = layer.weight, layer.bias
     return head
 
 
 def possible_heads(module: nn.Module) -> list[str]:
-    """Names of the linear layers and 1×1 convolutions, in the order in which they are registered."""
+    """Names of the linear layers and 1×1 convolutions, in order of registration."""
     return [name for name, layer in module.named_modules() if name and why_no_head(layer) is None]
 
 
 def why_no_head(layer: object) -> str | None:
-    """Why a layer cannot be the head; ``None`` for a linear layer or a 1×1 convolution, which can.
+    """Why a layer cannot be the head; ``None`` if it can.
 
-    So can be a subclass whose forward computes the same in either mode, such as timm's ``Linear``.
+    Linear layers and 1×1 convolutions can, and subclasses whose forward computes the same, such as timm's ``Linear``.
     """
     kind = f"a {type(layer).__name__}"
     if not isinstance(layer, nn.Linear | nn.Conv2d):
@@ -122,14 +121,14 @@ def why_no_head(layer: object) -> str | None:
     own = "forward" in vars(layer) or type(layer).forward is not plain.forward
     if own and not _computes(layer, plain):
         return (
-            f"{kind} ({type(layer).__module__}.{type(layer).__qualname__}), whose forward computes something else than "
-            f"that of torch.nn.{plain.__name__}, or does not in each mode"
+            f"{kind} ({type(layer).__module__}.{type(layer).__qualname__}), whose forward differs from that of "
+            f"torch.nn.{plain.__name__} in training or eval mode"
         )
     return None
 
 
 def _computes(layer: nn.Linear | nn.Conv2d, plain: type[nn.Linear] | type[nn.Conv2d]) -> bool:
-    """Whether a layer's forward gives, on random numbers in float64, what the forward of ``plain`` does."""
+    """Whether a layer's forward equals that of ``plain`` on random numbers in float64."""
     if layer.weight.is_meta or isinstance(layer.weight, nn.UninitializedParameter):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +139,7 @@ def _computes(layer: nn.Linear | nn.Conv2d, plain: type[nn.Linear] | type[nn.Con
             layer = copy.deepcopy(layer).to("cpu", torch.float64)
             wanted = plain.forward(layer, x)  # type: ignore[arg-type]
             return all(_close(layer.train(mode)(x), wanted) for mode in (True, False))
-    except Exception:  # a forward that fails on plain input, in whatever way, computes something else
+    except Exception:  # a forward that fails on plain input computes something else
         return False
 
 
@@ -151,27 +150,27 @@ def _close(found: object, wanted: Tensor) -> bool:
 
 
 def _find_head(module: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
-    """The head, if its parameters are its own."""
+    """Find the head, and check that it shares no parameters."""
     layer = dict(module.named_modules(remove_duplicate=False)).get(head)
-    what = "nothing of that name" if layer is None or layer is module else why_no_head(layer)
+    what = "not in the module" if layer is None or layer is module else why_no_head(layer)
     if what is not None:
         found = possible_heads(module)[-10:]
         raise ValueError(
             f"The head must be a linear layer or a 1×1 convolution inside the module; {head!r} is {what}. "
-            + (f"The last of them here are {', '.join(map(repr, found))}." if found else "There is none here.")
+            + (f"Its last ones are {', '.join(map(repr, found))}." if found else "It has none.")
         )
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     if other := {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
         raise ValueError(
             f"The head {head!r} has the parameters {', '.join(sorted(other))} (weight norm, spectral norm?), which the "
-            "new heads of further tasks would not have. Turn it into a plain layer first, as "
-            "torch.nn.utils.parametrize.remove_parametrizations does."
+            "heads of other tasks would lack. Convert it to a plain layer first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations."
         )
     own = {id(p): f"{head}.{name}" for name, p in layer.named_parameters()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in own and name != own[id(parameter)]:
             raise ValueError(
-                f"{own[id(parameter)]!r} of the head is also the body's {name!r} (one tensor, two names), so that body "
-                "and head cannot be told apart. Give the head parameters of its own."
+                f"{own[id(parameter)]!r} of the head is also {name!r} of the body (one tensor, two names), so body and "
+                "head cannot be separated. Give the head its own parameters."
             )
     return layer

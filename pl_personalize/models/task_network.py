@@ -1,4 +1,4 @@
-"""Networks with a body that tasks share and a head for each task."""
+"""Networks with a body that is shared by all tasks, and a head per task."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 class ConvHead(nn.Conv2d):
-    """A 1×1 convolution and the mean over positions: the head of a fully convolutional network such as SqueezeNet.
+    """Head of a fully convolutional network such as SqueezeNet: a 1×1 convolution and the mean over positions.
 
-    Weights start from a normal distribution with deviation 0.01, biases at 0, as torchvision initialises SqueezeNet's
-    last convolution: with PyTorch's default, training at the usual rates stays at chance.
+    Weights are drawn from a normal distribution with std 0.01 and biases are zero, as in torchvision's SqueezeNet: with
+    PyTorch's default initialization, training at common learning rates stays at chance.
 
     Args:
-        in_channels: Features.
-        out_channels: Classes.
-        bias: Whether there is a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        in_channels: Number of features.
+        out_channels: Number of classes.
+        bias: Whether to add a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ConvHead(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -49,12 +49,12 @@ class ConvHead(nn.Conv2d):
 class TaskNetwork(nn.Module):
     """A body and the head of one task: ``head(body(x))``.
 
-    For networks of torchvision, of timm and of your own, see :func:`~pl_personalize.models.backbone` and
-    :func:`~pl_personalize.models.split`.
+    :func:`~pl_personalize.models.backbone` makes one from torchvision or timm models,
+    :func:`~pl_personalize.models.split` from any other network.
 
     Args:
-        body: Everything but the last linear layer; its parameters are shared, regularised and merged.
-        head: The last linear layer, (n, features) to (n, classes), or 1×1 convolution; each task has its own.
+        body: Everything but the last linear layer; its parameters are shared, regularized and merged.
+        head: The last linear layer, (n, features) to (n, classes), or 1×1 convolution; one per task.
     """
 
     def __init__(self, body: nn.Module, head: nn.Linear | ConvHead) -> None:
@@ -64,7 +64,7 @@ class TaskNetwork(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the head tells apart."""
+        """Number of classes of the head."""
         return self.head.out_channels if isinstance(self.head, ConvHead) else self.head.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class TaskNetwork(nn.Module):
         return logits
 
     def new_head(self, num_classes: int) -> nn.Linear | ConvHead:
-        """Replace the head by a freshly initialised one with ``num_classes`` outputs, and return it."""
+        """Replace the head by a newly initialized one with ``num_classes`` outputs, and return it."""
         old, bias = self.head, self.head.bias is not None
         device, dtype = old.weight.device, old.weight.dtype
         if isinstance(old, ConvHead):
@@ -84,11 +84,11 @@ class TaskNetwork(nn.Module):
 
 
 class MultiHeadNetwork(nn.Module):
-    """A merged body with the heads of all tasks; the task is known when it is used.
+    """A merged body with the heads of all tasks, for use with a known task.
 
     Args:
-        body: As in :class:`TaskNetwork`.
-        heads: One for each task, in order.
+        body: See :class:`TaskNetwork`.
+        heads: One per task, in order.
     """
 
     def __init__(self, body: nn.Module, heads: Sequence[nn.Linear | ConvHead]) -> None:
@@ -107,7 +107,7 @@ def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (1
 
     Args:
         input_shape: Shape of one image; it is flattened.
-        num_classes: Outputs of the head.
+        num_classes: Number of outputs of the head.
         hidden: Widths of the hidden layers.
 
     Example:
@@ -127,12 +127,12 @@ def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (1
 def cnn_bn(input_shape: Sequence[int], num_classes: int, widths: Sequence[int] = (8, 16, 32, 64)) -> TaskNetwork:
     """A small convolutional network with batch norm: blocks of 3×3 convolution, batch norm, ReLU and 2×2 pooling.
 
-    The last block ends with the mean over positions. For images of 28×28 pixels four blocks fit.
+    The last block ends with the mean over positions. Images of 28×28 pixels are large enough for four blocks.
 
     Args:
         input_shape: Shape of one image, (channels, height, width).
-        num_classes: Outputs of the head.
-        widths: Channels of each block.
+        num_classes: Number of outputs of the head.
+        widths: Number of channels of each block.
 
     Example:
         >>> network = cnn_bn((3, 28, 28), num_classes=2)

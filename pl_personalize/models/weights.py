@@ -1,82 +1,61 @@
-"""Reading published weights from files."""
+"""Loading published weights into a network."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pl_personalize.artifacts import ArtifactError
 from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.state_dicts import module_versions
 
-# Names in files of torchvision's DenseNets from before a module's name could have no dots: norm.1 is norm1 today.
+# Old files of torchvision's DenseNets have dots in module names: their norm.1 is norm1 today.
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _COUNTER = ".num_batches_tracked"
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a ``.safetensors`` file, or from a file of ``torch.save``, as data alone.
-
-    Raises:
-        ArtifactError: If the file is missing, cannot be read, would run code, or holds something else.
-    """
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path} does not exist; expected a file with a state dict.")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise ArtifactError(f"{path} cannot be read as a state dict: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        what = f"a dict with the entries {some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
-        raise ArtifactError(f"{path} is no state dict, which has names and tensors alone; it is {what}.")
-    return state
-
-
 def load_weights(
-    module: nn.Module, state: Mapping[str, Tensor], head: str, *, source: str, unused: Sequence[str] = ()
+    module: nn.Module, state: Mapping[str, Any], head: str, *, source: str, unused: Sequence[str] = ()
 ) -> bool:
     """Load a state dict whose head may be for other classes.
 
     Args:
-        module: Where to.
+        module: The network to load it into.
         state: The state dict.
-        head: Name of the module's head; its entries are ignored unless all have the module's shapes.
-        source: Where the state dict is from, for messages.
-        unused: Beginnings of names that are ignored.
+        head: Name of the module's head, whose entries are ignored unless all have the module's shapes.
+        source: Where the state dict comes from, for messages.
+        unused: Prefixes of further names to ignore.
 
     Returns:
         Whether the head was loaded too.
 
     Raises:
-        ArtifactError: If anything but the head is missing, unexpected, or of another shape. The module may be changed.
+        ArtifactError: If anything but the head is missing, unexpected, or has another shape. The module may be changed.
     """
     own = module.state_dict()
     of_head = {name for name in own if name.startswith(f"{head}.")}
-    with_head = all(name in state and state[name].shape == own[name].shape for name in of_head)
+    with_head = all(name in state and _shape(state[name]) == _shape(own[name]) for name in of_head)
     entries = OrderedDict(
         (_DOTTED.sub(r"\1\2", name), value)
         for name, value in state.items()
         if not name.startswith(tuple(unused)) and (with_head or not name.startswith(f"{head}."))
     )
     shapes = [
-        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        f"{name} {_shape(value)} instead of {_shape(own[name])}"
         for name, value in entries.items()
-        if name in own and own[name].shape != value.shape
+        if name in own and _shape(own[name]) != _shape(value)
     ]
     wrong = {"of another shape": shapes}
     if not shapes:
-        # Modules may rename entries of earlier versions of theirs, which they know from this.
-        entries._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
+        # Modules can convert entries of their earlier versions, which they recognize by this.
+        versions = module_versions(state)
+        entries._metadata = own._metadata if versions is None else versions  # type: ignore[attr-defined]
         missing, unexpected = module.load_state_dict(entries, strict=False)
-        # Files from before batch norm counted its batches have no counters.
+        # Files older than batch norm's counters do not have them.
         wrong["missing"] = [name for name in missing if name not in of_head and not name.endswith(_COUNTER)]
         wrong["unexpected"] = unexpected
     if any(wrong.values()):
@@ -88,51 +67,40 @@ def load_weights(
     return with_head
 
 
-_EFFICIENTNET_LITE = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_BLOCK_WITHOUT_EXPANSION = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+_EFFICIENTNET_LITE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+_EFFICIENTNET_LITE["_fc"] = "classifier"
+_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+_BLOCK |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+_BLOCK_WITHOUT_EXPANSION = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
 def is_efficientnet_lite(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has the names of the package efficientnet-lite-pytorch."""
+    """Whether a state dict has the names of the efficientnet-lite-pytorch package."""
     return "_conv_stem.weight" in state and "_conv_head.weight" in state
 
 
 def efficientnet_lite_to_timm(
     state: Mapping[str, Tensor], blocks_per_stage: Sequence[int] = (1, 2, 2, 3, 3, 4, 1)
 ) -> dict[str, Tensor]:
-    """Rename the entries of an EfficientNet-Lite of the package efficientnet-lite-pytorch as timm names them.
+    """Rename the entries of an EfficientNet-Lite from the efficientnet-lite-pytorch package to timm's names.
 
-    There the blocks have one running number, and batch norms are counted from the first that a block has; in timm,
-    blocks are counted within stages. timm's ``tf_efficientnet_lite…`` compute the same function, its
-    ``efficientnet_lite…``, which pad otherwise, do not. Images are to be scaled to (255 x − 127) / 128.
+    The package numbers blocks consecutively, and batch norms within a block; timm numbers blocks within stages. timm's
+    ``tf_efficientnet_lite…`` models compute the same function; its ``efficientnet_lite…`` models, whose padding
+    differs, do not. Input images must be scaled to (255 x − 127) / 128.
 
     Args:
-        state: The state dict; its tensors are not copied. Names that are not known stay.
-        blocks_per_stage: How many blocks each stage has; by default those of Lite0.
+        state: The state dict; its tensors are not copied. Unknown names are kept.
+        blocks_per_stage: The number of blocks in each stage, by default that of Lite0.
 
     Returns:
-        The entries by their names in timm.
+        The entries by timm's names.
 
     Example:
+        >>> import torch
         >>> state = {"_blocks.2._expand_conv.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}
         >>> list(efficientnet_lite_to_timm(state))
         ['blocks.1.1.conv_pw.weight', 'classifier.bias']

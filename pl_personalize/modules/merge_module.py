@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from pl_personalize.adaptations import AdaptationSequence, Received, find_adaptation
+from pl_personalize.adaptations.expert_statistics import average_statistics, statistics_names
 from pl_personalize.artifacts import TensorFile, open_state_dict
-from pl_personalize.batchnorm import BatchNormStatistics
-from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.names import some
 from pl_personalize.functional.state_dicts import (
-    Versions,
+    PrefixView,
+    StateDict,
     module_versions,
-    shared_entries,
     versions_above,
-    versions_below,
     with_versions,
 )
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
-from pl_personalize.merging import Normalize, StateDict, kind_of, merge, merge_prefixes
+from pl_personalize.merging import MERGE_RULES, Normalize, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
-from pl_personalize.modules.batchnorm_policy import BNPolicy, affine_names, resolve_policy, statistics_names
-from pl_personalize.modules.sequence_evaluator import Models, SequenceEvaluator
+from pl_personalize.modules.sequence_evaluator import Cell, Models, SequenceEvaluator
 
 EXPERT_KIND = "expert"
 Expert = StateDict | str | os.PathLike[str]
@@ -51,24 +49,25 @@ class MergeModule(SequenceEvaluator):
         importances: One mapping or importance file for each expert, with names relative to the body, to the network
             (``body.…``) or to a :class:`~pl_personalize.TaskLearner` (``network.body.…``); or for each user's name such
             a sequence; or ``None`` for the plain mean.
+        rule: The merge rule, see :func:`~pl_personalize.merge`.
+        base: For rules that need one: the model that the experts started from, given like an expert.
         user: Whose importances to use, where there are several users; by default the datamodule's user.
-        zero: See :func:`~pl_personalize.merge`.
         normalize: See :func:`~pl_personalize.merge`.
         weights: See :func:`~pl_personalize.merge`.
         models: ``"all"``; ``"last"``: only the merge of all experts; or ``"own"``: each merge on its newest task alone.
-        bn_policy: With which statistics the merge of experts 1..t is tested on task i:
+        bn_policy: Adaptation of the merge of experts 1..t to task i, see :class:`SequenceEvaluator`. Besides those that
+            any model may have:
 
-            * ``"adapt"``: re-estimated for the merge, on the user's unlabelled images of task i (AdaBN);
-            * ``"recalibrate"``: the same on the server's validation images of task i;
-            * ``"average"``: those of the mixture of experts 1..t (means and second moments are averaged, with
-              ``weights``);
+            * ``"average"``: statistics of the mixture of experts 1..t (means and second moments averaged with
+              ``weights``), which every other adaptation starts from;
             * ``"expert"``: those of expert i;
             * ``"last"``: those of expert t;
-            * ``"reference"``: what the published code does: γ and β of the merge of 1..i, statistics of expert t.
+            * ``"reference"``: as the published code: γ and β of the merge of 1..i, statistics of expert t.
 
-            By default ``"adapt"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
-            ``"average"``. For each model and task only the statistics are kept, not a copy of the model.
+            By default ``"AdaBN"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
+            ``"average"``. For each model and task only the replaced entries are kept, not a copy of the model.
         bn_options: See :class:`SequenceEvaluator`. With ``prior_samples``, the prior is the average of the experts.
+        rule_options: Options of the merge rule, such as ``zero`` of ``"weighted"``.
 
     Raises:
         MisconfigurationException: If experts and importances do not fit each other, a user is not known, or the policy
@@ -87,22 +86,21 @@ class MergeModule(SequenceEvaluator):
         experts: Sequence[Expert],
         importances: Importances | Mapping[str, Importances] | None = None,
         *,
+        rule: str = "weighted",
+        base: Expert | None = None,
         user: str | None = None,
-        zero: Zero = "mean",
         normalize: Normalize | None = None,
         weights: Sequence[float] | None = None,
         models: Models = "all",
-        bn_policy: BNPolicy | None = None,
+        bn_policy: str | AdaptationSequence | None = None,
         bn_options: Mapping[str, Any] | None = None,
+        **rule_options: Any,
     ) -> None:
         if isinstance(experts, str | os.PathLike):
             raise MisconfigurationException(f"experts must be a sequence, one for each task; got {str(experts)!r}.")
         states = [_open_expert(expert) for expert in experts]
-        heads = [_Part(state, "head") for state in states]
-        bodies = [_Part(state, "body") for state in states]
+        heads, bodies = ([_part(state, module) for state in states] for module in ("head", "body"))
         super().__init__(network, bodies, heads, models=models, bn_policy=bn_policy, bn_options=bn_options)
-        if bn_policy == "reference" and models == "last":
-            raise MisconfigurationException("bn_policy='reference' takes γ and β of earlier merges: models='all'.")
         if isinstance(importances, Mapping):
             for name, one in importances.items():
                 self._check_count(one, f" of user {name!r}")
@@ -110,7 +108,13 @@ class MergeModule(SequenceEvaluator):
             self._check_count(importances, "")
         self.importances, self.user = importances, user
         self._weights = weights
-        self._options = {"zero": zero, "normalize": normalize, "weights": weights}
+        try:
+            MERGE_RULES.find(rule).make_options(rule_options)
+        except ValueError as error:
+            raise MisconfigurationException(f"MergeModule: {error}") from error
+        self._options = {"rule": rule, "normalize": normalize, "weights": weights, **rule_options}
+        if base is not None:
+            self._options["base"] = _part(_open_expert(base), "body")
 
     def _check_count(self, importances: Importances, of_whom: str) -> None:
         if len(importances) != self.num_tasks:
@@ -136,50 +140,44 @@ class MergeModule(SequenceEvaluator):
         name: str | None = getattr(datamodule, "user", None)
         return name
 
-    policies = get_args(BNPolicy)
+    merges = True
 
     @override
     def load_bodies(self) -> Sequence[StateDict]:
-        """The merges of experts 1, 1..2, …, 1..T."""
+        """The merges of experts 1, 1..2, …, 1..T, with the average batch-norm statistics of their experts."""
         importances = self.importances_of()
         merges: list[StateDict]
         if self.models == "last":
             merges = [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
         else:
             merges = [*merge_prefixes(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
-        if resolve_policy(self.bn_policy, self) in ("adapt", "recalibrate"):  # what they start from, and a prior is
+        if statistics_names(self.network.body):
             merges = [{**body, **self._average(t + 1)} for t, body in enumerate(merges)]
         return merges
 
     @override
-    def batchnorm_entries(
-        self, policy: BNPolicy, cell: tuple[int, int], states: Mapping[tuple[int, int], StateDict]
-    ) -> StateDict:
-        """The entries of batch-norm layers that a policy puts in place."""
-        t, i = cell
-        if policy == "average":
-            return self._average(t + 1)
-        if policy == "expert":
-            return {name: self.bodies[i][name] for name in statistics_names(self.network.body)}
-        if policy == "reference":
-            return {name: states[i, i][f"body.{name}"] for name in affine_names(self.network.body)}
-        return super().batchnorm_entries(policy, cell, states)
+    def received(self, cell: Cell, bodies: Sequence[StateDict], seed: int = 0) -> Received:
+        count = cell[0] + 1
+        weights = None if self._weights is None else self._weights[:count]
+        return Received(*cell, seed=seed, experts=self.bodies[:count], weights=weights, bodies=bodies)
+
+    @override
+    def default_adaptation(self) -> AdaptationSequence:
+        """AdaBN if the Trainer's datamodule has a user's data, else the average of the experts."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return find_adaptation("AdaBN" if hasattr(datamodule, "adapt_dataloader") else "average")
 
     def _average(self, count: int) -> StateDict:
-        """Statistics of the mixture of the first experts, in the parts that the merge's weights say."""
-        names, weights = statistics_names(self.network.body), self._weights
-        return BatchNormStatistics.average(
-            [{name: body[name] for name in names} for body in self.bodies[:count]],
-            None if weights is None else weights[:count],
-        )
+        """Statistics of the mixture of the first experts, weighted as in the merge."""
+        weights = None if self._weights is None else self._weights[:count]
+        return average_statistics(self.network.body, self.bodies[:count], weights)
 
     def export(self, user: str | None = None) -> dict[str, Tensor]:
         """The merge of all experts with the heads of all tasks.
 
-        A state dict has one set of batch-norm statistics. They are the last expert's under the policies ``"last"`` and
-        ``"reference"``, else the average. What a policy estimates for each task is, after a test, in
-        :attr:`statistics`: apply ``BatchNormStatistics(module.statistics[T - 1, i])`` to the body before it is used on
-        task i.
+        A state dict has one set of batch-norm statistics: those of the last expert if ``bn_policy`` is ``"last"`` or
+        ``"reference"``, else the average of the experts. After a test, ``adapted[T - 1, i]`` has the entries that the
+        adaptation found for task i; load them before the model is used on it.
 
         Args:
             user: Whose, where there are several users.
@@ -188,7 +186,8 @@ class MergeModule(SequenceEvaluator):
             A state dict of :class:`~pl_personalize.models.MultiHeadNetwork`: ``body.…`` and ``heads.{task}.…``.
         """
         body = merge(self.bodies, self.importances_of(user), **self._options)  # type: ignore[arg-type]
-        if statistics_names(self.network.body) and self.bn_policy not in ("last", "reference"):
+        keeps_last = self.adaptation is not None and self.adaptation.name in ("last", "reference")
+        if statistics_names(self.network.body) and not keeps_last:
             body.update(self._average(self.num_tasks))
         state = {f"body.{name}": value for name, value in body.items()}
         versions = versions_above(module_versions(body), "body")
@@ -199,43 +198,18 @@ class MergeModule(SequenceEvaluator):
         return with_versions(state, versions or None)
 
 
-class _Part(Mapping[str, Tensor]):
-    """The entries of a state dict below one module, with names relative to it; read when asked for."""
+def _part(state: StateDict, module: str) -> StateDict:
+    """The entries of a submodule.
 
-    def __init__(self, state: StateDict, module: str) -> None:
-        self._state, self._prefix = state, f"{module}."
-        self._names = [name for name in state if name.startswith(self._prefix)]
-        if not self._names:
-            raise MisconfigurationException(
-                f"An expert must be a state dict of a TaskNetwork; it has nothing below {module!r}: {some(state)}."
-            )
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Entries that are the same storage, see :func:`~pl_personalize.artifacts.shared_entries`."""
-        inside = {name: first for name, first in shared_entries(self._state).items() if first in self._names}
-        return {
-            a.removeprefix(self._prefix): b.removeprefix(self._prefix) for a, b in inside.items() if a in self._names
-        }
-
-    @property
-    def _metadata(self) -> Versions | None:
-        """Versions of the modules, by the name that PyTorch looks for."""
-        return versions_below(module_versions(self._state), self._prefix.removesuffix("."))
-
-    @property
-    def kind(self) -> str | None:
-        """The kind of importances, if that is what these are."""
-        return kind_of(self._state)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._state[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    Raises:
+        MisconfigurationException: If there are none.
+    """
+    part = PrefixView(state, module)
+    if not part:
+        raise MisconfigurationException(
+            f"An expert must be a state dict of a TaskNetwork; it has no entries below {module!r}: {some(state)}."
+        )
+    return part
 
 
 def _open_expert(expert: Expert) -> StateDict:
@@ -243,7 +217,7 @@ def _open_expert(expert: Expert) -> StateDict:
     if isinstance(expert, nn.Module):
         raise MisconfigurationException(f"An expert must be a state dict or a file; got a {type(expert).__name__}.")
     state = expert if isinstance(expert, Mapping) else open_state_dict(expert, kind=EXPERT_KIND)
-    return _Part(state, "network") if any(name.startswith("network.body.") for name in state) else state
+    return PrefixView(state, "network") if any(name.startswith("network.body.") for name in state) else state
 
 
 def _open_importance(importance: StateDict | str | os.PathLike[str], body: set[str]) -> StateDict:
@@ -252,5 +226,5 @@ def _open_importance(importance: StateDict | str | os.PathLike[str], body: set[s
     if not set(opened) <= body:
         for module in ("network.body", "body"):
             if any(name.startswith(f"{module}.") for name in opened):
-                return _Part(opened, module)
+                return PrefixView(opened, module)
     return opened

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,58 +12,54 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from pl_personalize.adaptations import AdaptationSequence, Device, Entries, Received, find_adaptation
+from pl_personalize.adaptations.adaptation import load_entries
+from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.names import prefix_hint, some
-from pl_personalize.functional.swapped_weights import call_with_weights
+from pl_personalize.functional.state_dicts import StateDict
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
-from pl_personalize.modules.batchnorm_policy import (
-    OWN_POLICIES,
-    BNPolicy,
-    check_options,
-    check_policy,
-    data_for,
-    re_estimate,
-    resolve_policy,
-    statistics_names,
-)
+from pl_personalize.per_sample.swapped_weights import call_with_weights
 
-StateDict = Mapping[str, Tensor]
+Cell = tuple[int, int]
+"""A model and a task, both from 0."""
 Models = Literal["all", "last", "own"]
 
 
 class SequenceEvaluator(LightningModule):
     """Tests models 1..T, each on tasks 1..t, with the head of the task: the lower triangle of the accuracy matrix.
 
-    One ``trainer.test(evaluator, datamodule=...)`` does it, with one test loader for each task, in order. It logs
-    ``test/acc/t{t}/task{i}`` (model t on task i, from 1), ``test/avg_acc``, ``test/forgetting`` (divided by T, as in
-    the tables of De Lange et al., CVPR 2020) and ``test/forgetting_cl`` (divided by T - 1), all in [0, 1]; ``matrix``
-    has the whole. Models are state dicts that are swapped into one network.
+    ``trainer.test(evaluator, datamodule=...)`` runs all tests at once, with one test loader for each task, in order. It
+    logs ``test/acc/t{t}/task{i}`` (model t on task i, from 1), ``test/avg_acc``, ``test/forgetting`` (divided by T, as
+    in the tables of De Lange et al., CVPR 2020) and ``test/forgetting_cl`` (divided by T - 1), all in [0, 1];
+    ``matrix`` holds all accuracies. Models are state dicts that are swapped into one network.
 
     Args:
         network: The architecture; its own parameters are not used.
         bodies: The body of each model 1..T, with names relative to the body.
         heads: The head of each task 1..T, with names relative to the head.
         models: ``"all"``; ``"last"``: only the model after the last task; or ``"own"``: each model on its own task
-            alone, whose mean is ``test/avg_acc`` then. Neither of the two has a forgetting.
-        bn_policy: Where batch-norm statistics come from: ``"last"``, each model's own; or re-estimated for each model
-            and task, on images of the Trainer's datamodule: ``"recalibrate"``, on the server's validation images
-            (``server_dataloader(task, split="val")``), or ``"adapt"``, on the user's unlabelled images
-            (``adapt_dataloader(task)``). Without batch norm it has no meaning.
-        bn_options: For these, options of :func:`~pl_personalize.adapt_batchnorm`: ``exact``, ``prior_samples``,
-            ``max_scratch_mb``.
-        entries: Of model t on task i (both from 0), what replaces entries of its body, such as batch norm that was
-            trained for the task; then no other pair is tested.
-        own_heads: Of model t on task i (both from 0), a head that takes the place of the task's, for models that go on
-            training the heads of earlier tasks.
+            only, in which case ``test/avg_acc`` is the mean of these. The latter two have no forgetting.
+        bn_policy: Adaptation of each model to each task before it is tested, by name or as an object, see
+            :data:`~pl_personalize.adaptations.ADAPTATIONS`: such as ``"last"``, each model's own batch-norm statistics;
+            ``"recalibrate"``, re-estimated on the server's validation images (the datamodule's
+            ``server_dataloader(task, split="val")``); ``"AdaBN"``, re-estimated on the user's unlabelled images
+            (``adapt_dataloader(task)``). Steps that do not apply to the network are skipped, such as those that need
+            batch norm. Adaptations that train cannot run inside a test.
+        bn_options: Options of the adaptation, such as ``{"exact": True}``.
+        entries: Of model t on task i (both from 0), entries that replace those of the network (``body.…``,
+            ``head.…``), such as those that an adaptation found earlier; then only these pairs are tested.
+        own_heads: Of model t on task i (both from 0), a head that replaces the task's, for models that continue to
+            train the heads of earlier tasks.
 
     Attributes:
         matrix: After a test, the (T, T) accuracies, model by task, in [0, 1]; NaN where there is none.
-        statistics: After a test, what the batch-norm policy put in place, by model and task, both from 0; names are
-            relative to the body.
+        adapted: After a test, the entries that the adaptation replaced, by model and task, both from 0; names are those
+            of the network (``body.…``, ``head.…``).
 
     Raises:
         MisconfigurationException: If the numbers of bodies, heads and test loaders differ, entries or shapes do not fit
-            the network, or the policy is unknown or needs data that are not there.
+            the network, or the adaptation is unknown or lacks its data.
     """
 
     def __init__(
@@ -72,20 +69,16 @@ class SequenceEvaluator(LightningModule):
         heads: Sequence[StateDict],
         *,
         models: Models = "all",
-        bn_policy: BNPolicy | None = "last",
+        bn_policy: str | AdaptationSequence | None = "none",
         bn_options: Mapping[str, Any] | None = None,
-        entries: Mapping[tuple[int, int], StateDict] | None = None,
-        own_heads: Mapping[tuple[int, int], StateDict] | None = None,
+        entries: Mapping[Cell, StateDict] | None = None,
+        own_heads: Mapping[Cell, StateDict] | None = None,
     ) -> None:
         super().__init__()
-        check_policy(bn_policy, self.policies)
-        check_options(bn_options or {})
         if models not in get_args(Models):
             raise MisconfigurationException(f"models must be one of {', '.join(get_args(Models))}; got {models!r}.")
         if len(bodies) != len(heads) or not heads:
-            raise MisconfigurationException(
-                f"There are {len(bodies)} bodies for {len(heads)} heads; give one each for a task."
-            )
+            raise MisconfigurationException(f"Give one body and one head per task; got {len(bodies)} and {len(heads)}.")
         self.network = network
         self.bodies, self.heads, self.models = list(bodies), list(heads), models
         for part, states in (("body", self.bodies), ("head", self.heads)):
@@ -96,15 +89,35 @@ class SequenceEvaluator(LightningModule):
                         f"The {part} of model {t + 1} does not fit the network: they differ in the entries "
                         f"{some(different)}.{prefix_hint([name for name in state if name not in own], own)}"
                     )
-        self.bn_policy, self.bn_options, self.entries = bn_policy, dict(bn_options or {}), dict(entries or {})
+        self.adaptation = self._checked(bn_policy, bn_options)
+        self.entries: dict[Cell, StateDict] = dict(entries or {})
         self.own_heads = dict(own_heads or {})
-        self.statistics: dict[tuple[int, int], StateDict] = {}
+        self.adapted: dict[Cell, Entries] = {}
         self.accuracy = TaskAccuracyMatrix(len(heads))
         self.matrix: Tensor | None = None
-        self._states: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._states: dict[Cell, dict[str, Tensor]] = {}
 
-    policies: ClassVar[Sequence[BNPolicy]] = OWN_POLICIES
-    """What ``bn_policy`` may be."""
+    merges = False
+    """Whether the models are merges, which know their experts."""
+
+    def _checked(
+        self, policy: str | AdaptationSequence | None, options: Mapping[str, Any] | None
+    ) -> AdaptationSequence | None:
+        """The adaptation of that name, if it can run inside a test of these models."""
+        if policy is None:
+            return None
+        chosen = find_adaptation(policy, options) if isinstance(policy, str) else policy
+        if chosen.merges_only and not self.merges:
+            raise MisconfigurationException(f"bn_policy={chosen.name!r} is for merges only; use it with MergeModule.")
+        if chosen.trains:
+            raise MisconfigurationException(
+                f"bn_policy={chosen.name!r} trains, which a test cannot do: train first, and pass entries."
+            )
+        if chosen.needs_earlier_models and self.models == "last":
+            raise MisconfigurationException(
+                f"bn_policy={chosen.name!r} reads earlier models, which models='last' does not make: use models='all'."
+            )
+        return chosen
 
     @property
     def num_tasks(self) -> int:
@@ -112,12 +125,14 @@ class SequenceEvaluator(LightningModule):
         return len(self.heads)
 
     @property
-    def cells(self) -> list[tuple[int, int]]:
-        """What is tested: pairs of model and task, both from 0."""
+    def cells(self) -> list[Cell]:
+        """The tested pairs of model and task, both from 0."""
         count = self.num_tasks
         if self.models == "own":
-            return [(t, t) for t in range(count)]
-        return [(t, i) for t in range(0 if self.models == "all" else count - 1, count) for i in range(t + 1)]
+            cells = [(t, t) for t in range(count)]
+        else:
+            cells = [(t, i) for t in range(0 if self.models == "all" else count - 1, count) for i in range(t + 1)]
+        return [cell for cell in cells if not self.entries or cell in self.entries]
 
     def head_of(self, model: int, task: int) -> StateDict:
         """The head that a model is tested with on a task, both from 0."""
@@ -127,9 +142,53 @@ class SequenceEvaluator(LightningModule):
         """The bodies to test; called when a test starts."""
         return self.bodies
 
+    def received(self, cell: Cell, bodies: Sequence[StateDict], seed: int = 0) -> Received:
+        """What the server sends along with a model for a task."""
+        return Received(*cell, seed=seed, bodies=bodies)
+
+    def adapt(
+        self, adaptation: AdaptationSequence, device: Callable[[int], Device], *, seed: int = 0
+    ) -> dict[Cell, Entries]:
+        """The entries that an adaptation replaces, for each model and task that is to be tested.
+
+        Args:
+            adaptation: The adaptation. It starts from the models with :attr:`entries` in place. If it trains, only each
+                model on its own task and the last model on all tasks are adapted.
+            device: Gives the user's device for a task, from 0.
+            seed: Seed of the run.
+
+        Returns:
+            By model and task, both from 0.
+        """
+        bodies = self.load_bodies()
+        return self._adapt(adaptation, device, bodies, self._assembled(bodies), seed)
+
+    def _adapt(
+        self,
+        adaptation: AdaptationSequence,
+        device: Callable[[int], Device],
+        bodies: Sequence[StateDict],
+        states: Mapping[Cell, StateDict],
+        seed: int = 0,
+    ) -> dict[Cell, Entries]:
+        steps = tuple(one for one in adaptation.steps if one.name != "none" and one.why_not(self.network) is None)
+        if not steps:
+            return {}
+        adaptation = AdaptationSequence(steps)
+        found: dict[Cell, Entries] = {}
+        for (t, i), state in states.items():
+            if adaptation.trains and t not in (i, self.num_tasks - 1):
+                continue
+            with torch.inference_mode(False):
+                network = copy.deepcopy(self.network).train()  # in eval mode, some modules keep what they computed
+                _resize_head(network, state)
+                load_entries(network, state)
+                found[t, i] = adaptation.adapt(network, device(i), self.received((t, i), bodies, seed))
+        return found
+
     @override
     def on_test_start(self) -> None:
-        """Bring the models to the device and check that there is a test loader for each task."""
+        """Bring the models to the device, adapt them, and check that there is a test loader for each task."""
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
         if count != self.num_tasks:
@@ -137,8 +196,23 @@ class SequenceEvaluator(LightningModule):
                 f"There are {count} test loaders for {self.num_tasks} tasks; give one for each task, in order."
             )
         bodies = self.load_bodies()
-        cells = [cell for cell in self.cells if not self.entries or cell in self.entries]
-        placed = {t: self._placed("body", self._once(bodies[t])) for t in dict.fromkeys(t for t, _ in cells)}
+        states = self._assembled(bodies)
+        adaptation = self.default_adaptation() if self.adaptation is None else self.adaptation
+        self.adapted = self._adapt(adaptation, lambda task: _TrainersDevice(self, adaptation, task), bodies, states)
+        for cell, entries in self.adapted.items():
+            states[cell] |= self._placed("", entries)
+        self._states = states
+        self.accuracy.reset()
+
+    def default_adaptation(self) -> AdaptationSequence:
+        """The adaptation where none was chosen: AdaBN if the Trainer's datamodule has a user's data."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return find_adaptation("AdaBN" if hasattr(datamodule, "adapt_dataloader") else "none")
+
+    def _assembled(self, bodies: Sequence[StateDict]) -> dict[Cell, dict[str, Tensor]]:
+        """For each model and task, the entries of the whole network."""
+        cells = self.cells
+        placed = {t: self._placed("body.", bodies[t]) for t in dict.fromkeys(t for t, _ in cells)}
         own = self.network.state_dict()
         for t, state in placed.items():
             for name, value in state.items():
@@ -147,54 +221,33 @@ class SequenceEvaluator(LightningModule):
                         f"{name.removeprefix('body.')!r} in the body of model {t + 1} is {tuple(value.shape)}; in the "
                         f"network it is {tuple(own[name].shape)}."
                     )
-        states = {(t, i): placed[t] | self._placed("head", self.head_of(t, i)) for t, i in cells}
-        if not self.entries and statistics_names(self.network.body):
-            policy = resolve_policy(self.bn_policy, self)
-            self.statistics = {cell: self.batchnorm_entries(policy, cell, states) for cell in states}
-        for cell, state in states.items():
-            own_entries = self.entries.get(cell) or self.statistics.get(cell, {})
-            state.update(self._placed("body", own_entries))
-        self._states = states
-        self.accuracy.reset()
+        return {
+            (t, i): placed[t]
+            | self._placed("head.", self.head_of(t, i))
+            | self._placed("", self.entries.get((t, i), {}))
+            for t, i in cells
+        }
 
-    def _placed(self, part: str, state: StateDict) -> dict[str, Tensor]:
-        """The tensors of body or head by their names in the network, on its device and in its precision."""
-        own = self.network.get_submodule(part).state_dict()
-        return {f"{part}.{name}": value.to(own[name]) for name, value in state.items() if isinstance(value, Tensor)}
+    def _placed(self, prefix: str, state: StateDict) -> dict[str, Tensor]:
+        """Tensors by their names in the network, on its device and in its precision.
 
-    def _once(self, body: StateDict) -> StateDict:
-        """The entries of a body; those of a module with several names once, which functional_call cannot restore."""
-        names = [
-            f"{prefix}.{name}".removeprefix(".")
-            for prefix, module in self.network.body.named_modules()
-            for name in (*module._parameters, *module._buffers)
-        ]
-        return {name: body[name] for name in names if name in body}
-
-    def batchnorm_entries(
-        self, policy: BNPolicy, cell: tuple[int, int], states: Mapping[tuple[int, int], StateDict]
-    ) -> StateDict:
-        """The entries of batch-norm layers that a policy puts in place.
-
-        Args:
-            policy: The policy.
-            cell: Model and task, both from 0.
-            states: The state dicts (``body.…``, ``head.…``) of all models on all tasks.
-
-        Returns:
-            By names relative to the body.
+        A module with several names is there once, as ``functional_call`` cannot restore it otherwise.
         """
-        if policy == "last":
-            return {}
-        try:
-            convert = self.trainer.precision_plugin.convert_input
-            return re_estimate(self.network, states[cell], data_for(policy, self, cell[1]), self.bn_options, convert)
-        except ValueError as error:
-            raise MisconfigurationException(f"bn_policy={policy!r} on task {cell[1] + 1}: {error}") from error
+        own = {
+            f"{path}.{name}".removeprefix("."): value
+            for path, module in self.network.named_modules()
+            for name, value in (*module._parameters.items(), *module._buffers.items())
+            if value is not None
+        }
+        return {
+            name: state[name.removeprefix(prefix)].to(value)
+            for name, value in own.items()
+            if name.startswith(prefix) and isinstance(state.get(name.removeprefix(prefix)), Tensor)
+        }
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what each model that has seen the loader's task predicts right."""
+        """Count the correct predictions of each model that has seen the loader's task."""
         x, y = batch
         for (t, i), state in self._states.items():
             if i == dataloader_idx:
@@ -203,7 +256,7 @@ class SequenceEvaluator(LightningModule):
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the matrix and what is said of it."""
+        """Log the matrix, the average accuracy and the forgetting."""
         matrix = self.accuracy.compute().cpu().view(self.num_tasks, self.num_tasks)  # torchmetrics squeezes a 1×1
         self.matrix = matrix
         results = {
@@ -222,3 +275,48 @@ class SequenceEvaluator(LightningModule):
     def on_test_end(self) -> None:
         """Release the models."""
         self._states = {}
+
+
+def _resize_head(network: TaskNetwork, state: StateDict) -> None:
+    """Give the network a head with as many classes as the one in the state dict."""
+    classes = len(state["head.weight"])
+    if classes != network.num_classes:
+        with torch.random.fork_rng(devices=[]):
+            network.new_head(classes)
+
+
+class _TrainersDevice:
+    """The data of the Trainer's datamodule, for adaptations during a test."""
+
+    def __init__(self, module: LightningModule, adaptation: AdaptationSequence, task: int) -> None:
+        self._trainer, self._name, self._task = module.trainer, adaptation.name, task
+        self._datamodule: Any = getattr(module.trainer, "datamodule", None)
+
+    @property
+    def user(self) -> str | None:
+        user: str | None = getattr(self._datamodule, "user", None)
+        return user
+
+    def images(self) -> Iterable[Any]:
+        return self._loader("adapt_dataloader")
+
+    def server_images(self) -> Iterable[Any]:
+        return self._loader("server_dataloader", split="val")
+
+    def _loader(self, hook: str, **options: str) -> Iterable[Any]:
+        if not hasattr(self._datamodule, hook):
+            raise MisconfigurationException(
+                f"bn_policy={self._name!r} needs a datamodule with {hook}(task), such as a TaskIncrementalDataModule; "
+                f"the Trainer has {type(self._datamodule).__name__}. 'average' and 'last' need no data."
+            )
+        loader: Iterable[Any] = getattr(self._datamodule, hook)(self._task, **options)
+        return loader
+
+    def as_input(self, batch: Any) -> Any:
+        return self._trainer.precision_plugin.convert_input(as_input(batch))
+
+    def labelled_images(self, seed: int) -> NoReturn:
+        raise MisconfigurationException(f"bn_policy={self._name!r} trains, which a test cannot do.")
+
+    def train(self, network: TaskNetwork, **options: Any) -> NoReturn:
+        self.labelled_images(0)

@@ -1,37 +1,20 @@
-"""Task by user by method: the stages of an experiment, resumable."""
+"""Experiments: seeds × methods × adaptations × users, in resumable stages."""
 
-from pl_personalize.runner.methods import (
-    ADAPTATIONS,
-    MERGES_AND_BOUNDS,
-    MERGING_METHODS,
-    METHODS,
-    AdaptationName,
-    MethodName,
-)
-from pl_personalize.runner.options import (
-    AdaptationOptions,
-    BaselineOptions,
-    ImportanceOptions,
-    LoggerName,
-    TestedModels,
-    TrainerOptions,
-    TrainingOptions,
-    WandbOptions,
-)
+from pl_personalize.models.network_options import NetworkOptions
+from pl_personalize.runner.experiment import DEFAULT_METHODS, AdaptationOptions, Experiment, MethodOptions
+from pl_personalize.runner.options import LoggerName, TestedModels, WandbOptions
 from pl_personalize.runner.paper import paper_by_label, paper_results
 from pl_personalize.runner.run import run_experiment
+from pl_personalize.stages.options import ImportanceOptions, TrainerOptions, TrainingOptions
 
 __all__ = [
-    "ADAPTATIONS",
-    "MERGES_AND_BOUNDS",
-    "MERGING_METHODS",
-    "METHODS",
-    "AdaptationName",
+    "DEFAULT_METHODS",
     "AdaptationOptions",
-    "BaselineOptions",
+    "Experiment",
     "ImportanceOptions",
     "LoggerName",
-    "MethodName",
+    "MethodOptions",
+    "NetworkOptions",
     "TestedModels",
     "TrainerOptions",
     "TrainingOptions",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.datamodules import LabelledImages, TaskIncrementalDataModule
+from pl_personalize.methods import Method
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.methods import METHODS, MethodName
-from pl_personalize.runner.options import TrainerOptions
+from pl_personalize.stages.options import TrainerOptions
 
 
 class _Split(NamedTuple):
@@ -24,7 +22,7 @@ class _Split(NamedTuple):
 
 
 def check_data(
-    datamodule: TaskIncrementalDataModule, network: TaskNetwork, methods: Sequence[MethodName], trainer: TrainerOptions
+    datamodule: TaskIncrementalDataModule, network: TaskNetwork, methods: Sequence[Method], trainer: TrainerOptions
 ) -> None:
     """Read all data, so that what is missing, broken or of no use to the network is found before any training.
 
@@ -39,7 +37,7 @@ def check_data(
             cannot take, or images of several shapes for a model of all tasks.
     """
     splits = _read_all(datamodule)
-    if any(METHODS[method].server == "Joint" for method in methods):
+    if any(method.family.needs_one_shape for method in methods):
         datamodule.refuse_several_shapes()
     of_a_kind: dict[tuple[tuple[int, ...], torch.dtype], _Split] = {}
     for split in splits:
@@ -64,9 +62,7 @@ def _read_all(datamodule: TaskIncrementalDataModule) -> list[_Split]:
 
 def _try(network: TaskNetwork, datamodule: TaskIncrementalDataModule, split: _Split, options: TrainerOptions) -> None:
     """One look at some images, as a stage will have it."""
-    trainer = Trainer(
-        **asdict(options), devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
-    )
+    trainer = options.trainer(logger=False, enable_checkpointing=False)
     plugin, device = trainer.precision_plugin, trainer.strategy.root_device
     stored = split.data.images[:2]
     seen = f"{tuple(stored.shape[1:])}, {stored.dtype}"

@@ -1,4 +1,4 @@
-"""Who follows a run, from its first step to its results."""
+"""Tracking of a run by loggers, from its first step to its results."""
 
 from __future__ import annotations
 
@@ -17,39 +17,32 @@ from torch import Tensor
 
 from pl_personalize.importance import Importance
 from pl_personalize.runner.figures import draw_matrices, lowest_accuracy
-from pl_personalize.runner.metrics_log import Record
-from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow, result_row, with_means_over_users
 from pl_personalize.runner.server_run import ServerRun
 from pl_personalize.runner.tracking import RunResults, Tracker, csv_tracker, tensorboard_tracker
 from pl_personalize.runner.wandb_tracker import WandbTracker
+from pl_personalize.stages.metrics_log import Record
 
 _PACKAGES = ("pl-personalize", "lightning", "torch", "torchvision", "torchmetrics", "wandb", "numpy")
 
 
 class Following:
-    """The trackers of a run: opened, told what was and what comes, and given the results at the end.
+    """Loggers of a run: they receive its earlier metrics, then new ones, and the results at the end.
 
     Args:
-        run: Who is followed.
-        benchmark: Its name.
-        backbone: Name of the network.
-        options: What the results depend on.
-        wandb: Tracking in Weights & Biases.
+        run: The run.
+        options: Options that the results depend on.
     """
 
-    def __init__(
-        self, run: ServerRun, benchmark: str, backbone: str, options: Mapping[str, Any], wandb: WandbOptions
-    ) -> None:
-        self._run, self._benchmark, self._backbone = run, benchmark, backbone
-        self._options, self._wandb = options, wandb
+    def __init__(self, run: ServerRun, options: Mapping[str, Any]) -> None:
+        self._run, self._options, self._wandb = run, options, run.experiment.wandb
 
     def stage(self, logger: str) -> str:
-        """The stage of bringing the run's results to a logger."""
+        """Name of the stage that sends the run's results to a logger."""
         return f"{self._run.name}/tracked/{logger}"
 
     def due(self, logger: str) -> bool:
-        """Whether a logger was not yet told all that is finished, or was told with other options."""
+        """Whether a logger has not received everything that is finished, or received it under other options."""
         done = self._run.folder.finished(self.stage(logger))
         return done is None or any(done.result.get(key) != value for key, value in self._covered(logger).items())
 
@@ -61,7 +54,7 @@ class Following:
 
     @contextmanager
     def opened(self, loggers: Sequence[str]) -> Iterator[None]:
-        """Follow what happens inside; then log the results."""
+        """Track the stages inside; then log the results."""
         run = self._run
         trackers: dict[str, Tracker] = {}
         try:
@@ -69,7 +62,7 @@ class Following:
                 trackers[name] = self._open(name)
             for tracker in trackers.values():
                 relay = self._relay(tracker)
-                for record in run.log.read():  # what an earlier call logged, if there was one
+                for record in run.log.read():  # metrics of an earlier call
                     relay(record)
                 run.log.followers.append(relay)
             yield
@@ -86,38 +79,42 @@ class Following:
                 tracker.finish()
 
     def _relay(self, tracker: Tracker) -> Callable[[Record], None]:
-        """Passes on the records of this run, with the stage's name relative to it."""
-        prefix = f"{self._run.name}/"
+        """Forward the records of this run and of its shared stages, with names of stages relative to the run."""
+        prefixes = [f"{prefix}/" for prefix in self._run.prefixes]
 
         def relay(record: Record) -> None:
-            if record.stage.startswith(prefix):
-                tracker.log(record._replace(stage=record.stage.removeprefix(prefix)))
+            for prefix in prefixes:
+                if record.stage.startswith(prefix):
+                    tracker.log(record._replace(stage=record.stage.removeprefix(prefix)))
 
         return relay
 
     def _open(self, logger: str) -> Tracker:
-        run, folder = self._run, self._run.folder.path
-        place = f"{run.server}-seed{run.seed}"
+        run, folder, experiment = self._run, self._run.folder.path, self._run.experiment
+        family, methods = run.workspace.name, [method.name for method in run.methods]
+        place = f"{family}-seed{run.seed}"
         if logger == "csv":
             return csv_tracker(folder / "csv" / place)
         if logger == "tensorboard":
             return tensorboard_tracker(folder / "tensorboard" / place)
-        group = self._wandb.group or f"{self._benchmark}-{folder.name}"
+        group = self._wandb.group or f"{experiment.benchmark}-{folder.name}"
         identity = hashlib.sha256(f"{folder.resolve()}|{self._options}|{run.name}".encode()).hexdigest()[:12]
         tracker = WandbTracker(
             self._wandb,
             folder,
             name=f"{group}-{place}",
             group=group,
-            job_type=run.server,
-            tags=[tag[:64] for tag in (self._benchmark, self._backbone, run.server, *run.methods)],  # W&B's limit
+            job_type=family,
+            tags=[
+                tag[:64] for tag in (experiment.benchmark, str(experiment.backbone), family, *methods)
+            ],  # W&B's limit
             run_id=identity,
             config={
                 **self._options,
-                "server_method": run.server,
+                "server_method": family,
                 "seed": run.seed,
-                "methods": list(run.methods),
-                "adaptations": list(run.setting.adaptations),
+                "methods": methods,
+                "adaptations": list(dict.fromkeys(variant.adaptation for variant in run.variants)),
                 "tasks": list(run.data.tasks),
                 "users": list(run.data.users),
                 "versions": versions(),
@@ -126,13 +123,13 @@ class Following:
         )
         for user in self._wandb.images_of:
             data = run.data.view(user=user)
-            loaders = [data.adapt_dataloader(task, batch_size=8) for task in range(run.num_tasks)]
+            loaders = [data.adapt_dataloader(task, batch_size=8) for task in range(len(data.tasks))]
             tracker.log_images(user, torch.cat([next(iter(loader)) for loader in loaders]))
         return tracker
 
     def _conclude(self, tracker: Tracker, run: ServerRun) -> None:
-        for owner, task, path in run.importance_files():
-            tracker.log_importance(owner, task + 1, Importance.load(path))
+        for owner, task, file in run.family.importances():
+            tracker.log_importance(owner, task + 1, Importance.load(file.path))
         matrices: dict[tuple[str, str], Tensor] = {}
         matrices |= {(v.label, user): run.matrix(v, user) for v in run.variants for user in run.data.users}
         low = lowest_accuracy(matrices.values())
@@ -146,18 +143,26 @@ class Following:
             )
             for variant in run.variants
         ]
-        rows = with_means_over_users(rows_of(run, self._benchmark, self._backbone))
+        rows = with_means_over_users(rows_of(run))
         tracker.log_results(RunResults(rows, matrices, run.validation(), figures))
         if isinstance(tracker, WandbTracker):
-            tracker.log_artifacts([file for file in run.files() if file.what in self._wandb.artifacts])
+            tracker.log_artifacts([file for file in run.files() if file.kind in self._wandb.artifacts])
 
 
-def rows_of(run: ServerRun, benchmark: str, backbone: str) -> list[ResultRow]:
-    """What the finished tests of a run say."""
-    names = {"benchmark": benchmark, "backbone": backbone, "seed": run.seed}
+def rows_of(run: ServerRun) -> list[ResultRow]:
+    """Rows of the results of a run's tests."""
+    experiment = run.experiment
     return [
-        result_row(run.matrix(v, user), method=v.method, adaptation=v.adaptation, user=user, **names)  # type: ignore[arg-type]
-        for v in run.variants
+        result_row(
+            run.matrix(variant, user),
+            benchmark=experiment.benchmark,
+            backbone=str(experiment.backbone),
+            method=variant.method,
+            adaptation=variant.adaptation,
+            user=user,
+            seed=run.seed,
+        )
+        for variant in run.variants
         for user in run.data.users
     ]
 

@@ -1,4 +1,4 @@
-"""What an experiment ends with: tables, figures, and where everything is."""
+"""Report of an experiment: tables, figures, and where its files are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pl_personalize.runner.expert_run import ExpertRun
 from pl_personalize.runner.figures import draw_matrices, draw_methods, lowest_accuracy
 from pl_personalize.runner.following import versions
-from pl_personalize.runner.methods import METHODS, Variant
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.results import (
     ALL_USERS,
@@ -22,14 +19,16 @@ from pl_personalize.runner.results import (
     adaptation_table,
     legend,
     markdown_table,
-    mean_and_deviation,
+    mean_and_std,
+    result_frame,
     results_table,
     write_csv,
     write_markdown,
 )
-from pl_personalize.runner.run_folder import RunFolder
 from pl_personalize.runner.server_run import ServerRun
 from pl_personalize.runner.significance import Comparison, compare, marks
+from pl_personalize.runner.variants import Variant
+from pl_personalize.stages.run_folder import RunFolder
 
 
 def report(
@@ -37,35 +36,15 @@ def report(
     rows: list[ResultRow],
     runs: Sequence[ServerRun],
     options: Mapping[str, Any],
-    paper: Mapping[str, PaperResult] | None,
-    paper_note: str | None,
-    tracked: Sequence[str],
     *,
     write: bool = True,
 ) -> None:
-    """Write the tables and figures (unless ``write`` is False), print the table, and say where everything is."""
-    path = folder.path
-    by_method: dict[str, list[str]] = {}
-    for row in rows:
-        by_method.setdefault(row.method, [])
-        if row.label not in by_method[row.method]:
-            by_method[row.method].append(row.label)
-    competitors = [name for name in by_method if METHODS[name].bound is None]  # type: ignore[index]
-    comparisons = compare(rows)
-    if max(map(len, by_method.values())) > 1:
-        best = {key: mark for labels in by_method.values() for key, mark in marks(rows, comparisons, labels).items()}
-        users = sorted(dict.fromkeys(row.user for row in rows), key=lambda user: user != ALL_USERS)
-        tables = [adaptation_table(rows, user, best) for user in users]
-    else:
-        labels = [label for name in competitors for label in by_method[name]]
-        tables = [results_table(rows, marks(rows, comparisons, labels), paper)]
-    shown = tables
-    if len(tables) > MANY_USERS:
-        shown = [tables[0], f"By user: {path / 'results.md'}"]
-    text = legend(rows, marked=bool(comparisons), paper_note=paper_note if paper else None)
+    """Print the tables and the paths of all files; unless ``write`` is False, write tables and figures first."""
+    path, comparisons, experiment = folder.path, compare(rows), runs[0].experiment
+    tables = result_tables(rows, comparisons, experiment.paper)
+    text = legend(rows, marked=bool(comparisons), paper_note=experiment.paper_note if experiment.paper else None)
+    text = "\n\n".join(filter(None, [text, experts_table(runs)]))
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
-    if experts := experts_table(runs):
-        text = f"{text}\n\n{experts}"
     if write:
         write_csv(path / "results.csv", rows)
         (path / "comparisons.csv").unlink(missing_ok=True)
@@ -73,93 +52,92 @@ def report(
             write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
         for stale in (path / "figures").glob("matrix-*.png"):
             stale.unlink()
-        everything = _with_comparisons("\n\n".join(filter(None, [text, users_table(runs)])), comparisons)
+        everything = "\n\n".join(filter(None, [text, users_table(runs), comparison_table(comparisons)]))
         write_markdown(path / "results.md", title, "\n\n".join(tables), everything, {**options, **versions()})
         draw_methods(path / "figures" / "methods.png", title, rows)
         _draw_means(path / "figures", runs)
+        if len(tables) > MANY_USERS:
+            tables = [tables[0], f"By user: {path / 'results.md'}"]
 
-    print("\n" + "\n\n".join([*(shown if write else tables), text]) + "\n")
+    print("\n" + "\n\n".join([*tables, text]) + "\n")
     if not write:
-        print(f"Nothing was written: {path} cannot be. What is there is of an earlier call.")
-    print(f"Results:     {path / 'results.csv'}, {path / 'results.md'}")
-    if comparisons:
-        print(f"Differences: {path / 'comparisons.csv'} (between methods, with p-values)")
-    print(f"Figures:     {path / 'figures'}")
-    models = {"checkpoints": "", "merged": " (for each user)", "finetuned": " (for each user)"}
-    there = [f"{path / room}{note}" for room, note in models.items() if (path / room).is_dir()]
-    print(f"Models:      {', '.join(there)}")
-    if (path / "importances").is_dir():
-        print(f"Importances: {path / 'importances'}")
-    print(f"Metrics:     {path / 'metrics.jsonl'}")
-    if "csv" in tracked:
-        print(f"CSV:         {path / 'csv'}")
-    if "tensorboard" in tracked:
-        print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}")
+        print(f"Nothing was written because {path} is read-only; the files there are from an earlier run.")
+    models = {"checkpoints": "", "merged": " (for each user)", "adapted": " (for each user)"}
+    places = {
+        "Results": f"{path / 'results.csv'}, {path / 'results.md'}",
+        "Differences": f"{path / 'comparisons.csv'} (between methods, with p-values)" if comparisons else "",
+        "Figures": str(path / "figures"),
+        "Models": ", ".join(f"{path / name}{note}" for name, note in models.items() if (path / name).is_dir()),
+        "Importances": str(path / "importances") if (path / "importances").is_dir() else "",
+        "Metrics": str(path / "metrics.jsonl"),
+        "CSV": str(path / "csv") if "csv" in experiment.loggers else "",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}"
+        if "tensorboard" in experiment.loggers
+        else "",
+    }
     stages = [folder.finished(f"{run.name}/tracked/wandb") for run in runs]
     segments = [name for stage in stages if stage is not None for name in stage.result["folders"]]
-    offline = [name for name in segments if name.startswith("offline")]
-    if offline:
-        folders = " ".join(shlex.quote(str(path / "wandb" / name)) for name in offline)
-        print(f"To W&B:      python -m wandb sync {folders}")
+    if offline := [shlex.quote(str(path / "wandb" / name)) for name in segments if name.startswith("offline")]:
+        places["To W&B"] = f"python -m wandb sync {' '.join(offline)}"
+    print("\n".join(f"{name + ':':12} {where}" for name, where in places.items() if where))
+
+
+def result_tables(
+    rows: Sequence[ResultRow], comparisons: Sequence[Comparison], paper: Mapping[str, PaperResult] | None
+) -> list[str]:
+    """Methods × users or, if there are several adaptations, methods × adaptations for each user (``all`` first)."""
+    variants = result_frame(rows).drop_duplicates("label")
+    by_method = [list(group["label"]) for _, group in variants.groupby("method", sort=False)]
+    if len(variants) == len(by_method):
+        competitors = list(variants.loc[~variants["bound"], "label"])
+        return [results_table(rows, marks(rows, comparisons, competitors), paper)]
+    best = {key: mark for labels in by_method for key, mark in marks(rows, comparisons, labels).items()}
+    users = sorted(dict.fromkeys(row.user for row in rows), key=lambda user: user != ALL_USERS)
+    return [adaptation_table(rows, user, best) for user in users]
 
 
 def experts_table(runs: Sequence[ServerRun]) -> str:
-    """How good each expert is on the server's validation images of its task, beside guessing; empty without experts."""
-    found = [run for run in runs if isinstance(run, ExpertRun)]
+    """Validation accuracy of each expert beside chance; empty without experts."""
+    found = [run for run in runs if any(method.merges or method.one_each for method in run.methods)]
     if not found:
         return ""
     lines = [["task", "classes", "chance", "expert"]]
     for task, name in enumerate(found[0].data.tasks):
         accuracies = [100 * run.validation()[f"task{task + 1}"] for run in found]
         classes = found[0].data.num_classes(task)
-        lines.append([name, str(classes), f"{100 / classes:.1f}", mean_and_deviation(accuracies)])
-    return (
-        "Accuracy of the experts, in percent, on the server's validation images, which chose the epoch:\n\n"
-        + markdown_table(lines)
-    )
+        lines.append([name, str(classes), f"{100 / classes:.1f}", mean_and_std(accuracies)])
+    heading = "Accuracy of the experts in percent on the server's validation images, which also chose the epoch:"
+    return f"{heading}\n\n{markdown_table(lines)}"
 
 
 def users_table(runs: Sequence[ServerRun]) -> str:
-    """What makes each user different; empty where the benchmark does not say."""
+    """Description of each user; empty if the benchmark has none."""
     data = runs[0].data
     about = [[user, str(data.about_user(user))] for user in data.users]
     return "Users:\n\n" + markdown_table([["user", "about"], *about]) if any(what for _, what in about) else ""
 
 
-def _with_comparisons(text: str, comparisons: Sequence[Comparison]) -> str:
-    """The legend, and the differences between methods over all users."""
-    lines = [
-        [
-            one.method,
-            one.other,
-            f"{one.difference:+.2f}",
-            f"{one.p:.2g}",
-            f"{one.p_adjusted:.2g}",
-            "yes" if one.significant else "",
-        ]
-        for one in comparisons
-        if one.user == ALL_USERS
-    ]
-    if not lines:
-        return text
-    header = ["method", "other", "difference", "p", "p (Holm)", "significant"]
-    return f"{text}\n\n## Differences over seeds and users\n\n{markdown_table([header, *lines])}"
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Differences between methods over all users; empty without comparisons."""
+    lines = [["method", "other", "difference", "p", "p (Holm)", "significant"]]
+    for one in comparisons:
+        if one.user == ALL_USERS:
+            numbers = [f"{one.difference:+.2f}", f"{one.p:.2g}", f"{one.p_adjusted:.2g}"]
+            lines.append([one.method, one.other, *numbers, "yes" if one.significant else ""])
+    return f"## Differences over seeds and users\n\n{markdown_table(lines)}" if comparisons else ""
 
 
 def _draw_means(folder: Path, runs: Sequence[ServerRun]) -> None:
-    """The accuracy matrix of each method, mean over seeds."""
+    """Draw the accuracy matrices of each method and adaptation, averaged over seeds."""
     groups: dict[Variant, list[ServerRun]] = {}
     for run in runs:
         for variant in run.variants:
             groups.setdefault(variant, []).append(run)
-    means = {variant: _means(variant, group) for variant, group in groups.items()}
+    data, means = runs[0].data, {}
+    for variant, group in groups.items():
+        means[variant] = {u: torch.stack([run.matrix(variant, u) for run in group]).mean(0) for u in data.users}
     low = lowest_accuracy(matrix for by_user in means.values() for matrix in by_user.values())
-    for variant, by_user in means.items():
-        group, path = groups[variant], folder / f"matrix-{variant.label}.png"
+    for variant, group in groups.items():
         of_seeds = f"mean of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        draw_matrices(path, f"{variant.label}: accuracy, {of_seeds}", by_user, group[0].data.tasks, low)
-
-
-def _means(variant: Variant, runs: Sequence[ServerRun]) -> dict[str, Tensor]:
-    """For each user the accuracy matrix, mean over seeds."""
-    return {user: torch.stack([run.matrix(variant, user) for run in runs]).mean(0) for user in runs[0].data.users}
+        path, title = folder / f"matrix-{variant.label}.png", f"{variant.label}: accuracy, {of_seeds}"
+        draw_matrices(path, title, means[variant], data.tasks, low)

@@ -1,131 +1,118 @@
-"""What one server method does with one seed: training, importances and tests, stage by stage."""
+"""Run of one family of methods with one seed: its stages, and those of merging, adapting and testing."""
 
 from __future__ import annotations
 
-import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
-from pl_personalize.adaptation import adapt_batchnorm
-from pl_personalize.artifacts import save_tensors
-from pl_personalize.batchnorm import ARTIFACT_KIND as BATCHNORM_KIND
-from pl_personalize.callbacks import AdaBNS
+from pl_personalize.adaptations import AdaptationSequence, Entries
+from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.datamodules import TaskIncrementalDataModule
-from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.functional.batches import as_input
+from pl_personalize.methods import METHODS, Family, Method
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
-from pl_personalize.modules.batchnorm_policy import affine_names, statistics_names
-from pl_personalize.modules.merge_module import EXPERT_KIND
-from pl_personalize.runner.checkpoints import Checkpoints, load_checkpoint
-from pl_personalize.runner.methods import (
-    ADAPTATIONS,
-    METHODS,
-    MethodName,
-    ServerMethod,
-    Variant,
-    variants,
-)
-from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
-from pl_personalize.runner.run_folder import Stage
-from pl_personalize.runner.stages import RunFile, Setting, Work
-from pl_personalize.runner.trained import refuse_divergence
+from pl_personalize.modules.sequence_evaluator import Cell
+from pl_personalize.runner.experiment import Experiment
+from pl_personalize.runner.variants import Variant
+from pl_personalize.stages.checkpoints import load_checkpoint, resume_path
+from pl_personalize.stages.metrics_log import MetricsLog
+from pl_personalize.stages.run_folder import RunFolder, Stage
+from pl_personalize.stages.work import RunFile, Work
+from pl_personalize.stages.workspace import Workspace, refuse_divergence
 
-Matrix = list[list[float | None]]
-Entries = Mapping[tuple[int, int], Mapping[str, Tensor]]
-"""Of the body of model t on task i (both from 0), what replaces its own entries."""
+ADAPTED_KIND = "adapted"
 
 
-class ServerRun(ABC):
-    """All stages of one server method with one seed; finished ones are not done again.
-
-    A subclass says how models are trained (:meth:`training`), and what is tested (:meth:`evaluator`).
+class ServerRun:
+    """All stages of one family of methods with one seed; finished ones are not repeated.
 
     Args:
-        setting: What the runs of a call have in common.
-        methods: What is tested; methods of this server method.
+        experiment: The experiment.
+        folder: Its folder.
+        family: The family.
+        variants: The methods of the family and their adaptations.
         seed: Seed of initial parameters, order of the data, and sampled labels.
     """
 
-    server: ClassVar[ServerMethod]
-
-    def __init__(self, setting: Setting, methods: Sequence[MethodName], seed: int) -> None:
-        self.setting, self.methods, self.seed = setting, list(methods), seed
-        self.variants = variants(self.methods, setting.adaptations)
-        self.folder = setting.folder
-        self.data = setting.data.view(seed=seed)
-        self.log = MetricsLog(self.folder.metrics_file)
-        self.num_tasks = len(self.data.tasks)
-        self._recalibrated: dict[MethodName, Entries] = {}
-        if wrong := [name for name in methods if METHODS[name].server != self.server]:
-            raise ValueError(f"{type(self).__name__} cannot test {wrong}.")
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        family: type[Family],
+        variants: Sequence[Variant],
+        seed: int,
+    ) -> None:
+        self.experiment, self.folder, self.seed, self.variants = experiment, folder, seed, list(variants)
+        self.log = MetricsLog(folder.metrics_file)
+        self.workspace = Workspace(
+            family.name,
+            seed,
+            folder,
+            experiment.data.view(seed=seed),
+            experiment.make_network,
+            experiment.training,
+            experiment.importance,
+            experiment.trainer,
+            self.log,
+            experiment.models,
+        )
+        self.methods = [METHODS[name] for name in dict.fromkeys(variant.method for variant in variants)]
+        self.family = family(self.workspace, self.methods, experiment.family_options(family))
+        self.data = self.workspace.data
 
     @property
     def name(self) -> str:
-        """What the run's stages and files begin with."""
-        return f"{self.server}/seed{self.seed}"
+        """The first part of the names of the run's stages."""
+        return self.workspace.prefix
 
-    @abstractmethod
-    def training(self) -> Iterator[Work]:
-        """The stages of training, in order."""
-
-    @abstractmethod
-    def evaluator(self, method: MethodName, user: str, **options: Any) -> SequenceEvaluator:
-        """What is tested for a user.
-
-        Args:
-            method: The method.
-            user: The user.
-            options: Of the evaluator: ``bn_policy``, ``bn_options``.
-        """
-
-    @abstractmethod
-    def files(self) -> list[RunFile]:
-        """The files of models and importances; each after those that it was made of."""
-
-    def importances(self) -> Iterator[Work]:
-        """The stages of estimating importances, if there are any."""
-        return iter(())
-
-    def tuning(self) -> Iterator[Work]:
-        """The stages of training on the users' labelled images, if there are any."""
-        return iter(())
-
-    def importance_files(self) -> list[tuple[str, int, Path]]:
-        """Importances that are estimated: whose, for which task's model (from 0), and the file."""
-        return []
+    @property
+    def prefixes(self) -> list[str]:
+        """The first parts of the names of its stages and of those that it shares with other runs."""
+        return list(dict.fromkeys("/".join(work.name.split("/")[:2]) for work in self.stages()))
 
     def stages(self) -> Iterator[Work]:
         """Every stage, in an order in which each finds what it needs."""
-        yield from self.training()
-        yield from self.importances()
-        yield from self.tuning()
+        yield from self.family.stages()
         for method in self.methods:
-            for user in self.data.users if METHODS[method].merges else ():
-                yield self._work(f"merge/{method}/{user}", self._merge, method, user)
+            for user in self.data.users if method.merges else ():
+                yield self.workspace.work(f"merge/{method.name}/{user}", self._merge, method, user)
+        planned: set[str] = set()
         for variant in self.variants:
             for user in self.data.users:
-                yield self._work(f"test/{variant.label}/{user}", self._test, variant, user)
+                for work in (*self._adapt_works(variant, user), self._test_work(variant, user)):
+                    if work.name not in planned:
+                        planned.add(work.name)
+                        yield work
+
+    def forget_interrupted(self) -> None:
+        """Drop the metrics that interrupted stages logged after the steps from which they will resume."""
+        steps: dict[str, int] = {}
+        for work in self.stages():
+            if self.folder.finished(work.name) is None:
+                resume = work.checkpoints and resume_path(work.checkpoints)
+                steps[work.name] = load_checkpoint(resume)["global_step"] if resume and resume.exists() else 0
+        self.log.drop(steps)
 
     def with_all_tested(self) -> Self:
-        """The same run with every variant that is tested in its folder, also those that earlier calls asked for."""
-        methods = [name for name, method in METHODS.items() if method.server == self.server]
-        other = type(self)(self.setting, methods, self.seed)
-        tests = {f"{self.name}/test/{v.label}": v for v in variants(methods, ADAPTATIONS)}
-        users = self.data.users
-        other.variants = [
-            variant
-            for stage, variant in tests.items()
-            if all(self.folder.finished(f"{stage}/{user}") is not None for user in users)
-        ]
-        other.methods = [name for name in methods if any(v.method == name for v in other.variants)]
-        return other
+        """The same run with every variant that is tested for all users, also those of earlier calls."""
+        tested: dict[Variant, set[str]] = {}
+        for stage in self.folder.finished_below(f"{self.name}/test/"):
+            result = self.folder.finished(stage)
+            if result is not None:
+                variant = Variant(result.result["method"], result.result["adaptation"])
+                tested.setdefault(variant, set()).add(result.result["user"])
+        order = {name: place for place, name in enumerate(METHODS)}
+        complete = [v for v, users in tested.items() if v.is_registered and users >= set(self.data.users)]
+        complete.sort(key=lambda variant: order[variant.method])
+        return type(self)(self.experiment, self.folder, type(self.family), complete, self.seed)
+
+    # Results
 
     def matrix(self, variant: Variant, user: str) -> Tensor:
         """The accuracies, model by task, in [0, 1]; NaN where there is none.
@@ -133,174 +120,163 @@ class ServerRun(ABC):
         Raises:
             KeyError: If that stage is not finished.
         """
-        rows: Matrix = self.result(f"test/{variant.label}/{user}")["matrix"]
+        rows = self.workspace.result(f"test/{variant.label}/{user}")["matrix"]
         return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
-
-    def result(self, stage: str) -> Any:
-        """What a finished stage found.
-
-        Raises:
-            KeyError: If it is not finished.
-        """
-        found = self.folder.finished(f"{self.name}/{stage}")
-        if found is None:
-            raise KeyError(f"{self.name}/{stage} is not finished.")
-        return found.result
 
     def validation(self) -> dict[str, float]:
         """The best validation accuracy of each trained model, in [0, 1], by the last part of its stage's name."""
-        stages = [work.name.removeprefix(f"{self.name}/") for work in self.training() if work.kind == "train"]
-        return {stage.rpartition("/")[2]: self.result(stage)["val_acc"] for stage in stages}
+        found = {}
+        for work in self.family.stages():
+            done = self.folder.finished(work.name)
+            if work.kind == "train" and done is not None:
+                found[work.name.rpartition("/")[2]] = float(done.result["val_acc"])
+        return found
 
-    def path(self, room: str, name: str) -> Path:
-        """The file of that name of this run in a room of the folder, such as ``checkpoints``."""
-        return self.folder.path / room / self.server / f"seed{self.seed}" / f"{name}.safetensors"
+    def files(self) -> list[RunFile]:
+        """The files of models, importances and adaptations; each after those that it was made of."""
+        found = [*self.family.models(), *(file for *_, file in self.family.importances())]
+        for method in self.methods:
+            for user in self.data.users if method.merges else ():
+                found.append(RunFile("merged", self._merged_path(method, user), self.family.sources(method, user)))
+        adapted: dict[Path, RunFile] = {}
+        for variant in self.variants:
+            for user in self.data.users:
+                sources = self.family.sources(METHODS[variant.method], user)
+                for sequence in self._sequences(variant):
+                    path = self._adapted_path(variant.method, sequence, user)
+                    adapted.setdefault(path, RunFile("adapted", path, sources))
+        return [*found, *(file for path, file in adapted.items() if path.exists())]
 
-    # For subclasses
+    # Merging
 
-    def _work(self, stage: str, run: Callable[..., Stage], *args: Any) -> Work:
-        name = f"{self.name}/{stage}"
-        return Work(name, lambda: run(*args, name))
+    def _merged_path(self, method: Method, user: str) -> Path:
+        return self.workspace.path("merged", f"{user}-{method.name}")
 
-    def _lightning(self, stage: str, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
-        return Trainer(
-            **asdict(self.setting.trainer) | options,
-            devices=1,
-            logger=StageLogger(self.log, stage),
-            callbacks=list(callbacks),
-            default_root_dir=self.folder.path,
-            enable_model_summary=False,
-        )
-
-    def learner_options(self, task: int) -> dict[str, Any]:
-        """What all learners have in common."""
-        options = asdict(self.setting.training)
-        del options["epochs"], options["l2_transfer"]
-        return options | {"seed": self.seed, "task": task}
-
-    def _network(self, num_classes: int, *purpose: str | int) -> TaskNetwork:
-        """The initial network: for each seed one body, whatever the task and method."""
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(self.seed, "body"))
-            network = self.setting.make_network(num_classes)
-            torch.manual_seed(derive_seed(self.seed, "head", *purpose))
-            network.new_head(num_classes)
-        return network
-
-    def _train(
-        self,
-        stage: str,
-        learner: TaskLearner,
-        data: TaskIncrementalDataModule,
-        path: Path,
-        callbacks: Sequence[Callback] = (),
-    ) -> Stage:
-        """Train, resuming if it was interrupted, and keep the model with the best validation accuracy."""
-        epochs = self.setting.training.epochs
-        best = Checkpoints(path.with_suffix(""))
-        every = min(self.setting.trainer.log_every_n_steps, len(data.train_dataloader()))  # once an epoch at least
-        trainer = self._lightning(
-            stage, [*callbacks, best], max_epochs=epochs, num_sanity_val_steps=0, log_every_n_steps=max(1, every)
-        )
-        trainer.fit(learner, datamodule=data, ckpt_path=best.resume if best.resume.exists() else None)
-        refuse_divergence(stage, learner.network, "training.lr, or strength of a penalty")
-        learner.load_state_dict(load_checkpoint(Path(best.best_model_path))["state_dict"])
-        accuracy = float(best.best_model_score or 0.0)
-        metadata = {"stage": stage, "val_acc": accuracy}
-        save_tensors(path, learner.model_state(), kind=EXPERT_KIND, metadata=metadata)
-        done = self.folder.finish(stage, artifacts=[path], result=metadata | {"steps": trainer.global_step})
-        shutil.rmtree(path.with_suffix(""))
-        return done
-
-    def forget_interrupted(self) -> None:
-        """Drop from the log what an interrupted stage had logged after the point from where it will go on."""
-        for work in self.stages():
-            if self.folder.finished(work.name) is None and work.kind != "train":
-                self.log.drop(work.name, from_step=0)
-            elif self.folder.finished(work.name) is None:
-                resume = Checkpoints(self.path("checkpoints", work.name.rpartition("/")[2]).with_suffix("")).resume
-                step = 0
-                if resume.exists():
-                    step = load_checkpoint(resume)["global_step"]
-                self.log.drop(work.name, from_step=step)
-
-    def _test(self, variant: Variant, user: str, stage: str) -> Stage:
-        method, adaptation = variant.method, ADAPTATIONS[variant.adaptation]
-        options = {"exact": self.setting.adaptation.exact, "prior_samples": self.setting.adaptation.prior_samples}
-        evaluator = self.evaluator(method, user, bn_policy=adaptation.policy, bn_options=options)
-        recalibrated = adaptation.policy == "recalibrate" and not METHODS[method].personal
-        if adaptation.trains:
-            evaluator = _with_entries(evaluator, self._train_batchnorm(evaluator, user, stage))
-        elif recalibrated and method in self._recalibrated:
-            evaluator = _with_entries(evaluator, self._recalibrated[method])
-        self._lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
-        assert evaluator.matrix is not None
-        if recalibrated:  # on the server's images: for a model that all users have, once
-            self._recalibrated.setdefault(method, evaluator.statistics)
-        rows: Matrix = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
-        last, written = self.num_tasks - 1, []
-        if variant.adaptation in ("AdaBN", "AdaBN-S") and METHODS[method].merges:  # what the user's device keeps
-            for task in range(self.num_tasks):
-                entries = evaluator.entries.get((last, task)) or evaluator.statistics[last, task]
-                path = self.path("merged", f"{user}-{variant.label}-task{task + 1}")
-                metadata = {"stage": stage, "num_samples": getattr(entries, "num_samples", 0), "fingerprint": None}
-                written.append(save_tensors(path, entries, kind=BATCHNORM_KIND, metadata=metadata))
-        return self.folder.finish(stage, artifacts=written, result={"matrix": rows})
-
-    def _merge(self, method: MethodName, user: str, stage: str) -> Stage:
+    def _merge(self, method: Method, user: str, stage: str) -> Stage:
         """Write a method's merged model for a user; batch norm, if there is any, has the average of the experts."""
-        evaluator = self.evaluator(method, user, bn_policy="average")
+        evaluator = self.family.evaluator(method, user)
         assert isinstance(evaluator, MergeModule)
-        sources = self.folder.checksums(self.sources(method, user))
-        metadata = {"method": method, "user": user, "sources": sources}
-        path = self.merged_path(method, user)
+        sources = self.folder.checksums(self.family.sources(method, user))
+        metadata = {"method": method.name, "user": user, "sources": sources}
+        path = self._merged_path(method, user)
         save_tensors(path, evaluator.export(), kind="merged", metadata=metadata)
         return self.folder.finish(stage, artifacts=[path])
 
-    def _train_batchnorm(
-        self, evaluator: SequenceEvaluator, user: str, stage: str
-    ) -> dict[tuple[int, int], dict[str, Tensor]]:
-        """Batch norm adapted, then γ and β trained on the user's labelled images.
+    # Adapting
 
-        Of each model on its task, and of the last on all: what average accuracy and forgetting need.
-        """
-        options, data = self.setting.adaptation, self.data.view(user=user)
-        cells = [(t, i) for t, i in evaluator.cells if t in (i, self.num_tasks - 1)]
-        bodies = evaluator.load_bodies()
-        tuned: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for t, i in cells:
-            network = self._network(data.num_classes(i))
-            network.body.load_state_dict(bodies[t])
-            network.head.load_state_dict(evaluator.head_of(t, i))
-            adapt_batchnorm(network, data.adapt_dataloader(i), module="body", **evaluator.bn_options)
-            seed = derive_seed(self.seed, "AdaBN-S", t, i)
-            learner = TaskLearner(network, seed=seed, task=i, lr=options.lr, l2_transfer=0.0)
-            loader = data.adapt_dataloader(i, labels=True, batch_size=data.batch_size, shuffle=True, seed=seed)
-            name, epochs = f"{stage}/model{t + 1}-task{i + 1}", options.epochs
-            trainer = self._lightning(name, [AdaBNS("keep")], max_epochs=epochs, enable_checkpointing=False)
-            trainer.fit(learner, loader)
-            refuse_divergence(name, network, "adaptation.lr")
-            state = network.body.state_dict()
-            names = [*statistics_names(network.body), *affine_names(network.body)]
-            tuned[t, i] = {name: state[name].clone() for name in names}
-        return tuned
+    def _owner(self, method: str, sequence: AdaptationSequence, user: str) -> str:
+        """The user, or ``server`` if the result is the same for all users."""
+        return user if METHODS[method].personal or sequence.personal else "server"
 
-    def merged_path(self, method: MethodName, user: str) -> Path:
-        """The file of a method's merged model for a user."""
-        return self.path("merged", f"{user}-{method}")
+    def _adapted_path(self, method: str, sequence: AdaptationSequence, user: str) -> Path:
+        return self.workspace.path("adapted", f"{self._owner(method, sequence, user)}-{method}-{sequence.name}")
 
-    def sources(self, method: MethodName, user: str) -> list[Path]:
-        """The files that a method's model for a user is made of."""
-        return []
+    def _sequences(self, variant: Variant) -> list[AdaptationSequence]:
+        """The first step of the sequence, the first two, and so on; sequences that begin alike share their stages."""
+        steps = self.experiment.sequence(variant).steps
+        begun = [AdaptationSequence(steps[:count]) for count in range(1, len(steps) + 1)]
+        return [sequence for sequence in begun if sequence.name != "none"]
+
+    def _adapt_works(self, variant: Variant, user: str) -> Iterator[Work]:
+        for sequence in self._sequences(variant):
+            stage = f"adapt/{variant.method}/{sequence.name}/{self._owner(variant.method, sequence, user)}"
+            yield self.workspace.work(stage, self._adapt, variant.method, sequence, user)
+
+    def _adapt(self, method: str, sequence: AdaptationSequence, user: str, stage: str) -> Stage:
+        """Write the entries that the last step of a sequence replaces, together with those of the steps before."""
+        *before, last = sequence.steps
+        evaluator = self._evaluator(method, AdaptationSequence(tuple(before)), user)
+        trainer = self.workspace.lightning(stage)
+        evaluator.network = trainer.precision_plugin.convert_module(evaluator.network)
+        evaluator.network.to(trainer.strategy.root_device)
+        data = self.data.view(user=user)
+        found = evaluator.adapt(
+            AdaptationSequence((last,)), lambda task: _StageDevice(self.workspace, data, task, stage), seed=self.seed
+        )
+        entries = {cell: {**evaluator.entries.get(cell, {}), **own} for cell, own in found.items()}
+        path = self._adapted_path(method, sequence, user)
+        tensors = {
+            f"model{t + 1}.task{i + 1}.{name}": value.cpu()
+            for (t, i), own in entries.items()
+            for name, value in own.items()
+        }
+        metadata = {"stage": stage, "method": method, "adaptation": sequence.name, "cells": [list(c) for c in entries]}
+        save_tensors(path, tensors, kind=ADAPTED_KIND, metadata=metadata)
+        return self.folder.finish(stage, artifacts=[path])
+
+    def _evaluator(self, method: str, sequence: AdaptationSequence, user: str) -> SequenceEvaluator:
+        """The models of a method for a user, with the entries of a sequence that was applied before."""
+        evaluator = self.family.evaluator(METHODS[method], user)
+        if sequence.steps and sequence.name != "none":
+            evaluator.entries = dict(load_adapted(self._adapted_path(method, sequence, user)))
+        evaluator.adaptation = AdaptationSequence(())
+        return evaluator
+
+    # Testing
+
+    def _test_work(self, variant: Variant, user: str) -> Work:
+        return self.workspace.work(f"test/{variant.label}/{user}", self._test, variant, user)
+
+    def _test(self, variant: Variant, user: str, stage: str) -> Stage:
+        evaluator = self._evaluator(variant.method, self.experiment.sequence(variant), user)
+        self.workspace.lightning(stage).test(evaluator, datamodule=self.data.view(user=user), verbose=False)
+        assert evaluator.matrix is not None
+        rows = [[None if value != value else value for value in row] for row in evaluator.matrix.tolist()]
+        result = {"method": variant.method, "adaptation": variant.adaptation, "user": user, "matrix": rows}
+        return self.folder.finish(stage, result=result)
 
 
-def _with_entries(evaluator: SequenceEvaluator, entries: Entries) -> SequenceEvaluator:
-    """The same models with other entries on each task."""
-    return SequenceEvaluator(
-        evaluator.network,
-        evaluator.load_bodies(),
-        evaluator.heads,
-        models=evaluator.models,
-        entries=entries,
-        own_heads=evaluator.own_heads,
-    )
+def load_adapted(path: Path) -> Mapping[Cell, Entries]:
+    """The entries that an ``adapt`` stage wrote, by model and task, both from 0.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged, or of another kind.
+    """
+    file = TensorFile(path, kind=ADAPTED_KIND)
+    found: dict[Cell, Entries] = {(t, i): {} for t, i in file.metadata["cells"]}
+    for name, value in file.load().items():
+        model, task, entry = name.split(".", 2)
+        found[int(model.removeprefix("model")) - 1, int(task.removeprefix("task")) - 1][entry] = value
+    return found
+
+
+class _StageDevice:
+    """A user's device inside a stage: the data of the benchmark, and training by a Trainer of the stage."""
+
+    def __init__(self, workspace: Workspace, data: TaskIncrementalDataModule, task: int, stage: str) -> None:
+        self._workspace, self._data, self._task, self._stage = workspace, data, task, stage
+        self._convert = workspace.lightning(stage).precision_plugin.convert_input
+
+    @property
+    def user(self) -> str | None:
+        return self._data.user
+
+    def images(self) -> Iterable[Any]:
+        return self._data.adapt_dataloader(self._task)
+
+    def labelled_images(self, seed: int) -> Iterable[Any]:
+        return self._data.adapt_dataloader(
+            self._task, labels=True, batch_size=self._data.batch_size, shuffle=True, seed=seed
+        )
+
+    def server_images(self) -> Iterable[Any]:
+        return self._data.server_dataloader(self._task, split="val")
+
+    def as_input(self, batch: Any) -> Any:
+        return self._convert(as_input(batch))
+
+    def train(
+        self,
+        network: TaskNetwork,
+        *,
+        epochs: int,
+        lr: float,
+        seed: int,
+        model: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        learner = TaskLearner(network, seed=seed, task=self._task, lr=lr, l2_transfer=0.0)
+        name = f"{self._stage}/model{model + 1}-task{self._task + 1}"
+        trainer = self._workspace.lightning(name, callbacks, max_epochs=epochs, enable_checkpointing=False)
+        trainer.fit(learner, self.labelled_images(seed))
+        refuse_divergence(name, network, "learning rate of the adaptation")

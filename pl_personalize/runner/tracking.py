@@ -1,4 +1,4 @@
-"""Who follows an experiment: Weights & Biases, TensorBoard, CSV files, several of them, or nobody."""
+"""Trackers of runs, and those that use Lightning's CSV and TensorBoard loggers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.importance import Importance
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.results import ResultRow, results_table
+from pl_personalize.stages.metrics_log import Record
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a server method's run with one seed came to.
+    """Results of one server method and seed.
 
     Attributes:
-        rows: The rows of the results, with means over users.
-        matrices: The accuracies, model by task, in [0, 1], by method (with its adaptation) and user.
-        val_acc: The best validation accuracy of each trained model, in [0, 1], by its stage, such as ``task1``.
-        figures: Drawings of accuracies (never an image of a user).
+        rows: Rows of the table of results, including means over users.
+        matrices: Accuracy matrices (model × task, in [0, 1]) by label and user.
+        val_acc: Best validation accuracy of each trained model, in [0, 1], by its stage, such as ``task1``.
+        figures: Figures of accuracies; they contain no images of users.
     """
 
     rows: Sequence[ResultRow]
@@ -36,31 +36,43 @@ class RunResults:
     val_acc: Mapping[str, float]
     figures: Sequence[Path]
 
+    def by_name(self) -> dict[str, float]:
+        """Average accuracies and forgetting as ``<label>/<user>/avg_acc`` and ``<label>/<user>/forgetting``."""
+        values = {
+            f"{r.label}/{r.user}/{name}": getattr(r, name) for r in self.rows for name in ("avg_acc", "forgetting")
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class Tracker(Protocol):
-    """Somebody who follows a run: one server method with one seed."""
+    """Tracks a run, that is, one server method with one seed."""
 
     def log(self, record: Record) -> None:
-        """Take the metrics of a step; its stage is named relative to the run, such as ``train/task1``."""
+        """Log the metrics of a step; the name of its stage is relative to the run, such as ``train/task1``."""
 
     def log_importance(self, owner: str, task: int, importance: Importance) -> None:
-        """Take an owner's importances for a task's expert (task from 1)."""
+        """Log an owner's importances for the expert of a task (counted from 1)."""
 
     def log_results(self, results: RunResults) -> None:
-        """Take the results."""
+        """Log the results."""
 
     def finish(self) -> None:
-        """The run is over, or was interrupted."""
+        """Close the tracker after the run has finished or was interrupted."""
+
+
+def log10_of_positive(values: Tensor) -> Tensor:
+    """Decimal logarithms of the positive entries, flat, on the CPU and in float64."""
+    return values[values > 0].double().log10().cpu()
 
 
 class LoggerTracker:
-    """Passes a run on to Lightning loggers, one for each stage, so that every stage has its own step axis.
+    """Tracks a run with one Lightning logger per stage, so that every stage has its own step axis.
 
-    A run that goes on is passed on again from its beginning, so the folder is emptied first.
+    A resumed run is logged again from its beginning, so the folder is emptied first.
 
     Args:
-        folder: What the loggers write below; emptied.
-        make_logger: Makes the logger of a folder and a name.
+        folder: Folder that the loggers write to; emptied.
+        make_logger: Function that creates the logger from a folder and a name.
     """
 
     def __init__(self, folder: Path, make_logger: Callable[[Path, str], Logger]) -> None:
@@ -74,19 +86,17 @@ class LoggerTracker:
         self._logger(record.stage).log_metrics(record.metrics, record.step)
 
     def log_importance(self, owner: str, task: int, importance: Importance) -> None:
-        """Log the distribution of the values, to loggers that can."""
+        """Log a histogram of each parameter, if the logger is TensorBoard's."""
         logger = self._logger(f"importance/{owner}/{importance.kind}/task{task}")
         if isinstance(logger, TensorBoardLogger):
             for name, value in importance.items():
-                if (positive := value[value > 0]).numel():
-                    logger.experiment.add_histogram(f"importance/log10/{name}", positive.double().log10())
+                if len(logs := log10_of_positive(value)):
+                    logger.experiment.add_histogram(f"importance/log10/{name}", logs)
 
     def log_results(self, results: RunResults) -> None:
         """Log average accuracy and forgetting of each method and user."""
         logger = self._logger("results")
-        values = {f"{row.label}/{row.user}/avg_acc": row.avg_acc for row in results.rows}
-        values |= {f"{r.label}/{r.user}/forgetting": r.forgetting for r in results.rows if r.forgetting is not None}
-        logger.log_metrics(values, 0)
+        logger.log_metrics(results.by_name(), 0)
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("results", results_table(results.rows))
 
@@ -102,23 +112,23 @@ class LoggerTracker:
 
 
 def _as_name(stage: str) -> str:
-    """A stage's name as that of a folder; names that differ in other characters alone stay different."""
+    """Folder name of a stage, with a hash if characters had to be replaced, so that it stays unique."""
     name = stage.replace("/", "-")
     plain = re.sub(r"[^\w.+-]+", "-", name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(stage.encode()).hexdigest()[:6]}"
 
 
 def csv_tracker(folder: Path) -> LoggerTracker:
-    """A ``metrics.csv`` for each stage."""
+    """Tracker that writes a ``metrics.csv`` for each stage."""
     return LoggerTracker(folder, lambda place, name: CSVLogger(place.parent, place.name, name))
 
 
 def tensorboard_tracker(folder: Path) -> LoggerTracker:
-    """An event file for each stage, which TensorBoard shows as runs side by side.
+    """Tracker that writes an event file for each stage; TensorBoard shows the stages as runs.
 
     Raises:
         MisconfigurationException: If TensorBoard is not installed.
     """
     if not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise MisconfigurationException("The logger 'tensorboard' needs a package: pip install tensorboard")
+        raise MisconfigurationException("The logger 'tensorboard' requires TensorBoard: pip install tensorboard")
     return LoggerTracker(folder, lambda place, name: TensorBoardLogger(place.parent, place.name, name))

@@ -1,70 +1,58 @@
-"""A run in Weights & Biases."""
+"""Tracking of runs in Weights & Biases."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable
+from dataclasses import astuple, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.artifacts import file_checksum
 from pl_personalize.importance import Importance
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow
-from pl_personalize.runner.stages import RunFile
-from pl_personalize.runner.tracking import RunResults
+from pl_personalize.runner.tracking import RunResults, log10_of_positive
+from pl_personalize.stages.metrics_log import Record
+from pl_personalize.stages.work import RunFile
 
-_LONGEST_NAME = 128  # that W&B takes
-ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model"}
+_MAX_NAME = 128  # W&B's limit
+ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model", "adapted": "adaptation"}
+_IMPORTANCE_COLUMNS = ["kind", "owner", "task", "parameter", "norm", "zeros", "num_samples"]
 
 
 class WandbTracker:
-    """One run of W&B for one server method and seed.
+    """Tracks one server method and seed as one W&B run.
 
-    * The curves of the tasks stand side by side (``train/loss/task1``, ``train/loss/task2``, …), each on its own axis
-      of steps: on the common axis ``trainer/global_step`` they would overprint each other.
+    * ``train/loss/task1``, ``train/loss/task2``, …: training curves of each task on a step axis of its own; on the
+      common axis ``trainer/global_step`` they would overlap.
     * ``test/<user>/<method>/task<i>``: accuracy on task i, in [0, 1], over ``after_task``.
-    * ``importance/<kind>/<owner>``: histograms of the decimal logarithm of the positive entries, over
+    * ``importance/<kind>/<owner>``: histograms of the decimal logarithms of the positive entries, over
       ``importance/task``.
-    * Tables ``results``, ``accuracy_matrix`` and ``importances``; heat maps of the matrices; results as summary.
+    * Tables ``results``, ``accuracy_matrix`` and ``importances``, heat maps of the accuracy matrices, and the results
+      as summary.
 
     Args:
-        options: Where to, and whether to send.
-        folder: The experiment's folder; W&B writes to ``wandb`` in it.
+        options: Project, entity, mode and contents.
+        folder: Folder of the experiment; W&B writes to its subfolder ``wandb``.
         name: Name of the run.
-        group: What the runs of one call have in common.
-        job_type: The server method.
-        tags: Words to find the run by.
-        run_id: The same when a run goes on, so that its parts belong together.
-        config: Options and versions.
+        run_id: Identifier; a resumed run has the same one.
+        **arguments: Further arguments of ``wandb.init``, such as ``group``, ``job_type``, ``tags`` and ``config``.
+
+    Raises:
+        MisconfigurationException: If W&B cannot start the run.
     """
 
-    def __init__(
-        self,
-        options: WandbOptions,
-        folder: Path,
-        *,
-        name: str,
-        group: str,
-        job_type: str,
-        tags: Sequence[str],
-        run_id: str,
-        config: Mapping[str, Any],
-    ) -> None:
-        for variable, place in {
-            "WANDB_CACHE_DIR": "cache",
-            "WANDB_DATA_DIR": "data",
-            "WANDB_CONFIG_DIR": "config",
-        }.items():
-            os.environ.setdefault(variable, str((folder / "wandb" / place).resolve()))
+    def __init__(self, options: WandbOptions, folder: Path, *, name: str, run_id: str, **arguments: Any) -> None:
+        for place in ("cache", "data", "config"):
+            os.environ.setdefault(f"WANDB_{place.upper()}_DIR", str((folder / "wandb" / place).resolve()))
         import wandb
 
         self._wandb, self._options, self._name = wandb, options, name
@@ -75,18 +63,15 @@ class WandbTracker:
                 mode=options.mode,
                 dir=folder,
                 name=name,
-                group=group,
-                job_type=job_type,
-                tags=list(tags),
                 id=run_id,
                 resume="allow" if options.mode == "online" else None,
-                config=dict(config),
                 reinit="create_new",
                 settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"),
+                **arguments,
             )
         except wandb.errors.Error as error:
             raise MisconfigurationException(
-                f"Weights & Biases: {error} (after wandb login it works online; --wandb.mode offline needs nothing)"
+                f"Weights & Biases: {error}. Log in with `wandb login`, or use --wandb.mode offline."
             ) from error
         self._run.define_metric("after_task", hidden=True)
         self._run.define_metric("test/*", step_metric="after_task")
@@ -97,11 +82,11 @@ class WandbTracker:
 
     @property
     def folder(self) -> Path:
-        """The folder that ``wandb sync`` takes."""
+        """Folder to pass to ``wandb sync``."""
         return Path(self._run.dir).parent
 
     def log(self, record: Record) -> None:
-        """Log a step of training; what tests and importances log is in the tables."""
+        """Log the metrics of a training step; those of tests and importances are logged with the results."""
         kind, _, label = record.stage.partition("/")
         if kind != "train":
             return
@@ -109,34 +94,28 @@ class WandbTracker:
         named = {f"{name}/{label}": value for name, value in record.metrics.items()}
         for name in [step, *named]:
             if name not in self._curves:
-                self._curves.add(name)
-                if name == step:
-                    self._run.define_metric(step, hidden=True)
-                else:
-                    self._run.define_metric(name, step_metric=step)
+                self._run.define_metric(name, **({"hidden": True} if name == step else {"step_metric": step}))
+        self._curves |= {step, *named}
         self._run.log(named | {step: record.step})
 
     def log_importance(self, owner: str, task: int, importance: Importance) -> None:
-        """Log a histogram, and keep norms for the table."""
-        positive = [value[value > 0].double().log10().flatten().cpu() for value in importance.values()]
-        values = np.concatenate([value.numpy() for value in positive])
-        if values.size:
-            low, high = float(values.min()), float(values.max())
-            margin = 0.5 if high - low < 1e-6 else 0.0  # values that are all but the same have no range
-            histogram = np.histogram(values, bins=64, range=(low - margin, high + margin))
-            entry = {f"importance/{importance.kind}/{owner}": self._wandb.Histogram(np_histogram=histogram)}
-            self._run.log({**entry, "importance/task": task})
-        for name, summary in importance.summary().items():
-            self._importances.append(
-                [importance.kind, owner, task, name, summary["norm"], summary["zeros"], importance.num_samples]
-            )
+        """Log a histogram, and add norms to the table of importances."""
+        values = torch.cat([log10_of_positive(value) for value in importance.values()])
+        if len(values):
+            # Rounded, because NumPy cannot bin values that differ by rounding errors only.
+            histogram = self._wandb.Histogram(values.numpy().round(6).tolist(), num_bins=64)
+            self._run.log({f"importance/{importance.kind}/{owner}": histogram, "importance/task": task})
+        self._importances += [
+            [importance.kind, owner, task, name, summary["norm"], summary["zeros"], importance.num_samples]
+            for name, summary in importance.summary().items()
+        ]
 
     def log_images(self, user: str, images: Tensor) -> None:
-        """Show some images of a user, who was asked for by name.
+        """Log images of a user.
 
         Args:
             user: Name of the user.
-            images: (n, channels, height, width), of any range.
+            images: Images of any value range, ``(N, C, H, W)``.
         """
         from torchvision.utils import make_grid
 
@@ -147,11 +126,9 @@ class WandbTracker:
         """Log the results as summary, tables, curves over tasks and heat maps."""
         for label, accuracy in results.val_acc.items():
             self._run.summary[f"val_acc/{label}"] = accuracy
-        self._run.log({"val_acc": float(np.mean(list(results.val_acc.values())))})  # what a sweep may maximise
-        for row in results.rows:
-            self._run.summary[f"{row.label}/{row.user}/avg_acc"] = row.avg_acc
-            if row.forgetting is not None:
-                self._run.summary[f"{row.label}/{row.user}/forgetting"] = row.forgetting
+        self._run.log({"val_acc": fmean(results.val_acc.values())})  # objective of sweeps
+        for name, value in results.by_name().items():
+            self._run.summary[name] = value
         cells = [
             (method, user, t + 1, i + 1, float(matrix[t, i]))
             for (method, user), matrix in results.matrices.items()
@@ -162,28 +139,22 @@ class WandbTracker:
         for after in sorted({cell[2] for cell in cells}):
             seen = {f"test/{user}/{method}/task{i}": value for method, user, t, i, value in cells if t == after}
             self._run.log(seen | {"after_task": after})
-        matrix_columns = ["method", "user", "after_task", "task", "accuracy"]
-        tables = {
-            "results": self._table([f.name for f in fields(ResultRow)], [asdict(row).values() for row in results.rows]),
-            "accuracy_matrix": self._table(matrix_columns, cells),
+        tables: dict[str, tuple[list[Any], list[Any]]] = {
+            "results": ([field.name for field in fields(ResultRow)], [astuple(row) for row in results.rows]),
+            "accuracy_matrix": (["method", "user", "after_task", "task", "accuracy"], cells),
+            "importances": (_IMPORTANCE_COLUMNS, self._importances),
         }
-        if self._importances:
-            columns = ["kind", "owner", "task", "parameter", "norm", "zeros", "num_samples"]
-            tables["importances"] = self._table(columns, self._importances)
-        figures = {f"figures/{path.stem}": self._wandb.Image(str(path)) for path in results.figures}
-        self._run.log(tables | figures)
-
-    def _table(self, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
-        return self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        logged = {name: self._wandb.Table(columns, data) for name, (columns, data) in tables.items() if data}
+        self._run.log(logged | {f"figures/{path.stem}": self._wandb.Image(str(path)) for path in results.figures})
 
     def log_artifacts(self, files: Iterable[RunFile]) -> None:
-        """Store files with the run, each with what it was made of.
+        """Log files as artifacts.
 
-        That is in the artifact's metadata: names of files and their SHA-256. Online, the run also uses the artifacts
-        that a merged model was made of, which W&B draws as a graph; offline it refuses that.
+        The metadata of an artifact hold its SHA-256 and those of the files it was made from. Online, the run also
+        declares these as inputs, for W&B's lineage graph; W&B does not support this offline.
 
         Args:
-            files: The files, each after those that it was made of.
+            files: The files, each after those it was made from.
         """
         logged: dict[Path, Any] = {}
         for what, path, sources in files:
@@ -206,7 +177,7 @@ class WandbTracker:
 
 
 def artifact_name(name: str) -> str:
-    """A name that W&B takes: as it is, or made to fit, with a hash that keeps it apart from others.
+    """Name of an artifact that W&B accepts: unchanged if possible, else cleaned, shortened and with a hash added.
 
     Example:
         >>> artifact_name("Numbers-IMM-seed1-experts-task1")
@@ -215,6 +186,6 @@ def artifact_name(name: str) -> str:
         ('a-b-c8687a08', 'a-b')
     """
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
-    if plain == name and len(name) <= _LONGEST_NAME:
+    if plain == name and len(name) <= _MAX_NAME:
         return name
-    return f"{plain[9 - _LONGEST_NAME :]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{plain[9 - _MAX_NAME :]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -24,7 +24,7 @@ from pl_personalize.callbacks import FisherImportance, MASImportance
 from pl_personalize.callbacks.importance_callback import ImportanceCallback
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import mas_cotangent
-from pl_personalize.functional.per_sample import PerSamplePowerSums
+from pl_personalize.per_sample.power_sums import PerSamplePowerSums
 
 NUM_ROWS, NUM_CLASSES = 11, 3
 MakeCallback = Callable[..., ImportanceCallback]

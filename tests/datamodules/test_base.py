@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.datamodules import ImageRows, LabelledImages, TaskIncrementalDataModule
-from pl_personalize.datamodules.base import random_split
+from pl_personalize.datamodules.labelled_images import random_split
 
 TASKS, CLASSES, USERS = ["home", "shop", "work"], [("a", "b"), ("c", "d", "e"), ("f", "g")], ["ann", "bob"]
 # Rows of each split; what is asked for is noted, so that a test can say what was loaded.
@@ -81,10 +81,10 @@ def test_tasks_users_and_classes_are_known_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": 3}, "no task 3; there are 'home', 'shop', 'work' .or 0 to 2"),
+        ({"task": 3}, "no task 3; choose one of 'home', 'shop', 'work' .or 0 to 2"),
         ({"task": -1}, "no task -1"),
         ({"task": "Home"}, "no task 'Home'"),
-        ({"user": 2}, "no user 2; there are 'ann', 'bob' .or 0 to 1"),
+        ({"user": 2}, "no user 2; choose one of 'ann', 'bob' .or 0 to 1"),
         ({"user": "eve"}, "no user 'eve'"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"eval_batch_size": -2}, "eval_batch_size must be at least 1; got -2"),
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_refused(options, message):
     ],
 )
 def test_without_a_user_there_are_no_images_of_a_user(ask):
-    with pytest.raises(MisconfigurationException, match="No user was chosen: set user= to one of 'ann', 'bob'"):
+    with pytest.raises(MisconfigurationException, match="No user is set: set user= to one of 'ann', 'bob'"):
         ask(Numbered(task=0))
 
 
@@ -409,13 +409,13 @@ def test_splits_in_other_forms_are_converted_exactly(split):
         ((NAN, Y), "image 4 has NaN or infinite values"),
         ((INF, Y), "image 0 has NaN or infinite values"),
         (LabelledImages(ImageRows([NAN], torch.arange(5, -1, -1)), Y), "image 1 has NaN"),
-        (LabelledImages(ImageRows([X], torch.arange(1, 7)), Y), "rows of ImageRows must be from 0 to 5"),
+        (LabelledImages(ImageRows([X], torch.arange(1, 7)), Y), "ImageRows has rows outside 0 to 5"),
         ((X,), "must be LabelledImages.images, labels.; got a tuple of 1"),
         (X, "must be LabelledImages.images, labels.; got a Tensor"),
         ({"images": X, "labels": Y}, "got a dict"),
         (None, "got a NoneType"),
         ((["a.png"] * 6, Y), "got a list of str"),
-        (([X[0], X[1][:, :1]] * 3, Y), r"of the shapes \(1, 1, 2\), \(1, 2, 2\)"),
+        (([X[0], X[1][:, :1]] * 3, Y), r"with the shapes \(1, 1, 2\), \(1, 2, 2\)"),
         ((torch.zeros(6), Y), r"got the shape \(6,\)"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_split_that_cannot_be_used_is_refused_with_its_place(split, message, w
 def test_what_is_no_pair_of_splits_is_refused(monkeypatch, found, method):
     data = Given(None)
     monkeypatch.setattr(data, method, lambda *_: found)
-    with pytest.raises(MisconfigurationException, match=r"task 'a': two splits were expected, .* got a"):
+    with pytest.raises(MisconfigurationException, match=r"task 'a': expected two splits, .* got a"):
         data.setup("fit" if method == "load_server" else "test")
 
 
@@ -449,14 +449,14 @@ def test_images_of_another_shape_in_another_task_cannot_be_trained_on_together()
 @pytest.mark.parametrize(
     ("tasks", "classes", "users", "message"),
     [
-        (["a", "a"], [("p",), ("q",)], ["ann"], "tasks must be .* each once"),
-        (["a"], [("p",)], ["ann", "ann"], "users must be .* each once"),
-        (["a"], [("p", "p")], ["ann"], "classes of task 0 must be .* each once"),
-        (["a"], [()], ["ann"], "classes of task 0 must be .* at least one"),
-        (["a"], ["cat"], ["ann"], "classes of task 0 must be a list of names, .*; got 'cat'"),
-        (["a"], [("p",)], "max", "users must be a list of names, .*; got 'max'"),
+        (["a", "a"], [("p",), ("q",)], ["ann"], "tasks must be .* different names"),
+        (["a"], [("p",)], ["ann", "ann"], "users must be .* different names"),
+        (["a"], [("p", "p")], ["ann"], "classes of task 0 must be .* different names"),
+        (["a"], [()], ["ann"], "classes of task 0 must be .* one or several"),
+        (["a"], ["cat"], ["ann"], "classes of task 0 must be a list of one or several different names; got 'cat'"),
+        (["a"], [("p",)], "max", "users must be a list of one or several different names; got 'max'"),
         (["a", "b"], [("p",)], ["ann"], "one list for each of the 2 tasks; got 1"),
-        ([], [], ["ann"], "tasks must be .* at least one"),
+        ([], [], ["ann"], "tasks must be .* one or several"),
     ],
 )
 def test_names_that_tell_nothing_apart_are_refused(tasks, classes, users, message):
@@ -472,7 +472,7 @@ def test_a_trainer_of_the_other_package_is_refused_with_the_import_to_change(mod
     other = type("Trainer", (), {"__module__": module})
     for trainer in (other(), type("Mine", (other,), {})()):
         with pytest.raises(
-            MisconfigurationException, match=r"Numbered is made for `lightning.pytorch`.* Change `import"
+            MisconfigurationException, match=r"Numbered needs a Trainer of `lightning.pytorch`.* Change `import"
         ):
             Numbered().trainer = trainer
 

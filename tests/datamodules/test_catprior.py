@@ -50,17 +50,17 @@ def test_test_images_are_shared_out_and_extra_ones_go_to_who_prefers_them(scenes
                 assert halves in ([1, 1], [2, 1])  # adapt, eval
 
 
-def test_iterations_draw_other_images_and_keep_preferences(scenes):
-    data = catprior(scenes, iterations=[1, 2])
-    pairs = [[data.user_files(f"user{k}-draw{j}", "store") for j in (1, 2)] for k in (1, 2, 3)]
+def test_allocation_seeds_draw_other_images_and_keep_preferences(scenes):
+    data = catprior(scenes, allocation_seeds=[1, 2])
+    pairs = [[data.user_files(f"user{k}-seed{j}", "store") for j in (1, 2)] for k in (1, 2, 3)]
     for kind in ("test", "extra"):
         first, second = ([of((*f.adapt, *f.eval), kind) for f in draw] for draw in zip(*pairs, strict=True))
         assert first != second
     for pair in pairs:
         preferred = [{n.partition("/")[0] for n in of((*f.adapt, *f.eval), "extra")} for f in pair]
         assert preferred[0] == preferred[1]
-    alone = catprior(scenes, iterations=[2])
-    assert [alone.user_files(k, 1) for k in range(3)] == [data.user_files(f"user{k}-draw2", 1) for k in (1, 2, 3)]
+    alone = catprior(scenes, allocation_seeds=[2])
+    assert [alone.user_files(k, 1) for k in range(3)] == [data.user_files(f"user{k}-seed2", 1) for k in (1, 2, 3)]
     assert alone.server_files(1) == data.server_files(1) == catprior(scenes).server_files(1)
 
 
@@ -80,9 +80,9 @@ def test_preferences_are_drawn_by_their_own_seed(scenes):
 
 
 def test_what_makes_a_user_different(scenes):
-    data = catprior(scenes, iterations=[1, 2], tasks=["home", "store"])
+    data = catprior(scenes, allocation_seeds=[1, 2], tasks=["home", "store"])
     first = data.preferences()[0]
-    assert data.about_user("user1-draw2") == f"home: {', '.join(first['home'])}; store: {', '.join(first['store'])}"
+    assert data.about_user("user1-seed2") == f"home: {', '.join(first['home'])}; store: {', '.join(first['store'])}"
 
 
 def test_preferences_of_a_file(scenes, tmp_path):
@@ -111,7 +111,7 @@ def test_too_few_extra_images_are_refused_before_anything_is_decoded(scenes, tmp
     catprior(scenes, **options, extra_images=3).prepare_data()
     data = catprior(scenes, **options, extra_images=4)
     with pytest.raises(
-        MisconfigurationException, match=r"'attic': wanted by 3 user\(s\) × 4 = 12, there are 9; 'gym'.*at most 3"
+        MisconfigurationException, match=r"'attic': 3 user\(s\) × 4 = 12, there are 9; 'gym'.*at most 3"
     ):
         data.prepare_data()
     with pytest.raises(MisconfigurationException, match=r"9 shares of 4 extra"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pl_personalize.datamodules import ImageRows, LabelledImages
-from pl_personalize.datamodules.base import concatenate, random_split
 from pl_personalize.datamodules.image_rows import join
+from pl_personalize.datamodules.labelled_images import concatenate, random_split
 
 FIRST, SECOND = torch.arange(6).view(6, 1, 1, 1), torch.arange(100, 104).view(4, 1, 1, 1)
 
@@ -43,7 +43,7 @@ def test_a_common_pool_stays_one():
 
 
 def test_different_sizes_are_refused():
-    with pytest.raises(ValueError, match="images of one size and type"):
+    with pytest.raises(ValueError, match="one image shape and dtype"):
         ImageRows([FIRST, torch.zeros(2, 3, 1, 1)], torch.tensor([0]))
 
 
@@ -59,5 +59,5 @@ def test_sets_are_concatenated_and_divided_without_copies():
 
 
 def test_tensors_and_rows_do_not_mix():
-    with pytest.raises(TypeError, match="tensors, or of all ImageRows"):
+    with pytest.raises(TypeError, match="all tensors or all ImageRows"):
         concatenate([LabelledImages(FIRST, torch.arange(6)), LabelledImages(both(), torch.arange(5))])

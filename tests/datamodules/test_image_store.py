@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from pl_personalize.datamodules.image_files import crop_centre, read_rgb
+from pl_personalize.datamodules.image_files import center_square, read_rgb
 from pl_personalize.datamodules.image_store import ImageStore
 
 FILES = [f"{k}.png" for k in range(20)]
@@ -29,7 +29,7 @@ class Reader:
             raise self.error("broken")
         with self.lock:
             self.read.append(path.name)
-        return crop_centre(read_rgb(path), 4)
+        return center_square(read_rgb(path), 4)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_second_store_decodes_nothing(folder, cache):
 
 def test_a_file_is_named_after_what_it_depends_on(folder, cache):
     def names(*depends, size=4, files=FILES):
-        ImageStore(folder, size, cache).pool("some", files, lambda path: crop_centre(read_rgb(path), size), *depends)
+        ImageStore(folder, size, cache).pool("some", files, lambda path: center_square(read_rgb(path), size), *depends)
         return {path.name for path in cache.glob("*.npy")}
 
     seen = [names(), names("x"), names("y"), names("x", 1), names(size=5), names(files=FILES[:3])]
@@ -160,7 +160,9 @@ def test_a_damaged_file_is_written_anew(folder, cache, damage):
 
 def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MisconfigurationException, match=r"cannot be kept in cache_dir='.*/file': .* 0 MiB; choose"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Cannot store images in cache_dir='.*/file': .* 0 MiB; choose"
+    ):
         ImageStore(folder, 4, tmp_path / "file").pool("some", FILES, Reader())
 
 

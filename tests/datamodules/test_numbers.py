@@ -26,7 +26,7 @@ def test_each_source_is_a_user_named_after_it(data_dir):
     assert data.tasks == ("0-1", "2-3", "4-5", "6-7", "8-9")
 
 
-def test_images_are_standardised_as_in_the_protocol(data_dir):
+def test_images_are_normalized_as_in_the_protocol(data_dir):
     data = numbers(data_dir, max_per_source=None)
     mnist = torch.cat([split.images for split in data.user_split("mnist", "4-5")])
     photos = torch.cat([split.images for split in data.user_split("photos", "4-5")])
@@ -82,15 +82,13 @@ def test_splits_follow_from_the_split_seed(data_dir):
 def test_a_missing_collection_is_named_with_the_two_ways_to_get_it(tmp_path):
     data = NumbersDataModule(tmp_path, ["mnist"], task=0)
     with pytest.raises(
-        MisconfigurationException, match=r"'mnist' was looked for in .*MNIST/raw/train-.*download=True.*torchvision"
+        MisconfigurationException, match=r"'mnist' is not in .*MNIST/raw/train-.*download=True.*torchvision"
     ):
         data.setup("fit")
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(
-        MisconfigurationException, match=r"was looked for in .*/none, where there is no folder train and no"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"has no folder train and no folder test in .*/none"):
         NumbersDataModule(tmp_path, [str(tmp_path / "none")]).server_split(0)
 
 
@@ -109,5 +107,5 @@ def test_an_unreadable_image_is_named(data_dir):
 
 @pytest.mark.parametrize("sources", [[], ["mnist", "mnist"]])
 def test_sources_are_distinct(data_dir, sources):
-    with pytest.raises(MisconfigurationException, match="sources must be at least one"):
+    with pytest.raises(MisconfigurationException, match="sources must be one or more with different names"):
         NumbersDataModule(data_dir, sources)

@@ -13,7 +13,7 @@ from pl_personalize.datamodules.scene_allocation import (
     transprior_files,
 )
 from pl_personalize.datamodules.scene_folder import Pools, classes_of_tasks, read_supercategories
-from pl_personalize.datamodules.scene_preferences import draw_preferences, read_preferences
+from pl_personalize.datamodules.scene_preferences import read_preferences, sample_preferences
 
 TASKS = ("home", "leisure", "public", "store", "work")
 # Images of each class in the official list of test images, in alphabetical order; the other list has the rest of 100.
@@ -51,9 +51,9 @@ def test_an_image_that_is_in_two_pools_is_noticed():
     twice = dict(pools.extra)
     twice["bathroom"] = (*pools.test["bathroom"][:3], *twice["bathroom"])
     broken = pools._replace(extra=twice)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
         catprior_files(broken, CLASSES["home"], [("bathroom", "bedroom", "closet")] * 5, 70, 0)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' was given twice"):
+    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
         transprior_files(broken, ("bathroom",), len(twice["bathroom"]), 0)
 
 
@@ -136,7 +136,7 @@ def test_leftover_test_images_go_to_different_users():
     assert max(more) < 20  # not always the same
 
 
-def test_iterations_of_catprior_draw_anew_and_preferences_stay():
+def test_allocation_seeds_of_catprior_draw_anew_and_preferences_stay():
     first, second = (catprior_files(listing(), CLASSES["home"], preferred("home"), 70, 27, j) for j in (1, 2))
     for a, b in zip(first, second, strict=True):
         for kind in ("test", "extra"):
@@ -170,7 +170,7 @@ def test_users_of_transprior_have_the_sizes_of_the_protocol(task, evaluation, ad
     assert set(first[len(first) // 2 :]) <= set(found.adapt)
 
 
-def test_iterations_of_transprior_keep_the_test_images():
+def test_allocation_seeds_of_transprior_keep_the_test_images():
     first, second = (transprior_files(listing(), CLASSES["store"], 1000, 27, j) for j in (1, 2))
     for a, b in zip(first, second, strict=True):
         assert set(of(a, "test")) == set(of(b, "test"))
@@ -195,7 +195,7 @@ def test_the_papers_preferences_need_350_images_of_the_casino():
     check_catprior(listing(350), FOUR, stored, 70)
     with pytest.raises(
         MisconfigurationException,
-        match=r"'casino': wanted by 5 user\(s\) × 70 = 350, there are 349\. .*extra_images= \(at most 69 ",
+        match=r"'casino': 5 user\(s\) × 70 = 350, there are 349\. .*extra_images= \(at most 69 ",
     ):
         check_catprior(listing({"casino": 349}), FOUR, stored, 70)
 
@@ -206,10 +206,11 @@ def test_all_classes_with_too_few_are_named_at_once():
 
 
 def test_more_users_than_test_images_are_refused():
-    drawn = draw_preferences(listing(2000).extra, FOUR, 9, 3, 70, 1)
+    drawn = sample_preferences(listing(2000).extra, FOUR, 9, 3, 70, 1)
     check_catprior(listing(2000), FOUR, drawn[:8], 70)
     with pytest.raises(
-        MisconfigurationException, match=r"Each of the 9 users .* makes 18; .* 'fastfood_restaurant' has 17\. .*num_"
+        MisconfigurationException,
+        match=r"Each of the 9 users .*, 18 in total; .* 'fastfood_restaurant' has 17\. .*num_",
     ):
         check_catprior(listing(2000), FOUR, drawn, 70)
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.scene_preferences import draw_preferences, read_preferences
+from pl_personalize.datamodules.scene_preferences import read_preferences, sample_preferences
 
 CLASSES = {"home": ("attic", "bath", "cellar"), "store": ("deli", "mall")}
 
@@ -42,7 +42,7 @@ def test_users_are_found_by_name(tmp_path, prefix):
 
 @pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"], ["1", "user1"], ["user2", "ann"], ["User1", "3"]])
 def test_names_that_leave_open_who_is_who_are_refused(tmp_path, names):
-    with pytest.raises(MisconfigurationException, match=f"must call its users user1, .*; got {', '.join(names)}"):
+    with pytest.raises(MisconfigurationException, match=f"must name its users user1, .*; got {', '.join(names)}"):
         read_preferences(stored(tmp_path, dict.fromkeys(names, ANN)), CLASSES, 2, 2)
 
 
@@ -55,7 +55,7 @@ def test_a_byte_order_mark_does_not_matter(tmp_path):
     ("content", "message"),
     [
         ("[" * 100_000, "cannot be read from .*preferences.json"),
-        ({}, r"0 user\(s\), but num_users=1\. Give .*preferences=1"),
+        ({}, r"0 user\(s\), but num_users=1\. Pass .*preferences=1"),
         ({"ann": ANN | {"home": ["bath"]}}, r"user 'ann' prefers in 'home' \['bath'\], not 2 different classes"),
         ({"ann": ANN | {"home": ["bath", "bath"]}}, r"not 2 different classes \(preferred_classes=2\)"),
         ({"ann": {"home": ["bath", "attic"]}}, r"prefers in 'store' \[\], not 2 different"),
@@ -78,7 +78,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_drawn_preferences_follow_from_the_seed():
-    drawn = [draw_preferences(extra(), CLASSES, 6, 2, 10, seed) for seed in (1, 1, 2)]
+    drawn = [sample_preferences(extra(), CLASSES, 6, 2, 10, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     for chosen in drawn[0]:
         for task, scenes in chosen.items():
@@ -90,25 +90,25 @@ def test_drawn_preferences_follow_from_the_seed():
 @pytest.mark.parametrize("seed", range(20))
 def test_drawing_succeeds_whenever_it_is_possible(seed):
     """The attic has room for all, the other two together for one each: a careless draw would run into a dead end."""
-    drawn = draw_preferences(extra(attic=40, bath=20, cellar=20), CLASSES, 4, 2, 10, seed)
+    drawn = sample_preferences(extra(attic=40, bath=20, cellar=20), CLASSES, 4, 2, 10, seed)
     assert Counter(scene for chosen in drawn for scene in chosen["home"]) == {"attic": 4, "bath": 2, "cellar": 2}
 
 
 def test_drawing_is_refused_with_the_arithmetic():
     with pytest.raises(
         MisconfigurationException,
-        match=r"for .home.: 4 users × 2 preferred classes are 8 shares of 10 extra .* room for 7: they have 40, 20, 19",
+        match=r"for .home.: 4 users × 2 preferred classes need 8 shares of 10 extra .* room for 7, with 40, 20, 19",
     ):
-        draw_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
+        sample_preferences(extra(attic=40, bath=20, cellar=19), CLASSES, 4, 2, 10, 1)
 
 
 def test_a_class_cannot_be_preferred_twice_by_a_user():
     with pytest.raises(MisconfigurationException, match="1 users × 3 preferred classes"):
-        draw_preferences(extra(), CLASSES, 1, 3, 1, 1)
+        sample_preferences(extra(), CLASSES, 1, 3, 1, 1)
 
 
 def test_without_extra_images_any_class_may_be_preferred():
-    assert len(draw_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5
+    assert len(sample_preferences(extra(attic=0, bath=0, cellar=0), CLASSES, 5, 2, 0, 1)) == 5
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u200b"])
@@ -127,7 +127,7 @@ def test_a_class_or_task_that_is_written_otherwise_is_told_how_it_is_written(tmp
         read_preferences(path, CLASSES, 1, 2)
     path = stored(tmp_path, {"ann": {"Home": ANN["home"], "store": ANN["store"]}})
     with pytest.raises(
-        MisconfigurationException, match=r"prefers in 'home'.*it has 'Home', which is written otherwise"
+        MisconfigurationException, match=r"prefers in 'home'.*it has 'Home', which is spelled differently"
     ):
         read_preferences(path, CLASSES, 1, 2)
 
@@ -135,5 +135,5 @@ def test_a_class_or_task_that_is_written_otherwise_is_told_how_it_is_written(tmp
 @pytest.mark.parametrize("second", ["ann", "ann ", "\u00a0ann"])
 def test_a_name_that_is_there_twice_is_refused(tmp_path, second):
     content = json.dumps({"ann": ANN, "second": ANN}).replace("second", second)
-    with pytest.raises(MisconfigurationException, match="'ann' is there twice"):
+    with pytest.raises(MisconfigurationException, match="'ann' appears twice"):
         read_preferences(stored(tmp_path, content), CLASSES, 1, 2)

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torchvision.transforms.v2 import Normalize
 
-from pl_personalize.datamodules.scene_transforms import random_crops, standardise
+from pl_personalize.datamodules.scene_transforms import normalize, random_crops
 
 
 def noise(n=6, side=24) -> torch.Tensor:
     return torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_images_are_standardised_as_for_networks_of_imagenet():
+def test_images_are_normalized_as_for_networks_of_imagenet():
     images = noise()
     expected = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])(images / 255)
-    assert torch.allclose(standardise(images), expected, atol=1e-6)
+    assert torch.allclose(normalize(images), expected, atol=1e-6)
     assert images.dtype == torch.uint8
 
 

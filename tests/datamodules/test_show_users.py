@@ -48,7 +48,7 @@ def test_rows_and_images_say_whose_and_what_they_are(scenes, tmp_path, monkeypat
 
 
 def test_every_draw_is_a_row(scenes, tmp_path, drawn):
-    show_users(catprior(scenes, iterations=[1, 2]), tmp_path / "users.png", images_per_user=2)
+    show_users(catprior(scenes, allocation_seeds=[1, 2]), tmp_path / "users.png", images_per_user=2)
     assert len(drawn) == 6 * 2
 
 

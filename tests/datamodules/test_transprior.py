@@ -41,9 +41,9 @@ def test_test_images_are_divided_in_sorted_order(scenes):
     assert {name for name in of(files.eval, "test") if name.startswith("attic/")} == set(first[:3])
 
 
-def test_iterations_draw_other_extra_images(scenes):
-    data = transprior(scenes, iterations=[1, 2], num_users=1)
-    one, two = (data.user_files(f"user1-draw{j}", "home") for j in (1, 2))
+def test_allocation_seeds_draw_other_extra_images(scenes):
+    data = transprior(scenes, allocation_seeds=[1, 2], num_users=1)
+    one, two = (data.user_files(f"user1-seed{j}", "home") for j in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert of(a, "test") == of(b, "test")
         assert of(a, "extra") != of(b, "extra")
@@ -65,14 +65,14 @@ def test_users_see_their_distortion_of_the_resized_image(scenes, plain_distortio
 
 
 def test_an_image_is_distorted_once_and_looks_the_same_in_every_iteration(scenes, plain_distortions):
-    data = transprior(scenes, num_users=1, iterations=[1, 2])
+    data = transprior(scenes, num_users=1, allocation_seeds=[1, 2])
     looks = {}
     for user in data.users:
         for split, names in zip(data.user_split(user, 0), data.user_files(user, 0), strict=True):
             for image, name in zip(split.images[:], names, strict=True):
                 assert torch.equal(looks.setdefault(name, image), image)
     assert len(plain_distortions) == len(looks)
-    alone = transprior(scenes, num_users=3, iterations=[2])
+    alone = transprior(scenes, num_users=3, allocation_seeds=[2])
     for image, name in zip(alone.user_split(0, 0)[1].images[:], alone.user_files(0, 0).eval, strict=True):
         assert torch.equal(image, looks[name])
 
@@ -128,7 +128,7 @@ def test_distorted_images_are_kept_apart_on_disk(scenes, tmp_path, plain_distort
 
 
 def test_what_makes_a_user_different(scenes):
-    assert transprior(scenes, iterations=[1, 2]).about_user("user2-draw1") == "elastic"
+    assert transprior(scenes, allocation_seeds=[1, 2]).about_user("user2-seed1") == "elastic"
 
 
 def test_other_versions_decode_again(scenes, tmp_path, plain_distortions, monkeypatch):
@@ -160,10 +160,10 @@ def test_all_ten_distortions_work_on_small_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_users": 11}, "There are 10 distortions, one for each user; got num_users=11"),
+        ({"num_users": 11}, "num_users=11 is not supported: there are 10"),
         ({"severity": 0}, "severity must be 1, 2, 3, 4 or 5; got 0"),
         ({"severity": 6}, "severity must be 1, 2"),
-        ({"severity": 2.5}, r"severity must be a whole number; got 2\.5"),
+        ({"severity": 2.5}, r"severity must be an integer; got 2\.5"),
         ({"distort_at": "cropped"}, "must be 'resized' or 'reference'; got 'cropped'"),
     ],
 )
@@ -197,5 +197,5 @@ def test_a_package_that_distortions_need_is_asked_for_at_the_start(scenes, monke
 
     monkeypatch.setattr("pl_personalize.datamodules.distortions.distort", distort)
     transprior(scenes, num_users=1).prepare_data()
-    with pytest.raises(MisconfigurationException, match=f"'{DISTORTIONS[1]}' cannot be made: .*pip install x"):
+    with pytest.raises(MisconfigurationException, match=f"'{DISTORTIONS[1]}' is not available: .*pip install x"):
         transprior(scenes).prepare_data()

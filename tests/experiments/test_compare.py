@@ -42,7 +42,7 @@ def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
 
 def test_tables_without_a_method_in_common_are_refused(tmp_path, monkeypatch):
     ours = table(tmp_path / "results.csv", {"Experts": [99.0, 98.0]})
-    with pytest.raises(SystemExit, match="have no method in common, of which the first has two seeds"):
+    with pytest.raises(SystemExit, match="has no method with two seeds or more that is also in"):
         compare(monkeypatch, ours, REFERENCE)
     other = write_csv(tmp_path / "other.csv", [ResultRow("Digits", "MLP", "MAS-IMM", "none", "all", 1, 90.0, 0.5)])
     with pytest.raises(SystemExit, match=r"other\.csv is of Digits, and .*code\.csv of Numbers"):

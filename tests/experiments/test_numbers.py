@@ -101,7 +101,7 @@ def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, globa
     run_here(monkeypatch, "numbers.py", *SMALL[:2], *options, *network, "--output_dir", folder)
     capsys.readouterr()
     study = ["--run_dir", folder, "--method", "mean-IMM", "--images", "[2, 1000]", "--batch_sizes", "[3]"]
-    run_here(monkeypatch, "batchnorm_study.py", *study, "--draws", "2")
+    run_here(monkeypatch, "batchnorm_study.py", *study, "--repeats", "2")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
     assert {"2", "all", "3"} <= set(rows)
@@ -252,13 +252,13 @@ def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch, capsys, g
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sources", "[svhn]"], "The data set 'svhn' was looked for in"),
-        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' was looked for in"),
+        (["--sources", "[svhn]"], "The data set 'svhn' is not in"),
+        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' has no folder train"),
         (["--sources", "[mnist]", "--max_per_source", "0"], "max_per_source"),
         (["--sources", "[]"], "sources must be at least one"),
-        (["--backbone", "cnn-bn"], "There is no network 'cnn-bn'; did you mean cnn_bn"),
+        (["--backbone", "cnn-bn"], "Unknown network 'cnn-bn'; did you mean cnn_bn"),
         (["--backbone", "alexnet"], "alexnet takes no images of 28×28 pixels"),
-        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "weights='nowhere.pth' is no file"),
+        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "weights='nowhere.pth' is neither a file"),
         (["--backbone", "resnet18", "--hidden", "[8]"], "hidden is for the backbone mlp alone"),
         (["--image_size", "64"], "weights and image_size are for networks of torchvision and timm; got None and 64"),
     ],

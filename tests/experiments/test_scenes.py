@@ -16,7 +16,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = sorted(
     path.name for prefix in ("catprior", "transprior") for path in (EXPERIMENTS / "configs").glob(f"{prefix}-*.yaml")
 )
-SMALL = ["--image_size", "32", "--iterations", "[1]", "--num_users", "2", "--training.epochs", "1"]
+SMALL = ["--image_size", "32", "--allocation_seeds", "[1]", "--num_users", "2", "--training.epochs", "1"]
 SMALL += [
     "--tasks",
     "[home, leisure]",
@@ -82,10 +82,10 @@ def test_every_configuration_of_scenes_runs(name, folder, tmp_path, monkeypatch,
 
 
 def test_iterations_are_users_of_their_own(folder, tmp_path, monkeypatch, capsys, global_state):
-    options = [*data_options(folder, "CatPrior"), "--iterations", "[1, 2]", "--backbone", PLAIN, "--seeds", "1"]
+    options = [*data_options(folder, "CatPrior"), "--allocation_seeds", "[1, 2]", "--backbone", PLAIN, "--seeds", "1"]
     run_here(monkeypatch, "catprior.py", *options, "--methods", "[mean-IMM]", "--output_dir", tmp_path / "run")
 
-    users = ["user1-draw1", "user1-draw2", "user2-draw1", "user2-draw2"]
+    users = ["user1-seed1", "user1-seed2", "user2-seed1", "user2-seed2"]
     assert [row["user"] for row in results(tmp_path / "run")] == [*users, "all"]
     assert len(list((tmp_path / "run" / "checkpoints").glob("**/*.safetensors"))) == 2
 

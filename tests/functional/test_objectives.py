@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pl_personalize.functional.objectives import (
+    draw_labels,
     expected_fisher_cotangents,
     fisher_cotangents,
     label_cotangent,
     mas_cotangent,
-    sample_labels,
 )
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [-40.0, 30.0, 2.0], [3.0, 1.0, -1.0]], dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_expected_fisher_squares_sum_to_the_expectation_over_classes():
 
 
 def test_fisher_squares_sum_to_the_mean_over_draws():
-    labels = sample_labels(LOGITS, 5, torch.Generator().manual_seed(4))
+    labels = draw_labels(LOGITS.softmax(1), 5, torch.Generator().manual_seed(4))
     right = sum(label_cotangent(LOGITS, labels[:, k]).square() for k in range(5)) / 5
 
     directions = list(fisher_cotangents(LOGITS, 5, torch.Generator().manual_seed(4)))
@@ -80,7 +80,7 @@ def test_fisher_squares_sum_to_the_mean_over_draws():
 def test_sampled_labels_follow_the_softmax():
     draws = 20_000
 
-    labels = sample_labels(LOGITS, draws, torch.Generator().manual_seed(1))
+    labels = draw_labels(LOGITS.softmax(1), draws, torch.Generator().manual_seed(1))
 
     assert labels.shape == (4, draws)
     shares = torch.stack([(labels == c).double().mean(1) for c in range(3)], dim=1)
@@ -90,7 +90,7 @@ def test_sampled_labels_follow_the_softmax():
 def test_sampled_labels_come_from_the_generator_alone():
     state = torch.get_rng_state()
 
-    first, again, other = (sample_labels(LOGITS, 50, torch.Generator().manual_seed(s)) for s in (7, 7, 8))
+    first, again, other = (draw_labels(LOGITS.softmax(1), 50, torch.Generator().manual_seed(s)) for s in (7, 7, 8))
 
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -101,7 +101,10 @@ def test_sampled_labels_come_from_the_global_generator_by_default():
     with torch.random.fork_rng():
         torch.manual_seed(7)
 
-        assert torch.equal(sample_labels(LOGITS, 50, None), sample_labels(LOGITS, 50, torch.Generator().manual_seed(7)))
+        assert torch.equal(
+            draw_labels(LOGITS.softmax(1), 50, None),
+            draw_labels(LOGITS.softmax(1), 50, torch.Generator().manual_seed(7)),
+        )
 
 
 MAPS = torch.randn(2, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -121,7 +124,7 @@ def test_label_cotangent_of_maps_is_that_of_the_sum_over_counted_positions():
 
 
 def test_labels_of_maps_follow_the_softmax_of_each_position():
-    labels = sample_labels(MAPS, 20_000, torch.Generator().manual_seed(1))
+    labels = draw_labels(MAPS.softmax(1), 20_000, torch.Generator().manual_seed(1))
 
     assert labels.shape == (2, 2, 4, 20_000)
     shares = torch.stack([(labels == c).double().mean(-1) for c in range(3)], dim=1)

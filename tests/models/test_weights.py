@@ -32,11 +32,11 @@ def write(folder, state, kind="pth"):
     if kind == "safetensors":
         save_file(dict(state), path)
     else:
-        torch.save(state, path)
+        torch.save({"state_dict": state} if kind == "ckpt" else state, path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize("kind", ["pth", "ckpt", "safetensors"])
 @pytest.mark.parametrize("classes", [3, 5])
 def test_weights_of_a_file(published, tmp_path, kind, classes):
     path = write(tmp_path, published, kind)
@@ -70,9 +70,11 @@ def without(state, name):
         (lambda s: without(s, "features.0.bias") | {"other": X}, "missing: features.0.bias; unexpected: other"),
         (lambda s: s | {"features.0.bias": torch.zeros(7)}, r"of another shape: features.0.bias \(7,\) instead of"),
         (lambda s: {f"module.{n}": v for n, v in s.items()}, r"missing: .* 45 more; unexpected: module.* 47 more"),
-        (lambda s: {"state_dict": s}, "is no state dict, .* it is a dict with the entries state_dict"),
-        (lambda s: [X], "is no state dict, .* it is list"),
-        (lambda s: nn.Linear(2, 2), "cannot be read as a state dict"),  # would run code
+        (lambda s: s | {"epoch": 3}, r"Entries unexpected: epoch\.$"),
+        (lambda s: s | {"features.0.bias": 1.0}, r"of another shape: features.0.bias float instead of \(64,\)"),
+        (lambda s: {"model": s}, "holds no tensors but the entries model"),
+        (lambda s: [X], "an object of the class list, not a state dict"),
+        (lambda s: nn.Linear(2, 2), "of the class torch.nn.modules.linear.Linear, not a state dict"),  # would run code
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit(published, tmp_path, change, message):
@@ -86,7 +88,7 @@ def test_a_file_that_does_not_fit(published, tmp_path, change, message):
 def test_a_file_that_is_broken(published, tmp_path, kind):
     path = write(tmp_path, published, kind)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ArtifactError, match="cannot be read as a state dict"):
+    with pytest.raises(ArtifactError, match=r"cannot be read|is not a readable"):
         backbone(NAME, 3, weights=path)
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ArtifactError, match=re.escape(str(path))):
@@ -94,7 +96,7 @@ def test_a_file_that_is_broken(published, tmp_path, kind):
 
 
 def test_weights_that_are_nowhere(tmp_path):
-    message = r"weights='nowhere.pth' is no file, and torchvision's squeezenet1_1 has .* IMAGENET1K_V1"
+    message = r"weights='nowhere.pth' is neither a file nor .* torchvision's squeezenet1_1, .* IMAGENET1K_V1"
     with pytest.raises(ValueError, match=message):
         backbone(NAME, 3, weights="nowhere.pth")
 

@@ -365,7 +365,7 @@ def test_experts_in_files_of_other_formats(tmp_path, write):
 
 def test_a_file_without_a_state_dict_is_named(tmp_path):
     torch.save(EXPERTS[0], tmp_path / "model.pt")
-    with pytest.raises(ArtifactError, match=r"model\.pt holds an object of the class .*TaskNetwork, and no state dict"):
+    with pytest.raises(ArtifactError, match=r"model\.pt holds an object of the class .*TaskNetwork, not a state dict"):
         merges([tmp_path / "model.pt", *STATES[1:]])
 
 

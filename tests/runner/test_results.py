@@ -132,9 +132,21 @@ def fits(figure):
 LONG = "A benchmark of a rather long name, timm:tf_efficientnet_lite0"
 
 
-@pytest.mark.parametrize("adaptations", [["none"], ["last", "average", "expert", "recalibrate", "AdaBN", "AdaBN-S"]])
-@pytest.mark.parametrize("methods", [["MAS-RACL"], ["MAS-RACL", "FIM-RACL", "MAS-IMM", "FIM-IMM", "LwF", "FT"]])
-@pytest.mark.parametrize("num_users", [1, 9, 50])
+MANY_METHODS = ["MAS-RACL", "FIM-RACL", "MAS-IMM", "FIM-IMM", "LwF", "FT"]
+MANY_ADAPTATIONS = ["last", "average", "expert", "recalibrate", "AdaBN", "AdaBN-S"]
+
+
+@pytest.mark.parametrize(
+    ("num_users", "methods", "adaptations"),
+    [
+        (1, ["MAS-RACL"], ["none"]),
+        (9, ["MAS-RACL"], ["none"]),
+        (9, MANY_METHODS, ["none"]),
+        (50, MANY_METHODS, ["none"]),
+        (1, ["MAS-RACL"], MANY_ADAPTATIONS),
+        (50, MANY_METHODS, MANY_ADAPTATIONS),
+    ],
+)
 def test_bars_and_their_legend_are_not_cut_off(tmp_path, figures, adaptations, methods, num_users):
     rows = [
         result_row(MATRIX, method=m, user=f"user{k}", seed=1, adaptation=a, **NAMES)

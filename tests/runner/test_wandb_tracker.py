@@ -99,10 +99,12 @@ def test_importances_are_histograms_over_tasks_and_a_table(run):
     assert (row["parameter"], row["owner"], row["num_samples"]) == ("a.weight", "server", 7)
 
 
-def test_nothing_but_zeros_and_equal_values_are_no_obstacle(tmp_path, global_state):
+def test_histograms_of_zeros_and_of_almost_equal_values(tmp_path, global_state):
     follow = tracker(tmp_path)
     follow.log_importance("server", 1, Importance({"w": torch.zeros(3)}, kind="mas", num_samples=1))
-    follow.log_importance("server", 2, Importance({"w": torch.full((3,), 10.0)}, kind="mas", num_samples=1))
+    follow.log_importance(
+        "server", 2, Importance({"w": torch.tensor([10.0, 10.0, 10.000001])}, kind="mas", num_samples=1)
+    )
     folder = follow.folder
     follow.finish()
     ((task, histogram),) = read_run(folder).curve("importance/mas/server")

@@ -1,0 +1,219 @@
+"""Base class for adaptations, and what each is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.models import TaskNetwork
+
+Entries = dict[str, Tensor]
+"""Entries of a network that replace its own, by their names in it: ``body.…`` and ``head.…``."""
+Reads = Literal["nothing", "server", "unlabelled", "labelled"]
+
+
+class Device(Protocol):
+    """A user's device: the images of one task, and the means to compute on them."""
+
+    @property
+    def user(self) -> str | None:
+        """Name of the user."""
+
+    def images(self) -> Iterable[Any]:
+        """Batches of the user's unlabelled ``adapt`` images."""
+
+    def labelled_images(self, seed: int) -> Iterable[Any]:
+        """Batches of the same images with labels, in an order that follows from the seed."""
+
+    def server_images(self) -> Iterable[Any]:
+        """Batches of the server's validation images, which only the server can read."""
+
+    def as_input(self, batch: Any) -> Any:
+        """The network's input in a batch, in the precision of the run."""
+
+    def train(
+        self,
+        network: TaskNetwork,
+        *,
+        epochs: int,
+        lr: float,
+        seed: int,
+        model: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Train a network in place on :meth:`labelled_images`, by SGD with momentum 0.9 on the cross-entropy.
+
+        Args:
+            network: The network.
+            epochs: Number of epochs.
+            lr: Learning rate.
+            seed: Seed of the order of the images, and of random layers.
+            model: Number of the model, from 0, which metrics are logged for.
+            callbacks: Callbacks of the Trainer.
+
+        Raises:
+            MisconfigurationException: If there is no means to train here, or the training diverges.
+        """
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the server sent along with the model after task t, for its use on task i.
+
+    Attributes:
+        model: t, from 0.
+        task: i, from 0; at most t.
+        seed: Seed of the run.
+        experts: The bodies of experts 1..t that a merge was made of; empty for a model that is no merge.
+        weights: Their weights in the merge; ``None`` if they are equal.
+        bodies: The body of each model, also of earlier ones; read when needed.
+    """
+
+    model: int
+    task: int
+    seed: int = 0
+    experts: Sequence[Mapping[str, Tensor]] = ()
+    weights: Sequence[float] | None = None
+    bodies: Sequence[Mapping[str, Tensor]] = ()
+
+
+@dataclass(frozen=True)
+class Adaptation(ABC):
+    """Base class for adaptations: what a device does with a model before it uses the model on a task.
+
+    A subclass is a frozen dataclass whose fields are its options. It implements :meth:`adapt` and sets the class
+    attributes; a user of the library registers it with ``ADAPTATIONS.register``. Adaptations compose in sequence, as
+    in ``"recalibrate+AdaBN"``.
+
+    Attributes:
+        name: Name in options, stages, tables and figures.
+        text: One line for the legend of a table: what it does.
+        reference: Paper or section that describes it.
+        reads: The data it uses: ``"nothing"``, the ``"server"``'s validation images, or the user's ``"unlabelled"`` or
+            ``"labelled"`` images.
+        merges_only: Whether it needs the experts of a merge.
+        needs_batchnorm: Whether it does nothing to a network without batch norm.
+        needs_earlier_models: Whether it reads the models after earlier tasks.
+        trains: Whether it trains; then only the models and tasks that average accuracy and forgetting need are adapted.
+    """
+
+    name: ClassVar[str]
+    text: ClassVar[str]
+    reference: ClassVar[str] = ""
+    reads: ClassVar[Reads] = "nothing"
+    merges_only: ClassVar[bool] = False
+    needs_batchnorm: ClassVar[bool] = False
+    needs_earlier_models: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+
+    @abstractmethod
+    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
+        """The entries to replace in the network for one task.
+
+        Args:
+            network: The model, on the device that computes. It may be changed; the caller discards it.
+            device: The user's images of the task, and the means to compute on them.
+            received: What the server sent along.
+
+        Raises:
+            ValueError: If the data do not allow it; the message says why.
+        """
+
+    def why_not(self, network: TaskNetwork) -> str | None:
+        """Why it does not apply to a network; ``None`` if it does."""
+        if self.needs_batchnorm and not batchnorm_layers(network.body):
+            return "needs a network with batch norm"
+        return None
+
+
+@dataclass(frozen=True)
+class AdaptationSequence:
+    """One adaptation, or several that are applied one after the other.
+
+    Attributes:
+        steps: The adaptations.
+    """
+
+    steps: tuple[Adaptation, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of the steps, joined by ``+``."""
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def text(self) -> str:
+        """What the steps do."""
+        return ", then ".join(step.text for step in self.steps)
+
+    @property
+    def merges_only(self) -> bool:
+        """Whether a step needs the experts of a merge."""
+        return any(step.merges_only for step in self.steps)
+
+    @property
+    def needs_earlier_models(self) -> bool:
+        """Whether a step reads the models after earlier tasks."""
+        return any(step.needs_earlier_models for step in self.steps)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step trains."""
+        return any(step.trains for step in self.steps)
+
+    @property
+    def personal(self) -> bool:
+        """Whether its result differs between users."""
+        return any(step.reads in ("unlabelled", "labelled") for step in self.steps)
+
+    def why_not(self, network: TaskNetwork) -> str | None:
+        """Why it does not apply to a network; ``None`` if it does."""
+        return next((f"{s.name!r} {why}" for s in self.steps if (why := s.why_not(network)) is not None), None)
+
+    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
+        """The entries that the steps replace together; the network is left with them.
+
+        Raises:
+            MisconfigurationException: If a step cannot be done with these data.
+        """
+        found: Entries = {}
+        for step in self.steps:
+            try:
+                with torch.inference_mode(False):
+                    entries = step.adapt(network, device, received)
+                    load_entries(network, entries)
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"The adaptation {step.name!r} failed on task {received.task + 1}: {error}"
+                ) from error
+            found |= {name: value.detach().clone() for name, value in entries.items()}
+        return found
+
+
+def load_entries(network: nn.Module, entries: Mapping[str, Tensor]) -> None:
+    """Copy entries into the parameters and buffers of a network.
+
+    Raises:
+        ValueError: If the network has no entry of that name and shape.
+    """
+    own = network.state_dict()
+    for name, value in entries.items():
+        if name not in own or own[name].shape != value.shape:
+            found = f"is {tuple(own[name].shape)} there" if name in own else "is not there"
+            raise ValueError(f"The entry {name!r} of shape {tuple(value.shape)} {found}.")
+    with torch.no_grad():
+        for name, value in entries.items():
+            own[name].copy_(value)
+
+
+def option_names(adaptation: type[Adaptation]) -> list[str]:
+    """Names of the options of an adaptation."""
+    return [field.name for field in fields(adaptation)]

@@ -1,0 +1,31 @@
+"""Checks of options."""
+
+from __future__ import annotations
+
+from math import inf
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def check_option(option: str, value: float | str, *, least: float = 0, exclusive: bool = False) -> None:
+    """Refuse a value that is no finite number in a range.
+
+    Args:
+        option: What the option is called in the message.
+        value: Its value.
+        least: The lower end of the range.
+        exclusive: Whether the lower end itself is refused.
+
+    Raises:
+        MisconfigurationException: With the name of the option, its value and the range.
+
+    Example:
+        >>> check_option("lr", 0.1, exclusive=True)
+        >>> check_option("epochs", 0, least=1)
+        Traceback (most recent call last):
+        lightning.fabric.utilities.exceptions.MisconfigurationException: epochs must be 1 or more; got 0.
+    """
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -inf
+    if not ((least < number if exclusive else least <= number) and number < inf):
+        range_ = "positive" if exclusive and least == 0 else f"{least:g} or more"
+        raise MisconfigurationException(f"{option} must be {range_}; got {value!r}.")
