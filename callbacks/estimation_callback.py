@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from typing_extensions import override
 
 from pl_personalize.callbacks.data_source import DataSource, Stage
@@ -29,23 +30,25 @@ from pl_personalize.callbacks.result_slot import ResultSlot
 class EstimationCallback(Callback):
     """Reads data, estimates something and writes the result to a file that other processes can find.
 
-    Subclasses define :attr:`folder`, :meth:`check_module` and :meth:`estimate`.
+    Subclasses define :attr:`folder`, :attr:`default_filename`, :meth:`check_module` and :meth:`estimate`.
     """
 
     folder: ClassVar[str]
     """Default folder of the files, below the logger's folder."""
+    default_filename: str
+    """Default name of the file, without extension."""
     reads_again: ClassVar[bool] = False
     """Whether the data of a pass are read more than once, so that the batches of an iterator must be kept."""
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
-        weights: Literal["best", "last"],
-        module: str | None,
-        forward: Any,
-        dirpath: str | os.PathLike[str] | None,
-        filename: str,
+        weights: Literal["best", "last"] = "best",
+        module: str | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
     ) -> None:
         super().__init__()
         with naming_errors(self):
@@ -54,7 +57,7 @@ class EstimationCallback(Callback):
             raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
         self.dataloader, self.weights, self.module, self.forward = dataloader, weights, module, forward
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.filename = filename
+        self.filename = filename or self.default_filename
         self._slot = ResultSlot()
         self._result: Any = None
         self._mark: str | None = None  # the run that produced the result
@@ -224,12 +227,10 @@ class EstimationCallback(Callback):
         if trainer.is_global_zero:
             path = self.resolve_path(trainer)
             there = next(parent for parent in path.parents if os.path.exists(parent))
-            if not os.path.isdir(there):
-                problem = f"{path}: {there} is no folder"
-            elif os.path.isdir(path):
+            if os.path.isdir(path):
                 problem = f"{path}: it is a folder"
-            elif not os.access(there, os.W_OK | os.X_OK):
-                problem = f"{path}: {there} is not writable"
+            elif not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+                problem = f"{path}: {there} is not a writable folder"
         if problem := trainer.strategy.broadcast(problem):
             raise MisconfigurationException(f"{type(self).__name__} cannot write {problem}. Set dirpath=.")
 

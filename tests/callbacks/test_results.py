@@ -143,13 +143,13 @@ def test_a_trial_run_leaves_the_file_of_a_real_one(tmp_path, make, run, dirpath)
 def test_a_folder_that_cannot_be_is_refused_before_the_run(tmp_path, make, run, folder):
     (tmp_path / "taken").write_text("a file")
     trainer = quiet_trainer(tmp_path, make(dirpath=tmp_path / folder), NoTraining())
-    with pytest.raises(MisconfigurationException, match=r"cannot write .*taken is no folder.*dirpath="):
+    with pytest.raises(MisconfigurationException, match=r"cannot write .*taken is not a writable folder.*dirpath="):
         getattr(trainer, run)(Net(), in_order(Rows()))
 
 
 def test_a_folder_without_write_permission_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(MisconfigurationException, match="is not writable"):
+    with pytest.raises(MisconfigurationException, match="is not a writable folder"):
         quiet_trainer(tmp_path, MASImportance(), NoTraining()).fit(Net(), in_order(Rows()))
 
 
