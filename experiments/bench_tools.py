@@ -14,7 +14,7 @@ from torch import nn
 
 from pl_personalize.models import mlp
 from pl_personalize.runner.results import markdown_table
-from pl_personalize.runner.run_folder import check_writable
+from pl_personalize.stages.run_folder import check_writable
 
 TITLES = {
     "mlp": "MLP 100-100",
