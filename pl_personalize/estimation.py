@@ -144,14 +144,10 @@ def estimate_importance(
         rank_zero_warn(
             f"No gradient reached {some(unreached)} in any of {num_samples} samples, so their importances are "
             f"{floor:g}: the output did not depend on them (unused, detached, or cached from an earlier forward). If "
-            f"that is intended, pass exclude={_as_tuple(unreached)}."
+            f"that is intended, pass exclude=({', '.join(map(repr, unreached[:5]))}, {'...' * (len(unreached) > 5)})."
         )
     routes = sums.routes | dict.fromkeys(unreached, "none")
     return Importance(totals, kind=kind, num_samples=num_samples, reduction=reduction, routes=routes)
-
-
-def _as_tuple(names: Sequence[str]) -> str:
-    return f"({', '.join(map(repr, names[:5]))}, ...)" if len(names) > 5 else repr(tuple(names))
 
 
 def check_options(

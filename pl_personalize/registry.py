@@ -12,7 +12,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that it is registered by."""
+        """Name under which it is registered."""
 
 
 T = TypeVar("T", bound=Named)
@@ -22,11 +22,11 @@ class Registry(Mapping[str, T]):
     """Entries of one kind by name, in order of registration.
 
     Args:
-        kind: What an entry is called in messages, such as ``"merge rule"``.
-        entries: The entries to begin with.
+        kind: Name of the kind in messages, such as ``"merge rule"``.
+        entries: Initial entries.
 
     Raises:
-        ValueError: If two entries have one name.
+        ValueError: If two entries have the same name.
 
     Example:
         >>> from pathlib import Path
@@ -65,10 +65,7 @@ class Registry(Mapping[str, T]):
         """
         if name in self._entries:
             return self._entries[name]
-        by_lower = {one.lower(): one for one in self._entries}
-        close = get_close_matches(str(name).lower(), by_lower, n=1)
-        hint = f"; did you mean {by_lower[close[0]]!r}?" if close else "."
-        raise ValueError(f"Unknown {self.kind} {name!r}{hint} Known: {', '.join(self._entries)}.")
+        raise ValueError(f"Unknown {self.kind} {name!r}{did_you_mean(name, self)} Known: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
         return self._entries[name]
@@ -78,3 +75,15 @@ class Registry(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The middle of a message about an unknown name: the closest known name, or just a period.
+
+    Example:
+        >>> did_you_mean("ewc", ["EWC", "MAS"]), did_you_mean("something", ["EWC", "MAS"])
+        ("; did you mean 'EWC'?", '.')
+    """
+    by_lower = {one.lower(): one for one in known}
+    close = get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else "."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
@@ -86,7 +86,7 @@ class Received:
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(ABC):
     """Base class for adaptations: what a device does with a model before it uses the model on a task.
 
     A subclass is a frozen dataclass whose fields are its options. It implements :meth:`adapt` and sets the class

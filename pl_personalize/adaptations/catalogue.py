@@ -22,15 +22,15 @@ ADAPTATIONS: Registry[type[Adaptation]] = Registry(
 
 
 def find_adaptation(name: str, options: Mapping[str, Any] | None = None) -> AdaptationSequence:
-    """An adaptation by its name, or a sequence by names joined by ``+``.
+    """Find an adaptation by its name, or a sequence of them by names joined by ``+``.
 
     Args:
         name: Such as ``"AdaBN"`` or ``"recalibrate+AdaBN"``.
-        options: Options of the steps: by name of an adaptation its instance, or the options themselves, which every
-            step that has such an option takes.
+        options: Options of the steps by name; every step that has such an option takes it.
 
     Raises:
-        MisconfigurationException: If there is no such adaptation, or none of the steps has such an option.
+        MisconfigurationException: If there is no such adaptation, none of the steps has such an option, or a value is
+            out of range.
 
     Example:
         >>> find_adaptation("AdaBN", {"exact": True}).steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -51,7 +52,7 @@ class Unchanged(Adaptation):
 
 
 class _OfExperts(Adaptation):
-    """Base class: entries of the body, copied from what the server has."""
+    """Base class for adaptations that copy entries of the body from what the server has."""
 
     needs_batchnorm: ClassVar[bool] = True
 
@@ -59,9 +60,9 @@ class _OfExperts(Adaptation):
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
         return {f"body.{name}": value for name, value in self.of_body(network.body, received).items()}
 
+    @abstractmethod
     def of_body(self, body: nn.Module, received: Received) -> Mapping[str, Tensor]:
         """The entries by their names in the body."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
-from pl_personalize.adaptations.adaptation import Adaptation, Device, Entries, Reads, Received
+from pl_personalize.adaptations.adaptation import Adaptation, Device, Entries, Reads, Received, load_entries
 from pl_personalize.adaptations.expert_statistics import affine_names
 from pl_personalize.callbacks import AdaBNS
 from pl_personalize.checks import check_option
@@ -113,9 +113,7 @@ class AdaBNSupervised(AdaBN):
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
         statistics = super().adapt(network, device, received)
-        own = network.state_dict()
-        for name, value in statistics.items():
-            own[name].copy_(value)
+        load_entries(network, statistics)
         seed = derive_seed(received.seed, "AdaBN-S", received.model, received.task)
         device.train(
             network, epochs=self.epochs, lr=self.lr, seed=seed, model=received.model, callbacks=[AdaBNS("keep")]

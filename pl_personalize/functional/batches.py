@@ -80,10 +80,8 @@ Labels = Callable[[Any], Tensor] | int | str
 def batch_labels(batch: Any, labels: Labels | None = None) -> Tensor:
     """Labels of a batch.
 
-    Args:
-        batch: The batch.
-        labels: A function ``batch -> labels``, or an index, a key, or an attribute name. By default the second of two
-            items, or the entry of a dict named in ``LABEL_KEYS``.
+    ``labels`` is a function ``batch -> labels``, an index, a key, or an attribute name. By default, they are the second
+    of two items, or the entry of a dict named in ``LABEL_KEYS``.
 
     Raises:
         ValueError: If there are none, or several candidates.

@@ -44,8 +44,8 @@ class SequenceEvaluator(LightningModule):
             :data:`~pl_personalize.adaptations.ADAPTATIONS`: such as ``"last"``, each model's own batch-norm statistics;
             ``"recalibrate"``, re-estimated on the server's validation images (the datamodule's
             ``server_dataloader(task, split="val")``); ``"AdaBN"``, re-estimated on the user's unlabelled images
-            (``adapt_dataloader(task)``). Those that need batch norm are ignored for a network without it. Adaptations
-            that train cannot run inside a test.
+            (``adapt_dataloader(task)``). Steps that do not apply to the network are skipped, such as those that need
+            batch norm. Adaptations that train cannot run inside a test.
         bn_options: Options of the adaptation, such as ``{"exact": True}``.
         entries: Of model t on task i (both from 0), entries that replace those of the network (``body.…``,
             ``head.…``), such as those that an adaptation found earlier; then only these pairs are tested.
@@ -111,7 +111,7 @@ class SequenceEvaluator(LightningModule):
             raise MisconfigurationException(f"bn_policy={chosen.name!r} is for merges only; use it with MergeModule.")
         if chosen.trains:
             raise MisconfigurationException(
-                f"bn_policy={chosen.name!r} trains, which a test cannot do: train first, and pass the result as entries"
+                f"bn_policy={chosen.name!r} trains, which a test cannot do: train first, and pass entries."
             )
         if chosen.needs_earlier_models and self.models == "last":
             raise MisconfigurationException(
@@ -171,8 +171,10 @@ class SequenceEvaluator(LightningModule):
         states: Mapping[Cell, StateDict],
         seed: int = 0,
     ) -> dict[Cell, Entries]:
-        if adaptation.name in ("", "none") or adaptation.why_not(self.network) is not None:
+        steps = tuple(one for one in adaptation.steps if one.name != "none" and one.why_not(self.network) is None)
+        if not steps:
             return {}
+        adaptation = AdaptationSequence(steps)
         found: dict[Cell, Entries] = {}
         for (t, i), state in states.items():
             if adaptation.trains and t not in (i, self.num_tasks - 1):
@@ -245,7 +247,7 @@ class SequenceEvaluator(LightningModule):
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count what each model that has seen the loader's task predicts right."""
+        """Count the correct predictions of each model that has seen the loader's task."""
         x, y = batch
         for (t, i), state in self._states.items():
             if i == dataloader_idx:
@@ -254,7 +256,7 @@ class SequenceEvaluator(LightningModule):
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the matrix and what is said of it."""
+        """Log the matrix, the average accuracy and the forgetting."""
         matrix = self.accuracy.compute().cpu().view(self.num_tasks, self.num_tasks)  # torchmetrics squeezes a 1×1
         self.matrix = matrix
         results = {
@@ -284,7 +286,7 @@ def _resize_head(network: TaskNetwork, state: StateDict) -> None:
 
 
 class _TrainersDevice:
-    """The data of the Trainer's datamodule, as a device that adapts during a test sees them."""
+    """The data of the Trainer's datamodule, for adaptations during a test."""
 
     def __init__(self, module: LightningModule, adaptation: AdaptationSequence, task: int) -> None:
         self._trainer, self._name, self._task = module.trainer, adaptation.name, task

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +18,7 @@ from pl_personalize.datamodules.base import whole
 from pl_personalize.methods import METHODS, Family, Method
 from pl_personalize.models import TaskNetwork
 from pl_personalize.models.network_options import NetworkOptions
+from pl_personalize.registry import did_you_mean
 from pl_personalize.runner.options import ArtifactName, LoggerName, TestedModels, WandbOptions
 from pl_personalize.runner.paper import PaperResult
 from pl_personalize.runner.results import ALL_USERS
@@ -143,9 +143,11 @@ class Experiment:
             if len(listed) < least or len(set(listed)) != len(listed):
                 what = "at least one, and each once" if least else "each once"
                 raise MisconfigurationException(f"{name} must be {what}; got {listed}.")
+        methods = [name.split("+") for name in self.methods]
         known: list[tuple[str, Sequence[str], Sequence[str]]] = [
             ("models", [self.models], get_args(TestedModels)),
-            ("methods", [name.partition("+")[0] for name in self.methods], list(METHODS)),
+            ("methods", [method for method, *_ in methods], list(METHODS)),
+            ("methods", [pinned for _, *adaptations in methods for pinned in adaptations], list(ADAPTATIONS)),
             ("adaptations", [part for name in self.adaptations or () for part in name.split("+")], list(ADAPTATIONS)),
             ("loggers", self.loggers, get_args(LoggerName)),
             ("wandb.artifacts", self.wandb.artifacts, get_args(ArtifactName)),
@@ -153,11 +155,9 @@ class Experiment:
         ]
         for option, chosen, there in known:
             if unknown := [one for one in chosen if one not in there]:
-                by_lower = {name.lower(): name for name in there}
-                close = get_close_matches(unknown[0].lower(), by_lower, n=1)
-                meant = f"; did you mean {by_lower[close[0]]}?" if close else "."
+                hint = did_you_mean(unknown[0], there)
                 raise MisconfigurationException(
-                    f"{option}: there is no {unknown[0]!r}{meant} There are {', '.join(there)}."
+                    f"{option}: there is no {unknown[0]!r}{hint} There are {', '.join(there)}."
                 )
         if reserved := [user for user in self.data.users if user in _RESERVED_USERS or Path(user).name != user]:
             raise MisconfigurationException(
@@ -231,7 +231,7 @@ class Experiment:
                     f"None of the adaptations {[v.adaptation for v in wanted]} applies to {method}, which is no merge; "
                     "add 'last', or leave the method out."
                 )
-            found += fitting
+            found += [variant for variant in fitting if variant not in found]
         for variant in found:
             sequence = self.sequence(variant)
             if (why := sequence.why_not(network)) is not None:
@@ -243,17 +243,15 @@ class Experiment:
                 )
         return found
 
-    def decisive_options(self, variants: Sequence[Variant]) -> dict[str, Any]:
-        """The options that results depend on, as plain JSON values."""
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that results depend on, as plain JSON values, whichever methods and adaptations are chosen."""
         network = {"network": asdict(self.network)} if isinstance(self.network, NetworkOptions) else {}
         trainer = asdict(self.trainer)
         del trainer["enable_progress_bar"], trainer["log_every_n_steps"]
         found: dict[str, Any] = {"benchmark": self.benchmark, "backbone": self.backbone, "models": self.models}
         found |= {"data": self.data.decisive_options()} | network | dict(self.options)
         found |= {"training": asdict(self.training), "importance": asdict(self.importance), "trainer": trainer}
-        found["method"] = asdict(self.method)
-        if any(variant.adaptation != "none" or METHODS[variant.method].then for variant in variants):
-            found["adaptation"] = asdict(self.adaptation)
+        found |= {"method": asdict(self.method), "adaptation": asdict(self.adaptation)}
         plain: dict[str, Any] = json.loads(json.dumps(_flat(found)))
         return plain
 

@@ -17,11 +17,12 @@ class WandbOptions:
 
     Attributes:
         mode: ``offline`` writes to the run's folder and sends nothing; ``online`` sends; ``disabled`` does neither.
-        project: Name of the project.
-        entity: User or team, by default your own.
-        group: What the runs of this call have in common, by default the benchmark and the name of the run's folder.
-        artifacts: What is stored with the run: ``experts``, ``importances``, ``merged``; by default nothing.
-        images_of: Users of whose images some are shown in the run; by default nobody's leave this machine.
+        project: The project.
+        entity: User or team; by default your own.
+        group: Group of the runs of this call; by default the benchmark and the name of the run's folder.
+        artifacts: Files that are uploaded with the run: ``experts``, ``importances``, ``merged``, ``adapted``; by
+            default none.
+        images_of: Users of whom some images are logged; by default none, so that no image leaves this machine.
     """
 
     mode: Literal["offline", "online", "disabled"] = "offline"

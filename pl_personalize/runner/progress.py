@@ -13,8 +13,6 @@ from tqdm.auto import tqdm
 
 from pl_personalize.stages.work import Work
 
-_SECONDS_BETWEEN_LINES = 30
-
 
 class Progress:
     """Shows which stage runs, its epoch, and the time left.
@@ -25,9 +23,11 @@ class Progress:
     Args:
         works: The stages to do.
         finished: Number of stages that were finished before.
+        interval: Seconds between two lines, if standard error is no terminal.
     """
 
-    def __init__(self, works: Sequence[Work], finished: int) -> None:
+    def __init__(self, works: Sequence[Work], finished: int, *, interval: float = 30) -> None:
+        self._interval = interval
         self._pending = Counter(work.kind for work in works)
         self._total, self._done = finished + len(works), finished
         self._seconds: dict[str, list[float]] = defaultdict(list)
@@ -87,7 +87,7 @@ class Progress:
                 self._write_line()
 
     def _write_lines(self) -> None:
-        while not self._over.wait(_SECONDS_BETWEEN_LINES):
+        while not self._over.wait(self._interval):
             self._write_line()
 
     def _write_line(self) -> None:

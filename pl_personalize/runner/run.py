@@ -48,7 +48,7 @@ def run_experiment(experiment: Experiment) -> list[ResultRow]:
     refuse_folder(experiment.folder)  # before anything is fetched
     experiment.data.prepare_data()
     network, variants = _prepare(experiment)
-    options = experiment.decisive_options(variants)
+    options = experiment.decisive_options()
     folder = RunFolder(experiment.folder, options)
     with _explained_interruption(), folder.locked() as writable, folder.explained(), _quiet_lightning():
         runs = _runs(experiment, folder, variants)

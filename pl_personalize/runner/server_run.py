@@ -20,7 +20,7 @@ from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.modules.sequence_evaluator import Cell
 from pl_personalize.runner.experiment import Experiment
 from pl_personalize.runner.variants import Variant
-from pl_personalize.stages.checkpoints import Checkpoints, load_checkpoint
+from pl_personalize.stages.checkpoints import load_checkpoint, resume_path
 from pl_personalize.stages.metrics_log import MetricsLog
 from pl_personalize.stages.run_folder import RunFolder, Stage
 from pl_personalize.stages.work import RunFile, Work
@@ -91,12 +91,13 @@ class ServerRun:
                         yield work
 
     def forget_interrupted(self) -> None:
-        """Drop what an interrupted stage has logged after the point from which it will resume."""
+        """Drop the metrics that interrupted stages logged after the steps from which they will resume."""
+        steps: dict[str, int] = {}
         for work in self.stages():
             if self.folder.finished(work.name) is None:
-                resume = None if work.checkpoints is None else Checkpoints(work.checkpoints).resume
-                resumes = resume is not None and resume.exists()
-                self.log.drop(work.name, from_step=load_checkpoint(resume)["global_step"] if resumes else 0)  # type: ignore[arg-type]
+                resume = work.checkpoints and resume_path(work.checkpoints)
+                steps[work.name] = load_checkpoint(resume)["global_step"] if resume and resume.exists() else 0
+        self.log.drop(steps)
 
     def with_all_tested(self) -> Self:
         """The same run with every variant that is tested for all users, also those of earlier calls."""
@@ -107,7 +108,7 @@ class ServerRun:
                 variant = Variant(result.result["method"], result.result["adaptation"])
                 tested.setdefault(variant, set()).add(result.result["user"])
         order = {name: place for place, name in enumerate(METHODS)}
-        complete = [v for v, users in tested.items() if users >= set(self.data.users)]
+        complete = [v for v, users in tested.items() if v.is_registered and users >= set(self.data.users)]
         complete.sort(key=lambda variant: order[variant.method])
         return type(self)(self.experiment, self.folder, type(self.family), complete, self.seed)
 
@@ -137,12 +138,14 @@ class ServerRun:
         for method in self.methods:
             for user in self.data.users if method.merges else ():
                 found.append(RunFile("merged", self._merged_path(method, user), self.family.sources(method, user)))
+        adapted: dict[Path, RunFile] = {}
         for variant in self.variants:
             for user in self.data.users:
-                path = self._adapted_path(variant.method, self.experiment.sequence(variant), user)
-                if path.exists() and all(path != file.path for file in found):
-                    found.append(RunFile("adapted", path, []))
-        return found
+                sources = self.family.sources(METHODS[variant.method], user)
+                for sequence in self._sequences(variant):
+                    path = self._adapted_path(variant.method, sequence, user)
+                    adapted.setdefault(path, RunFile("adapted", path, sources))
+        return [*found, *(file for path, file in adapted.items() if path.exists())]
 
     # Merging
 
@@ -168,15 +171,16 @@ class ServerRun:
     def _adapted_path(self, method: str, sequence: AdaptationSequence, user: str) -> Path:
         return self.workspace.path("adapted", f"{self._owner(method, sequence, user)}-{method}-{sequence.name}")
 
-    def _adapt_works(self, variant: Variant, user: str) -> Iterator[Work]:
-        """A stage for each step of the sequence; sequences that begin alike share these stages."""
+    def _sequences(self, variant: Variant) -> list[AdaptationSequence]:
+        """The first step of the sequence, the first two, and so on; sequences that begin alike share their stages."""
         steps = self.experiment.sequence(variant).steps
-        for count in range(1, len(steps) + 1):
-            sequence = AdaptationSequence(steps[:count])
-            if sequence.name != "none":
-                owner = self._owner(variant.method, sequence, user)
-                stage = f"adapt/{variant.method}/{sequence.name}/{owner}"
-                yield self.workspace.work(stage, self._adapt, variant.method, sequence, user)
+        begun = [AdaptationSequence(steps[:count]) for count in range(1, len(steps) + 1)]
+        return [sequence for sequence in begun if sequence.name != "none"]
+
+    def _adapt_works(self, variant: Variant, user: str) -> Iterator[Work]:
+        for sequence in self._sequences(variant):
+            stage = f"adapt/{variant.method}/{sequence.name}/{self._owner(variant.method, sequence, user)}"
+            yield self.workspace.work(stage, self._adapt, variant.method, sequence, user)
 
     def _adapt(self, method: str, sequence: AdaptationSequence, user: str, stage: str) -> Stage:
         """Write the entries that the last step of a sequence replaces, together with those of the steps before."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pl_personalize.adaptations import ADAPTATIONS
+from pl_personalize.methods import METHODS
+
 
 class Variant(NamedTuple):
     """A method and an adaptation."""
 
     method: str
     adaptation: str = "none"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether its names are registered; a folder may hold results of extensions that are not imported now."""
+        return self.method in METHODS and all(name in ADAPTATIONS for name in self.adaptation.split("+"))
 
     @property
     def label(self) -> str:

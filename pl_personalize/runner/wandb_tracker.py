@@ -24,7 +24,7 @@ from pl_personalize.stages.metrics_log import Record
 from pl_personalize.stages.work import RunFile
 
 _MAX_NAME = 128  # W&B's limit
-ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model"}
+ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model", "adapted": "adaptation"}
 _IMPORTANCE_COLUMNS = ["kind", "owner", "task", "parameter", "norm", "zeros", "num_samples"]
 
 

@@ -45,16 +45,16 @@ class MetricsLog:
         with self._path.open("a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # the process was killed while writing
                 file.write(b"\n")
-            file.write((json.dumps(record._asdict()) + "\n").encode())
+            file.write(_line(record).encode())
         for follower in self.followers:
             follower(record)
 
-    def drop(self, stage: str, *, from_step: int) -> None:
-        """Remove the records of a stage and its substages from a step on."""
-        kept = [r for r in self.read() if not f"{r.stage}/".startswith(f"{stage}/") or r.step < from_step]
-        text = "".join(json.dumps(record._asdict()) + "\n" for record in kept)
-        if self._path.exists():
-            write_atomically(self._path, text.encode())
+    def drop(self, stages: Mapping[str, int]) -> None:
+        """Remove the records of stages and their substages, each from a step on."""
+        records = self.read()
+        kept = [record for record in records if not _is_dropped(record, stages)]
+        if len(kept) < len(records):
+            write_atomically(self._path, "".join(map(_line, kept)).encode())
 
     def read(self) -> list[Record]:
         """All records, ordered by the start of their stage and by step."""
@@ -70,12 +70,22 @@ class MetricsLog:
         ]
 
 
+def _is_dropped(record: Record, stages: Mapping[str, int]) -> bool:
+    parts = record.stage.split("/")
+    names = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(name in stages and record.step >= stages[name] for name in names)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record._asdict()) + "\n"
+
+
 class StageLogger(Logger):
     """Lightning logger that writes the metrics of one stage to a :class:`MetricsLog`.
 
     Args:
         log: The log.
-        stage: Name of the stage, such as ``seed1/expert/task2``.
+        stage: Name of the stage, such as ``experts/seed1/train/task2``.
     """
 
     def __init__(self, log: MetricsLog, stage: str) -> None:

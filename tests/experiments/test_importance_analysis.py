@@ -232,7 +232,9 @@ def test_what_cannot_be_analysed_is_refused(finished, tmp_path, monkeypatch, cap
     assert "Give run_dir or experts, not both" in said("--run_dir", run, "--experts", tmp_path / "experts")
     assert "no file of experts at" in said("--experts", tmp_path / "none.safetensors")
     assert "manifest.json" in said("--run_dir", tmp_path / "none")
-    assert "There is no user 'nobody'; there are 'scan', 'camera'" in said("--run_dir", run, "--fixed_user", "nobody")
+    assert "There is no user 'nobody'; choose one of 'scan', 'camera'" in said(
+        "--run_dir", run, "--fixed_user", "nobody"
+    )
     assert "There is no task '0-9'" in said("--run_dir", run, "--fixed_task", "0-9")
     assert "kinds is empty" in said("--run_dir", run, "--kinds", "[]")
     assert "kinds" in said("--run_dir", run, "--kinds", "[empirical_fisher]")

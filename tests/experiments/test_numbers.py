@@ -252,8 +252,8 @@ def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch, capsys, g
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sources", "[svhn]"], "The data set 'svhn' was looked for in"),
-        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' was looked for in"),
+        (["--sources", "[svhn]"], "The data set 'svhn' is not in"),
+        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' has no folder train"),
         (["--sources", "[mnist]", "--max_per_source", "0"], "max_per_source"),
         (["--sources", "[]"], "sources must be at least one"),
         (["--backbone", "cnn-bn"], "Unknown network 'cnn-bn'; did you mean cnn_bn"),

@@ -154,7 +154,7 @@ def run(processes):
     learner = Noted(network, [nn.Linear(5, 2), nn.Linear(5, 4)], strength=3.0, lr=0.1)
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes == 1 else "ddp_spawn", max_epochs=3,
+        accelerator="cpu", devices=processes, strategy="ddp" if processes == 1 else "ddp_fork", max_epochs=3,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=FOLDER, precision="64-true",
     ).fit(learner, DataLoader(TensorDataset(x, torch.arange(16) % 3), batch_size=4 // processes))

@@ -6,8 +6,8 @@ import tempfile
 import pytest
 
 from pl_personalize import ArtifactError
-from pl_personalize.runner import run_folder
-from pl_personalize.runner.run_folder import RunFolder, check_writable, refuse_folder
+from pl_personalize.stages import run_folder
+from pl_personalize.stages.run_folder import RunFolder, check_writable, refuse_folder
 
 
 def test_a_finished_stage_is_there_when_the_folder_is_opened_again(tmp_path):
