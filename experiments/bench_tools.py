@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 import torchvision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from pl_personalize.models import mlp
@@ -30,10 +31,10 @@ def prepare(networks: Sequence[str], output_dir: Path, num_threads: int) -> None
     """Check the options that all benchmarks have, and set the number of threads.
 
     Raises:
-        SystemExit: If a network is unknown.
+        MisconfigurationException: If a network is unknown.
     """
     if unknown := [name for name in networks if name not in TITLES]:
-        raise SystemExit(f"networks must be of {', '.join(TITLES)}; got {unknown[0]!r}.")
+        raise MisconfigurationException(f"networks must be of {', '.join(TITLES)}; got {unknown[0]!r}.")
     check_writable(output_dir, "output_dir")
     torch.set_num_threads(num_threads)
 
