@@ -15,11 +15,17 @@ from typing_extensions import override
 
 from pl_personalize.datamodules.arguments import distinct, index_of, whole
 from pl_personalize.datamodules.image_rows import ImageRows
-from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, described, labelled_images
+from pl_personalize.datamodules.labelled_images import (
+    LabelledImages,
+    concatenate,
+    described,
+    labelled_images,
+    random_split,
+)
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.functional.seeding import derive_seed
 
-__all__ = ["LabelledImages", "TaskIncrementalDataModule", "whole"]
+__all__ = ["LabelledImages", "TaskIncrementalDataModule", "random_split", "whole"]
 
 
 class TaskIncrementalDataModule(LightningDataModule):

@@ -13,15 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import center_crop
 
-_FORMATS = {
-    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
-    "JPEG 2000 and XL": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".jxl"),
-    "AVIF, HEIF, WebP": (".avif", ".avifs", ".heic", ".heif", ".webp"),
-    "PNG, GIF, TIFF": (".apng", ".gif", ".png", ".tif", ".tiff"),
-    "PNM": (".pbm", ".pfm", ".pgm", ".pnm", ".ppm"),
-    "others": (".bmp", ".dib", ".pcx", ".qoi", ".sgi", ".tga"),
-}
-SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+_NAMES = """
+    apng avif avifs bmp dib gif heic heif j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl mpo
+    pbm pcx pfm pgm png pnm ppm qoi sgi tga tif tiff webp
+"""
+SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 """Suffixes of image files, in lower case. A file that the installed Pillow cannot read is refused, never skipped."""
 _SYSTEM_FOLDERS = {"#recycle", "$recycle.bin", "@eadir", "__macosx"}
 """Folders of thumbnails, metadata and deleted files."""

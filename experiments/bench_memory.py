@@ -62,12 +62,10 @@ def main(
     )
 
 
-def _peak_of_a_process(network: str, case: str, size: int, scratch: float, device: str, threads: int) -> float:
+def _peak_of_a_process(*arguments: object) -> float:
     """Peak in MiB of a fresh process, because peaks never fall and freed memory may be kept."""
-    arguments = json.dumps([network, case, size, scratch, device, threads])
-    done = subprocess.run(
-        [sys.executable, __file__, "--in-a-process", arguments], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, __file__, "--in-a-process", json.dumps(arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 

@@ -1,8 +1,13 @@
-"""Command line of the benchmarks, which the scripts ``run_….py`` share."""
+"""Command line of the benchmarks, which the scripts ``run_….py`` share; also for a datamodule of your own.
+
+python experiments/benchmark.py my_package.MyDataModule --network.name resnet18 --seeds '[1]'
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -60,3 +65,10 @@ def run(
                 **chosen,
             )
         )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or "." not in sys.argv[1]:
+        sys.exit(f"usage: {sys.argv[0]} my_package.MyDataModule [options]")
+    module, _, name = sys.argv.pop(1).rpartition(".")
+    run(name.removesuffix("DataModule"), getattr(import_module(module), name), f"Experiment on {name}.", {})

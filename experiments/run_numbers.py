@@ -12,7 +12,7 @@ from benchmark import run
 
 from pl_personalize.datamodules import NumbersDataModule
 
-DEFAULTS = {"seeds": [1, 2, 3, 4, 5], "trainer.accelerator": "cpu", "num_threads": 1}
+DEFAULTS = {"eval_batch_size": 1000, "seeds": [1, 2, 3, 4, 5], "trainer.accelerator": "cpu", "num_threads": 1}
 
 
 def paper_note(data: NumbersDataModule) -> str:

@@ -1,4 +1,4 @@
-"""Dual User-Adaptation for PyTorch Lightning: importances, merging and adaptation that personalise a model per user."""
+"""Dual User-Adaptation for PyTorch Lightning: importances, merging and adaptation that personalize a model per user."""
 
 from importlib.metadata import PackageNotFoundError, version
 

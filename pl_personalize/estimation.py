@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pl_personalize.functional.batch_fields import map_tensors
 from pl_personalize.functional.batches import Forward, Labels, batch_size, call_model
 from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS, KindOptions
 from pl_personalize.functional.names import prefix_hint, some
@@ -144,14 +144,10 @@ def estimate_importance(
         rank_zero_warn(
             f"No gradient reached {some(unreached)} in any of {num_samples} samples, so their importances are "
             f"{floor:g}: the output did not depend on them (unused, detached, or cached from an earlier forward). If "
-            f"that is intended, pass exclude={_as_tuple(unreached)}."
+            f"that is intended, pass exclude=({', '.join(map(repr, unreached[:5]))}, {'...' * (len(unreached) > 5)})."
         )
     routes = sums.routes | dict.fromkeys(unreached, "none")
     return Importance(totals, kind=kind, num_samples=num_samples, reduction=reduction, routes=routes)
-
-
-def _as_tuple(names: Sequence[str]) -> str:
-    return f"({', '.join(map(repr, names[:5]))}, ...)" if len(names) > 5 else repr(tuple(names))
 
 
 def check_options(
@@ -235,4 +231,4 @@ def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) ->
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     for batch in tqdm(dataloader, desc="Importance", unit="batch", delay=2, disable=not progress, leave=False):
-        yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
+        yield map_tensors(move_data_to_device(batch, device), usable)

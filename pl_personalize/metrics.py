@@ -71,10 +71,7 @@ class TaskAccuracyMatrix(Metric):
 
 
 def average_accuracy(matrix: Tensor) -> Tensor:
-    r"""Accuracy of the last model, averaged over tasks: :math:`\frac1T \sum_i A(T, i)`.
-
-    Args:
-        matrix: (T, T), model by task.
+    r"""Accuracy of the last model of a (T, T) matrix, model by task, averaged: :math:`\frac1T \sum_i A(T, i)`.
 
     Example:
         >>> average_accuracy(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))

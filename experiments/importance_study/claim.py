@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import isnan, nan, sqrt
-from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -17,46 +15,7 @@ HIGH, LOW = 0.7, 0.3
 COMPARED = {"as defined": ("model", "fixed"), "users alone, any images": ("users", "images")}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Comparison of pairs of one expert with pairs on the same images.
-
-    Attributes:
-        kind: ``mas`` or ``fisher``.
-        coefficient: ``pearson`` or ``spearman``.
-        name: Which pairs are compared.
-        same_model: Mean correlation over pairs of one expert.
-        same_images: Mean correlation over pairs of different experts on the same images.
-        difference: ``same_model`` − ``same_images``.
-        low: Lower end of its 95 % interval; NaN if there are too few experts.
-        high: Upper end.
-        above: Probability that a random pair of one expert correlates more than a random pair on the same images.
-    """
-
-    kind: str
-    coefficient: str
-    name: str
-    same_model: float
-    same_images: float
-    difference: float
-    low: float
-    high: float
-    above: float
-
-    @property
-    def verdict(self) -> str:
-        """Whether pairs of one expert correlate more."""
-        if isnan(self.low):
-            return "no interval"
-        return "yes" if self.low > 0 else "no, the reverse" if self.high < 0 else "not clear"
-
-    @property
-    def high_against_low(self) -> bool:
-        """Whether the first correlation is high and the second low, as claimed."""
-        return self.same_model >= HIGH and self.same_images <= LOW
-
-
-def compare(pairs: pd.DataFrame, known: dict[str, Group]) -> list[Comparison]:
+def compare(pairs: pd.DataFrame, known: dict[str, Group]) -> pd.DataFrame:
     """Compare one expert on different images with different experts on the same images, for all parameters.
 
     The pairs are not independent: pairs of one expert share it, and pairs of one seed share everything. With three sets
@@ -66,6 +25,11 @@ def compare(pairs: pd.DataFrame, known: dict[str, Group]) -> list[Comparison]:
     Args:
         pairs: Correlations with one reduction.
         known: The groups, see :func:`groups`.
+
+    Returns:
+        For each kind, comparison (``name``) and coefficient: the means ``same_model`` and ``same_images``, their
+        ``difference``, the ends ``low`` and ``high`` of its 95 % interval (NaN for too few experts), and ``above``, the
+        probability that a random pair of one expert correlates more than a random pair on the same images.
     """
     found = []
     for kind, here in pairs[pairs["parameters"] == ALL].groupby("kind", sort=False):
@@ -75,33 +39,37 @@ def compare(pairs: pd.DataFrame, known: dict[str, Group]) -> list[Comparison]:
                 continue
             for one in COEFFICIENTS:
                 first, second = (float(group[one].mean()) for group in chosen)
-                low, high = interval(chosen, one)
-                above = share_above(chosen, one)
-                found.append(Comparison(str(kind), one, name, first, second, first - second, low, high, above))
-    return found
+                numbers = [first, second, first - second, *interval(chosen, one), share_above(chosen, one)]
+                found.append([kind, one, name, *numbers])
+    columns = ["kind", "coefficient", "name", "same_model", "same_images", "difference", "low", "high", "above"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def conclusion(low: float, high: float) -> str:
+    """Whether pairs of one expert correlate more, given the interval of the difference."""
+    if isnan(low):
+        return "no interval"
+    return "yes" if low > 0 else "no, the reverse" if high < 0 else "not clear"
 
 
 def interval(chosen: Sequence[pd.DataFrame], coefficient: str) -> tuple[float, float]:
     """95 % interval of the difference between the means of two groups of pairs, see :func:`compare`."""
     by_set = [group.groupby("experts")[coefficient].mean() for group in chosen]
     differences = by_set[0] - by_set[1]
-    if len(differences) >= 3:
-        return tuple(map(float, stats.ttest_1samp(differences, 0).confidence_interval()))
-    ends = [group[["experts", f"{end}_expert"]].to_numpy().tolist() for group in chosen for end in ("first", "second")]
-    experts = sorted({tuple(expert) for end in ends for expert in end})
-    if len(experts) < 3 * len(differences):
-        return nan, nan
-    without = []
-    for name, expert in experts:
-        kept = [
-            group[(group["experts"] != name) | ((group[["first_expert", "second_expert"]] != expert).all(axis=1))]
-            for group in chosen
-        ]
-        without.append(float(kept[0][coefficient].mean() - kept[1][coefficient].mean()))
-    middle, count = float(chosen[0][coefficient].mean() - chosen[1][coefficient].mean()), len(experts)
-    error = sqrt((count - 1) / count * sum((value - fmean(without)) ** 2 for value in without))
-    half = error * float(stats.t.ppf(0.975, count - 1))
-    return middle - half, middle + half
+    middle, error, count = differences.mean(), differences.sem(), len(differences)
+    if count < 3:
+        ends = ("first_expert", "second_expert")
+        experts = sorted({tuple(one) for g in chosen for end in ends for one in g[["experts", end]].to_numpy()})
+        if len(experts) < 3 * count:
+            return nan, nan
+        without = []
+        for name, expert in experts:
+            kept = [g[(g["experts"] != name) | (g[[*ends]] != expert).all(axis=1)] for g in chosen]
+            without.append(kept[0][coefficient].mean() - kept[1][coefficient].mean())
+        middle, count = chosen[0][coefficient].mean() - chosen[1][coefficient].mean(), len(experts)
+        error = sqrt((count - 1) * np.var(without))
+    half = error * stats.t.ppf(0.975, count - 1)
+    return float(middle - half), float(middle + half)
 
 
 def share_above(chosen: Sequence[pd.DataFrame], coefficient: str) -> float:
@@ -114,31 +82,31 @@ def share_above(chosen: Sequence[pd.DataFrame], coefficient: str) -> float:
     return float(wins.mean()) if len(wins) else nan
 
 
-def verdict(comparisons: Sequence[Comparison], pairs: pd.DataFrame, known: dict[str, Group]) -> str:
+def verdict(comparisons: pd.DataFrame, pairs: pd.DataFrame, known: dict[str, Group]) -> str:
     """What the numbers say about the claim, in words."""
     sentences = []
-    for kind in dict.fromkeys(one.kind for one in comparisons):
-        pearson, spearman = (one for one in comparisons if (one.kind, one.name) == (kind, "as defined"))
+    for kind, here in comparisons[comparisons["name"] == "as defined"].groupby("kind", sort=False):
+        pearson, spearman = here.itertuples()
         sentences.append(
             f"{KINDS[kind]}: importances of one expert on different images correlate with {pearson.same_model:.2f} "
             f"(ranks: {spearman.same_model:.2f}), those of different experts on the same images with "
             f"{pearson.same_images:.2f} ({spearman.same_images:.2f})."
         )
     sentences.append(f"The direction of the claim: {direction(comparisons)}.")
-    sharp, count = sum(one.high_against_low for one in comparisons), len(comparisons)
+    sharp, count = ((comparisons["same_model"] >= HIGH) & (comparisons["same_images"] <= LOW)).sum(), len(comparisons)
     held = f"all {count}" if sharp == count else f"{sharp} of {count}" if sharp else f"none of {count}"
     sentences.append(f"“High” (here: at least {HIGH}) against “low” (at most {LOW}) holds in {held}.")
     return " ".join([*sentences, *units_and_inputs(pairs, known)])
 
 
-def direction(comparisons: Sequence[Comparison]) -> str:
+def direction(comparisons: pd.DataFrame) -> str:
     """Whether one expert on different images correlates more than different experts on the same images."""
     count = len(comparisons)
-    verdicts = [one.verdict for one in comparisons]
-    more = f"one expert correlates more in {sum(one.difference > 0 for one in comparisons)} of {count} comparisons"
-    if "no interval" in verdicts:
+    conclusions = [conclusion(*ends) for ends in zip(comparisons["low"], comparisons["high"], strict=True)]
+    more = f"one expert correlates more in {(comparisons['difference'] > 0).sum()} of {count} comparisons"
+    if "no interval" in conclusions:
         return f"{more}; these are too few experts to say how sure that is"
-    yes, no = verdicts.count("yes"), verdicts.count("no, the reverse")
+    yes, no = conclusions.count("yes"), conclusions.count("no, the reverse")
     if yes == count:
         return f"it holds in all {count} comparisons: importances describe the model more than the data"
     return f"{more}, beyond its uncertainty in {yes}" + (f"; the reverse holds in {no}" if no else "")

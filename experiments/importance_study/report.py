@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from importance_study.claim import Comparison, compare, verdict
+from importance_study.claim import compare, conclusion, verdict
 from importance_study.pairs import ALL, COEFFICIENTS, KINDS, Estimate, Group, related
 from pl_personalize import Importance
 from pl_personalize.datamodules import TaskIncrementalDataModule
@@ -36,7 +36,7 @@ def report(folder: Path, pairs: pd.DataFrame, known: dict[str, Group], settings:
     paths = [
         write_markdown(folder / "importance-analysis.md", "Correlations of importances", text, said, settings),
         write_csv(folder / "correlations.csv", pairs),
-        write_csv(folder / "comparisons.csv", comparisons, Comparison),
+        write_csv(folder / "comparisons.csv", comparisons),
     ]
     print("Tables:      " + ", ".join(map(str, paths)))
 
@@ -75,14 +75,14 @@ def layer_table(pairs: pd.DataFrame, known: dict[str, Group], parameters: Sequen
     return markdown_table(lines)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: pd.DataFrame) -> str:
     """The comparisons with their intervals."""
     lines = [["importance", "coefficient", "pairs", DIFFERENCE, "95 % interval", "pair above pair", "same expert more"]]
-    for one in comparisons:
+    for one in comparisons.itertuples():
         ends = "–" if isnan(one.low) else f"{one.low:+.2f} to {one.high:+.2f}"
         values = f"{one.same_model:.2f} − {one.same_images:.2f} = {one.difference:+.2f}"
-        above = f"{100 * one.above:.0f} %"
-        lines.append([KINDS[one.kind], one.coefficient.capitalize(), one.name, values, ends, above, one.verdict])
+        cells = [one.name, values, ends, f"{100 * one.above:.0f} %", conclusion(one.low, one.high)]
+        lines.append([KINDS[one.kind], one.coefficient.capitalize(), *cells])
     return markdown_table(lines)
 
 

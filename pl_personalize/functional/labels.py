@@ -10,13 +10,10 @@ from torch import Tensor
 
 
 def class_labels(labels: Any, num_classes: int, *, offset: int = 0, ignored: int | None = None) -> Tensor:
-    """Convert labels to int64 (n,), each from 0 to num_classes − 1, if no information is lost.
+    """Convert labels to int64 (n,), each from 0 to num_classes − 1 or ``ignored``, if no information is lost.
 
-    Args:
-        labels: Tensor, array or list of whole numbers or booleans, of any type including floats, (n,) or (n, 1).
-        num_classes: Number of classes.
-        offset: Offset of the labels if they are numbered across tasks; used in the message only.
-        ignored: An additional label that stands for no class.
+    Labels are a tensor, array or list (n,) or (n, 1) of whole numbers or booleans of any type, including floats. The
+    ``offset`` of a task among several is for the message.
 
     Raises:
         ValueError: If they cannot be converted. The message names the first wrong label and its sample.

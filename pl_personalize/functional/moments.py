@@ -11,13 +11,9 @@ MEAN, VARIANCE = "running_mean", "running_var"
 
 
 def channel_moments(x: Tensor) -> Tensor:
-    r"""Count, sum and sum of squares of each channel, which add up over batches and processes.
+    r"""Count, sum and sum of squares (3, C) of each channel of (N, C) or (N, C, \*), which add up over batches.
 
-    Args:
-        x: Input of a batch-norm layer, (N, C) or (N, C, \*).
-
-    Returns:
-        (3, C) in float64 (float32 on devices without float64).
+    They are float64, or float32 on devices without it.
 
     Example:
         >>> channel_moments(torch.tensor([[3.0, 0.0], [4.0, 2.0]])).tolist()

@@ -28,10 +28,6 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
     Examples are the ``module.`` of a wrapped model, the ``body.`` of a submodule, and the ``.default`` of an adapter.
     If several prefixes are possible, none is named.
 
-    Args:
-        names: Unknown names.
-        known: Known names.
-
     Example:
         >>> prefix_hint(["module.fc.weight", "module.fc.bias"], ["fc.weight", "fc.bias"])
         " Without the prefix 'module.' the names would match."

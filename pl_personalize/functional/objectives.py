@@ -16,13 +16,9 @@ IGNORE_INDEX = -100
 
 
 def mas_cotangent(logits: Tensor) -> Tensor:
-    r"""Gradient of :math:`\|f(x)\|_2^2` with respect to the logits.
+    r"""Gradient (n, \*) of :math:`\|f(x)\|_2^2` with respect to the logits: ``2 * logits``.
 
-    Args:
-        logits: (n, *).
-
-    Returns:
-        ``2 * logits``, (n, *). Aljundi et al., ECCV 2018, "Memory Aware Synapses", equation 2 with the squared norm.
+    Aljundi et al., ECCV 2018, "Memory Aware Synapses", equation 2 with the squared norm.
     """
     return 2 * logits
 
@@ -30,13 +26,8 @@ def mas_cotangent(logits: Tensor) -> Tensor:
 def label_cotangent(logits: Tensor, labels: Tensor, *, may_ignore: bool = False) -> Tensor:
     r"""Gradient of :math:`-\log p(y | x)`, summed over the positions of a sample, with respect to the logits.
 
-    Args:
-        logits: (n, classes, *).
-        labels: (n, *), integers.
-        may_ignore: Whether to ignore positions labelled ``IGNORE_INDEX``, which are otherwise out of range.
-
-    Returns:
-        ``softmax(logits) - onehot(labels)``, (n, classes, *).
+    It is ``softmax(logits) - onehot(labels)``, (n, classes, \*), for integer labels (n, \*). Positions labelled
+    ``IGNORE_INDEX`` are ignored if ``may_ignore``, otherwise out of range.
 
     Raises:
         ValueError: If the labels are not integers, not one per position, or out of range.
@@ -77,16 +68,7 @@ def draw_labels(probabilities: Tensor, draws: int, generator: torch.Generator | 
 
 
 def fisher_cotangents(logits: Tensor, draws: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """One cotangent per draw; the squares of their gradients sum to the mean over draws.
-
-    Args:
-        logits: (n, classes, *).
-        draws: Number of labels drawn per sample.
-        generator: Source of randomness.
-
-    Yields:
-        ``draws`` tensors (n, classes, *).
-    """
+    """One cotangent (n, classes, *) per draw of labels; the squares of their gradients sum to the mean over draws."""
     probabilities = _probabilities(logits)
     labels = draw_labels(probabilities, draws, generator)
     for k in range(draws):
@@ -97,14 +79,8 @@ def expected_fisher_cotangents(logits: Tensor) -> Iterator[Tensor]:
     r"""One cotangent per class; the squares of their gradients sum to the expectation under the softmax.
 
     Labels of several positions are independent, with scores of mean 0, so the expected square of the sum of scores is
-    the sum over positions of expected squares: one cotangent per position and class.
-
-    Args:
-        logits: (n, classes, *).
-
-    Yields:
-        For each position and each class ``c``, the gradient of :math:`-\log p(c | x)` there times
-        :math:`\sqrt{p(c | x)}`, (n, classes, *).
+    the sum over positions of expected squares: one cotangent (n, classes, \*) per position and class ``c``, the
+    gradient of :math:`-\log p(c | x)` there times :math:`\sqrt{p(c | x)}`.
     """
     probabilities = _probabilities(logits).flatten(2) if logits.dim() > 2 else _probabilities(logits).unsqueeze(2)
     for position in range(probabilities.shape[2]):

@@ -16,13 +16,9 @@ def rounding_of_sums(grad: Tensor, entries: int) -> float:
     The summands may be large and cancel: before an instance norm, which removes every bias, only rounding is left of a
     convolution's bias gradient, of the size of the summands times the precision.
 
-    Args:
-        grad: (n, *), gradient of a layer's output for n samples.
-        entries: Number of entries of the bias.
-
-    Returns:
-        Eight units of precision times the sum of absolute values of an entry: root mean square over entries, maximum
-        over samples. 0 if that is not finite.
+    For the output's gradient (n, *) of n samples and a bias of so many entries, it is eight units of precision times
+    the sum of absolute values of an entry: root mean square over entries, maximum over samples. 0 if that is not
+    finite.
     """
     if grad.layout != torch.strided or not grad.numel() or not entries:
         return 0.0
@@ -49,16 +45,11 @@ def beyond_rounding(
     """Names of parameters whose errors are larger than rounding explains.
 
     If a true gradient is zero, rounding leaves an error of the size of other gradients times the precision: those of
-    the same module, or at worst of the network; or the error given as ``left``.
+    the same module, or at worst of the network; or what is given as ``left``.
 
-    Args:
-        errors: Norms of the differences, by parameter name.
-        sizes: Norms of the right values.
-        counts: Numbers of entries.
-        dtype: Type of the computation.
-        power: 1 if absolute values were summed, 2 for squares.
-        left: Rounding errors of an entry of a gradient, if known: see :func:`rounding_of_sums`.
-        exhausted: Names without a slower route, which get a larger tolerance.
+    All mappings are by parameter name: ``errors`` and ``sizes`` are norms of differences and of right values,
+    ``counts`` numbers of entries, ``left`` the :func:`rounding_of_sums` where known. ``dtype`` is the type of the
+    computation, and ``exhausted`` are names without a slower route, which get a larger tolerance.
     """
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     roots = {name: max(1, count) ** 0.5 for name, count in counts.items()}

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
+from pl_personalize.callbacks import ParameterPenalty
 from pl_personalize.estimation import estimate_importance
-from pl_personalize.functional.merging import Zero
+from pl_personalize.functional.merging import WEIGHTED
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.functional.state_dicts import PrefixView
 from pl_personalize.importance import Importance
+from pl_personalize.merging import MERGE_RULES
 from pl_personalize.methods.method import Method
-from pl_personalize.methods.sequence import SequenceFamily
+from pl_personalize.methods.sequence import KindImportance, SequenceFamily
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
 from pl_personalize.stages.run_folder import Stage
@@ -35,9 +35,11 @@ class Merge(Method):
 
     Attributes:
         kind: Kind of the importances that weight the experts, or ``None`` for equal weights.
+        rule: The merge rule, see :func:`~pl_personalize.merge`.
     """
 
     kind: str | None = None
+    rule: str = "weighted"
 
 
 class ExpertsFamily(SequenceFamily):
@@ -85,12 +87,15 @@ class ExpertsFamily(SequenceFamily):
     def evaluator(self, method: Method, user: str) -> SequenceEvaluator:
         if not isinstance(method, Merge):
             return super().evaluator(method, user)
-        zero: Zero = "reference" if self.workspace.importance.reduction == "batch" else "mean"
+        rule, network = MERGE_RULES.find(method.rule), self.workspace.network(self.data.num_classes(0))
+        published = self.workspace.importance.reduction == "batch" and rule is WEIGHTED
         return MergeModule(
-            self.workspace.network(self.data.num_classes(0)),
+            network,
             [open_expert(self.expert_path(task)) for task in range(self.num_tasks)],
             self._importance_paths(method, user) or None,
-            zero=zero,
+            rule=rule.name,
+            base=network.state_dict() if rule.needs_base else None,
+            **({"zero": "reference"} if published else {}),
             models=self.workspace.models,  # type: ignore[arg-type]
         )
 
@@ -119,18 +124,15 @@ class ExpertsFamily(SequenceFamily):
         if owner == SERVER and (kind, options.reduction) == ("fisher", "batch"):
             self._estimate_published(task, stage).save(path)
             return self.workspace.folder.finish(stage, artifacts=[path])
-        target: dict[str, Any] = {
-            "module": "network.body",
-            "dirpath": path.parent,
-            "filename": path.stem,
-            "reduction": options.reduction,
-        }
-        callback: MASImportance | FisherImportance
-        if kind == "mas":
-            callback = MASImportance(**target)
-        else:
-            draws = options.fisher_draws if options.reduction == "sample" else 1
-            callback = FisherImportance(draws=draws, generator=self._label_generator(owner, task), **target)
+        callback = KindImportance(
+            kind,
+            draws=options.fisher_draws if options.reduction == "sample" else 1,
+            generator=self._label_generator(owner, task),
+            module="network.body",
+            dirpath=path.parent,
+            filename=path.stem,
+            reduction=options.reduction,
+        )
         learner, trainer = TaskLearner(self.load_network(task)), self.workspace.lightning(stage, [callback])
         if owner == SERVER:
             trainer.predict(learner, self.data.server_dataloader(task), return_predictions=False)

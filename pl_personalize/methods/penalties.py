@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from typing_extensions import override
 
-from pl_personalize.callbacks import FisherImportance, MASImportance
 from pl_personalize.checks import check_option
 from pl_personalize.methods.method import Method
 from pl_personalize.methods.sequence import PenaltyFamily
@@ -64,10 +62,6 @@ class EWCFamily(PenaltyFamily):
         """λ; the published code squares a batch's *summed* gradient, where ``reduction="batch"`` has the mean."""
         strength: float = self.options.strength
         return strength * (self.data.batch_size if self.workspace.importance.reduction == "batch" else 1)
-
-    @override
-    def importance_callback(self, **options: Any) -> MASImportance | FisherImportance:
-        return FisherImportance(labels="true", **options)
 
 
 _TEXT = "one model through all tasks, its important parameters kept by a penalty"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.callbacks import FisherImportance, MASImportance, ParameterPenalty
+from pl_personalize.callbacks import ParameterPenalty
+from pl_personalize.callbacks.importance_callback import ImportanceCallback
+from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS
 from pl_personalize.functional.state_dicts import PrefixView
 from pl_personalize.methods.method import Family, Method
 from pl_personalize.models import TaskNetwork
@@ -19,6 +21,25 @@ from pl_personalize.modules import SequenceEvaluator, TaskLearner
 from pl_personalize.stages.run_folder import Stage
 from pl_personalize.stages.work import RunFile, Work
 from pl_personalize.stages.workspace import load_expert
+
+
+class KindImportance(ImportanceCallback):
+    """Estimates importances of any registered kind.
+
+    Args:
+        kind: Name of the kind.
+        draws: Labels drawn per sample, or ``"all"``; for kinds that draw labels.
+        options: Options of all importance callbacks.
+
+    Raises:
+        ValueError: If the kind is not registered.
+    """
+
+    def __init__(self, kind: str, *, draws: int | Literal["all"] = 1, **options: Any) -> None:
+        self.kind = IMPORTANCE_KINDS.find(kind).name
+        if "draws" in IMPORTANCE_KINDS[kind].options:
+            options["draws"] = draws
+        super().__init__(**options)
 
 
 class SequenceFamily(Family):
@@ -127,14 +148,11 @@ class PenaltyFamily(SequenceFamily):
         importances = [self.importance_path(earlier) for earlier in range(task)]
         return [ParameterPenalty(self.strength, importances, PrefixView(before, "body"), module="network.body")]
 
-    def importance_callback(self, **options: Any) -> MASImportance | FisherImportance:
-        """The callback that estimates the importances."""
-        return MASImportance(**options)
-
     def _estimate_task(self, task: int, stage: str) -> Stage:
         """On the training images, in batches of the training's size, which the published estimate depends on."""
         path = self.importance_path(task)
-        callback = self.importance_callback(
+        callback = KindImportance(
+            self.kind,
             module="network.body",
             dirpath=path.parent,
             filename=path.stem,

@@ -14,7 +14,6 @@ from typing_extensions import override
 from pl_personalize.adaptations import AdaptationSequence, Received, find_adaptation
 from pl_personalize.adaptations.expert_statistics import average_statistics, statistics_names
 from pl_personalize.artifacts import TensorFile, open_state_dict
-from pl_personalize.functional.merging import Zero
 from pl_personalize.functional.names import some
 from pl_personalize.functional.state_dicts import (
     PrefixView,
@@ -24,7 +23,7 @@ from pl_personalize.functional.state_dicts import (
     with_versions,
 )
 from pl_personalize.importance import ARTIFACT_KIND as IMPORTANCE_KIND
-from pl_personalize.merging import Normalize, merge, merge_prefixes
+from pl_personalize.merging import MERGE_RULES, Normalize, merge, merge_prefixes
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules.sequence_evaluator import Cell, Models, SequenceEvaluator
 
@@ -50,8 +49,9 @@ class MergeModule(SequenceEvaluator):
         importances: One mapping or importance file for each expert, with names relative to the body, to the network
             (``body.…``) or to a :class:`~pl_personalize.TaskLearner` (``network.body.…``); or for each user's name such
             a sequence; or ``None`` for the plain mean.
+        rule: The merge rule, see :func:`~pl_personalize.merge`.
+        base: For rules that need one: the model that the experts started from, given like an expert.
         user: Whose importances to use, where there are several users; by default the datamodule's user.
-        zero: See :func:`~pl_personalize.merge`.
         normalize: See :func:`~pl_personalize.merge`.
         weights: See :func:`~pl_personalize.merge`.
         models: ``"all"``; ``"last"``: only the merge of all experts; or ``"own"``: each merge on its newest task alone.
@@ -67,6 +67,7 @@ class MergeModule(SequenceEvaluator):
             By default ``"AdaBN"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
             ``"average"``. For each model and task only the replaced entries are kept, not a copy of the model.
         bn_options: See :class:`SequenceEvaluator`. With ``prior_samples``, the prior is the average of the experts.
+        rule_options: Options of the merge rule, such as ``zero`` of ``"weighted"``.
 
     Raises:
         MisconfigurationException: If experts and importances do not fit each other, a user is not known, or the policy
@@ -85,13 +86,15 @@ class MergeModule(SequenceEvaluator):
         experts: Sequence[Expert],
         importances: Importances | Mapping[str, Importances] | None = None,
         *,
+        rule: str = "weighted",
+        base: Expert | None = None,
         user: str | None = None,
-        zero: Zero = "mean",
         normalize: Normalize | None = None,
         weights: Sequence[float] | None = None,
         models: Models = "all",
         bn_policy: str | AdaptationSequence | None = None,
         bn_options: Mapping[str, Any] | None = None,
+        **rule_options: Any,
     ) -> None:
         if isinstance(experts, str | os.PathLike):
             raise MisconfigurationException(f"experts must be a sequence, one for each task; got {str(experts)!r}.")
@@ -105,7 +108,13 @@ class MergeModule(SequenceEvaluator):
             self._check_count(importances, "")
         self.importances, self.user = importances, user
         self._weights = weights
-        self._options = {"zero": zero, "normalize": normalize, "weights": weights}
+        try:
+            MERGE_RULES.find(rule).make_options(rule_options)
+        except ValueError as error:
+            raise MisconfigurationException(f"MergeModule: {error}") from error
+        self._options = {"rule": rule, "normalize": normalize, "weights": weights, **rule_options}
+        if base is not None:
+            self._options["base"] = _part(_open_expert(base), "body")
 
     def _check_count(self, importances: Importances, of_whom: str) -> None:
         if len(importances) != self.num_tasks:

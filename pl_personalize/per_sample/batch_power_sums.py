@@ -39,11 +39,7 @@ class BatchPowerSums(ExitStack):
         return self
 
     def add(self, batch: Any, num_samples: int, cotangents: Callable[[Tensor], Iterable[Tensor]]) -> None:
-        """Add the powers of one batch's gradient.
-
-        Raises:
-            ValueError: If the output is not finite, or no parameter has a gradient.
-        """
+        """Add the powers of one batch's gradient."""
         logits = as_logits(self._forward(self._model, batch))
         check_logits(logits, num_samples)
         if not logits.requires_grad:

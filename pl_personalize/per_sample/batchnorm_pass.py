@@ -64,12 +64,7 @@ class Batches:
 class StatisticsPass(ABC):
     """Base class for passes in which each batch-norm layer normalizes by moments that a subclass chooses.
 
-    The layers stay in eval mode and their buffers do not change, see
-    :class:`~pl_personalize.per_sample.batchnorm_calls.BatchNormCalls`.
-
-    Attributes:
-        moments: The estimated moments, by name of the layer.
-        num_samples: Number of samples, over all processes.
+    The layers stay in eval mode and their buffers do not change. ``num_samples`` counts those of all processes.
     """
 
     def __init__(

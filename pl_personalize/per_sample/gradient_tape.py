@@ -111,12 +111,8 @@ class GradientTape:
         power: 1 (absolute values) or 2 (squares).
         max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
 
-    Attributes:
-        sums: The sums, by parameter name.
-        bias_rounding: Rounding error of an entry of a bias's gradient, by parameter name, measured while learning: the
-            largest of the samples, added up over the uses of the bias. See
-            :func:`~pl_personalize.functional.rounding.rounding_of_sums`.
-        reached: Names of parameters that a gradient has reached outside of learning.
+    While it is learning, ``bias_rounding`` adds up the rounding errors of biases' gradients, by parameter name;
+    outside, ``reached`` collects the names of parameters that a gradient has reached.
     """
 
     def __init__(
@@ -211,18 +207,12 @@ class GradientTape:
             if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_plain(*places[0])
         }
 
-    def start(self, num_samples: int, device: torch.device) -> None:
-        """Start recording the uses by a batch of ``num_samples``."""
+    def start(self, num_samples: int, device: torch.device, only: Iterable[Place] | None = None) -> None:
+        """Start recording the uses by a batch of ``num_samples``; with ``only``, put copies there without recording."""
         self.clear()
-        self._num_samples = num_samples
+        self._num_samples = num_samples if only is None else None
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self.copies.start(num_samples, self._make_root, self._on_copies)
-
-    def start_copies(self, num_samples: int, device: torch.device, places: Iterable[Place]) -> None:
-        """Put copies of some parameters in place, without recording."""
-        self.clear()
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self.copies.start(num_samples, self._make_root, only=places)
+        self.copies.start(num_samples, self._make_root, self._on_copies if only is None else None, only)
 
     def stop(self) -> None:
         """Stop recording; the recorded uses wait for :meth:`backward`."""

@@ -57,13 +57,7 @@ def register_layer_rule(
     power_sum: PowerSumRule | None = None,
     scratch: Scratch | None = None,
 ) -> Callable[[PerSampleRule], PerSampleRule]:
-    """Register the decorated function as the per-sample rule of ``layer_types``.
-
-    Args:
-        layer_types: Classes whose ``forward`` the rule describes.
-        power_sum: See :class:`LayerRule`.
-        scratch: See there.
-    """
+    """Register the decorated function as the rule of classes whose ``forward`` it describes; see :class:`LayerRule`."""
 
     def register(per_sample: PerSampleRule) -> PerSampleRule:
         for layer_type in layer_types:

@@ -138,36 +138,22 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 
     Hooks on gradients of parameters do not run inside.
     """
-    parameters = list(model.parameters())
-    needs_grad, hooks = [p.requires_grad for p in parameters], [p._backward_hooks for p in parameters]
-    # The only forward of torch that changes a parameter.
-    renormed = [
-        (module.weight, module.weight.detach().clone())
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    ]
-    entries = {
-        module: (dict(module._parameters), dict(module._buffers))
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)  # there, nothing replaces a parameter
-    }
-    state = ForwardState(model)
+    parameters = [(p, p.requires_grad, p._backward_hooks) for p in model.parameters()]
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    entries = [(module._parameters, dict(module._parameters)) for module in modules]
+    embeddings = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    renormed = [m._parameters for m in embeddings if m.max_norm is not None]  # no other forward changes a parameter
     try:
-        for parameter in parameters:
+        for parameter, *_ in parameters:
             parameter._backward_hooks = None
-        with buffers_kept(model):
+        with _tensors_kept(renormed), ForwardState(model), buffers_kept(model):
             yield
     finally:
-        state.put_back()
-        for module, (own_parameters, own_buffers) in entries.items():
-            module._parameters.update(own_parameters)
-            module._buffers.update(own_buffers)
-        with torch.no_grad():
-            for weight, value in renormed:
-                weight.copy_(value)
-        for parameter, needs, own_hooks in zip(parameters, needs_grad, hooks, strict=True):
-            parameter.requires_grad_(needs)
-            parameter._backward_hooks = own_hooks
+        for now, before in entries:
+            now.update(before)
+        for parameter, needs_grad, hooks in parameters:
+            parameter.requires_grad_(needs_grad)
+            parameter._backward_hooks = hooks
 
 
 @contextmanager

@@ -151,13 +151,10 @@ class PerSamplePowerSums:
         self._contexts.close()
 
     def add(self, batch: Any, num_samples: int, cotangents: Cotangents) -> None:
-        """Add the sums over one batch.
+        """Add the sums over a batch on the model's device.
 
-        Args:
-            batch: The batch, on the model's device.
-            num_samples: Its number of samples, n.
-            cotangents: Maps the (n, *) logits to one or more gradients of the objective with respect to them, over
-                which the powers are also summed.
+        ``cotangents`` maps the (n, *) logits to one or more gradients of the objective with respect to them, over which
+        the powers are also summed.
 
         Raises:
             ValueError: If samples of a batch influence each other, the output is not finite, or the gradients of a
@@ -371,7 +368,7 @@ class PerSamplePowerSums:
         """Copied parameters that break the model."""
         found: list[str] = []
         for places in self._tape.copies.alike():
-            self._tape.start_copies(num_samples, self._device, places)
+            self._tape.start(num_samples, self._device, places)
             try:
                 check_logits(self._network(batch), num_samples)
             except Exception:

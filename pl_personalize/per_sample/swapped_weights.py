@@ -16,11 +16,6 @@ def call_with_weights(module: nn.Module, state: Mapping[str, Tensor], x: Any) ->
 
     Unlike plain ``functional_call``, this also works for modules that cache values computed from their parameters in
     eval mode: every call starts without cached values and leaves none behind.
-
-    Args:
-        module: The architecture.
-        state: Parameters and buffers by name.
-        x: The input.
     """
     entries = {f"module.{name}": value for name, value in state.items()}
     return functional_call(_WithoutCache(module), entries, (x,), tie_weights=False)

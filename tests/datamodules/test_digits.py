@@ -18,8 +18,8 @@ TASKS = range(5)
 @pytest.fixture
 def numbered(monkeypatch):
     """Every image holds its own number, and the camera only adds a half to it."""
-    images = torch.arange(1797.0).view(-1, 1, 1, 1).expand(-1, *IMAGE_SHAPE)
-    monkeypatch.setattr(digits, "_load_digits", lambda: (images, torch.tensor(load_digits().target)))
+    images, target = torch.arange(1797.0).view(-1, 1, 1, 1).expand(-1, *IMAGE_SHAPE), digits._load_digits()[1]
+    monkeypatch.setattr(digits, "_load_digits", lambda: (images, target))
     monkeypatch.setattr(digits, "photograph", lambda scan, seed: scan + 0.5)
     return DigitsDataModule
 

@@ -13,7 +13,7 @@ from pl_personalize.modules import TaskLearner
 from pl_personalize.runner import AdaptationOptions, BaselineOptions
 
 
-class Standardised(nn.Module):
+class Normalized(nn.Module):
     """Refuses what did not go through the transform."""
 
     def forward(self, x):
@@ -23,23 +23,23 @@ class Standardised(nn.Module):
 
 
 def network(classes: int) -> TaskNetwork:
-    layers = [Standardised(), nn.Flatten(), nn.Linear(3 * SIZE**2, 5), nn.BatchNorm1d(5), nn.ReLU()]
+    layers = [Normalized(), nn.Flatten(), nn.Linear(3 * SIZE**2, 5), nn.BatchNorm1d(5), nn.ReLU()]
     return TaskNetwork(nn.Sequential(*layers), nn.Linear(5, classes))
 
 
 @pytest.mark.parametrize(
-    ("make", "methods"),
-    [(catprior, ["FT", "MAS", "FIM-RACL"]), (transprior, ["Joint", "MAS-IMM"])],
+    ("make", "methods", "users", "seeds"),
+    [(catprior, ["FT", "MAS", "FIM-RACL"], 2, [1]), (transprior, ["Joint", "MAS-IMM"], 1, [1, 2])],
     ids=["CatPrior", "TransPrior"],
 )
-def test_all_methods_see_normalized_images(scenes, tmp_path, make, methods, plain_distortions):
-    data = make(scenes, tasks=["home", "store"], num_users=2, allocation_seeds=[1, 2], augment=True)
+def test_all_methods_see_normalized_images(scenes, tmp_path, make, methods, users, seeds, plain_distortions):
+    data = make(scenes, tasks=["home", "store"], num_users=users, allocation_seeds=seeds, augment=True)
     rows = call(
         tmp_path, data=data, network=network, methods=methods, adaptations=["last", "AdaBN-S"],
         adaptation=AdaptationOptions(epochs=1), baselines=BaselineOptions(ft_epochs=1),
     )  # fmt: skip
-    users = {row.user for row in rows}
-    assert users == {"all", "user1-seed1", "user1-seed2", "user2-seed1", "user2-seed2"}
+    assert {row.user for row in rows} == {"all", *data.users}
+    assert len(data.users) == 2
     assert all(0 <= row.avg_acc <= 100 for row in rows)
     lines = (tmp_path / "results.md").read_text().partition("Users:")[2].splitlines()
     for user in data.users:

@@ -175,6 +175,7 @@ def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
 
 def test_experts_of_numbers_are_trained_for_a_single_user(small_data, tmp_path, monkeypatch, capsys, global_state):
     options = ["--benchmark", "numbers", *small_data, "--sources", "[mnist]", *SMALL, "--output_dir", tmp_path]
+    options += ["--kinds", "[mas]"]
     run_here(monkeypatch, *options)
     assert all((tmp_path / "experts" / name).is_file() for name in TRAINED)
     assert {one["name"] for one in table(tmp_path / "comparisons.csv")} == {"as defined"}  # there are no two users
@@ -231,7 +232,9 @@ def test_what_cannot_be_analysed_is_refused(finished, tmp_path, monkeypatch, cap
     assert "Give run_dir or experts, not both" in said("--run_dir", run, "--experts", tmp_path / "experts")
     assert "no file of experts at" in said("--experts", tmp_path / "none.safetensors")
     assert "manifest.json" in said("--run_dir", tmp_path / "none")
-    assert "There is no user 'nobody'; there are 'scan', 'camera'" in said("--run_dir", run, "--fixed_user", "nobody")
+    assert "There is no user 'nobody'; choose one of 'scan', 'camera'" in said(
+        "--run_dir", run, "--fixed_user", "nobody"
+    )
     assert "There is no task '0-9'" in said("--run_dir", run, "--fixed_task", "0-9")
     assert "kinds is empty" in said("--run_dir", run, "--kinds", "[]")
     assert "kinds" in said("--run_dir", run, "--kinds", "[empirical_fisher]")
@@ -295,17 +298,17 @@ def test_the_interval_of_three_sets_is_that_of_a_paired_t_test(pairs, claim):
     model, images = [0.9, 0.8, 0.6], [0.3, 0.4, 0.1]
     rows = rows_of(pairs, 3, lambda s, a: model[s], lambda s, a, b: images[s])
     known = pairs.groups("bob 0", ["ann", "bob"])
-    for one in claim.compare(rows, known):
+    for one in claim.compare(rows, known).itertuples():
         assert one.difference == pytest.approx(0.5)
         expected = stats.ttest_rel(model, images).confidence_interval()
         assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
-        assert (one.above, one.verdict) == (1.0, "yes")
+        assert (one.above, claim.conclusion(one.low, one.high)) == (1.0, "yes")
 
 
 def test_the_interval_of_one_set_is_that_of_a_jackknife_over_experts(pairs, claim):
     own, pair = [0.9, 0.7, 0.8, 0.5], {(0, 1): 0.5, (0, 2): 0.2, (0, 3): 0.1, (1, 2): 0.4, (1, 3): 0.3, (2, 3): 0.6}
     rows = rows_of(pairs, 1, lambda s, a: own[a], lambda s, a, b: pair[a, b])
-    one = claim.compare(rows, pairs.groups("bob 0", ["ann", "bob"]))[0]
+    one = next(claim.compare(rows, pairs.groups("bob 0", ["ann", "bob"])).itertuples())
     assert one.difference == pytest.approx(sum(own) / 4 - sum(pair.values()) / 6)
     without = [
         sum(v for a, v in enumerate(own) if a != k) / 3 - sum(v for ab, v in pair.items() if k not in ab) / 3
@@ -338,13 +341,13 @@ def test_two_experts_are_too_few_for_an_interval(pairs, claim):
     rows = rows_of(pairs, 1, lambda s, a: 0.9, lambda s, a, b: 0.1, tasks=2)
     known = pairs.groups("bob 0", ["ann", "bob"])
     found = claim.compare(rows, known)
-    assert {one.verdict for one in found} == {"no interval"}
+    assert {claim.conclusion(one.low, one.high) for one in found.itertuples()} == {"no interval"}
     assert "too few experts to say how sure that is" in claim.verdict(found, rows, known)
 
 
 def test_a_correlation_that_is_not_there_does_not_count(pairs, claim):
     rows = rows_of(pairs, 3, lambda s, a: 0.9 - 0.1 * s if a else float("nan"), lambda s, a, b: 0.1)
-    for one in claim.compare(rows, pairs.groups("bob 0", ["ann", "bob"])):
+    for one in claim.compare(rows, pairs.groups("bob 0", ["ann", "bob"])).itertuples():
         assert (one.same_model, one.same_images) == pytest.approx((0.8, 0.1))
         assert one.above == 1.0
 
@@ -356,7 +359,7 @@ def test_the_published_experts_correlate_as_was_measured_before(shared_data, tmp
     if not experts.exists():
         pytest.skip(f"no experts at {experts}")
     options = ["--data_dir", shared_data, "--sources", f"[{shared_data}/meter-digits, mnist]", "--reduction", "batch"]
-    run_here(monkeypatch, "--experts", experts, *options, "--output_dir", tmp_path)
+    run_here(monkeypatch, "--experts", experts, *options, "--max_per_source", "2000", "--output_dir", tmp_path)
     found = {(c["kind"], c["name"], c["coefficient"]): c for c in table(tmp_path / "comparisons.csv")}
     measured = {
         ("mas", "pearson"): (0.69, 0.40),
