@@ -9,6 +9,10 @@ from reference import naive_importance, relative_error
 from torch import nn
 
 from pl_personalize import estimate_importance
+from pl_personalize.adaptations import ADAPTATIONS
+from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS
+from pl_personalize.merging import MERGE_RULES
+from pl_personalize.methods import METHODS
 from pl_personalize.per_sample import layer_rules
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +30,8 @@ def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_CONSOLE", "off")  # its service writes the console's log relative to its own folder
     monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
+    for registry in (ADAPTATIONS, IMPORTANCE_KINDS, MERGE_RULES, METHODS):  # entries of a page end with it
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     names: dict[str, object] = {"__name__": "__main__"}
     exec(compile(code_blocks(page), page.name, "exec"), names)
     if page.name == "README.md":
