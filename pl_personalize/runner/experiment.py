@@ -180,6 +180,11 @@ class Experiment:
         return self.output_dir
 
     @property
+    def seed_list(self) -> list[int]:
+        """The seeds."""
+        return [self.seeds] if isinstance(self.seeds, int) else list(self.seeds)
+
+    @property
     def compared(self) -> list[Method]:
         """The methods, each once."""
         return [METHODS[name] for name in dict.fromkeys(name.partition("+")[0] for name in self.methods)]

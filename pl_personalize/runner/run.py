@@ -79,7 +79,7 @@ def run_experiment(experiment: Experiment) -> list[ResultRow]:
         order = [variant.label for variant in variants]
         rows = [row for run in runs for row in rows_of(run)]
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.label)))
-        report(folder, rows, runs, options | {"seeds": list(experiment.seeds)}, write=writable)
+        report(folder, rows, runs, options | {"seeds": experiment.seed_list}, write=writable)
         if seconds := progress.seconds:
             seconds["the rest"] = time.monotonic() - began - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
@@ -90,7 +90,7 @@ def _runs(experiment: Experiment, folder: RunFolder, variants: Sequence[Variant]
     """One run for each seed and family of methods."""
     return [
         ServerRun(experiment, folder, family, [v for v in variants if METHODS[v.method] in methods], seed)
-        for seed in experiment.seeds
+        for seed in experiment.seed_list
         for family, methods in experiment.families.items()
     ]
 
@@ -122,7 +122,7 @@ def _in_a_sweep(experiment: Experiment) -> Experiment:
     """
     if "wandb" not in experiment.loggers or not os.environ.get("WANDB_SWEEP_ID"):
         return experiment
-    runs = len(experiment.families) * len(experiment.seeds)
+    runs = len(experiment.families) * len(experiment.seed_list)
     if runs != 1:
         raise MisconfigurationException(
             f"In a sweep each call must be one run of W&B, but these seeds and methods make {runs}: give one seed, and "
