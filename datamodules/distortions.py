@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import BytesIO
 from typing import Any
@@ -64,8 +63,8 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
     """
     if name not in _DISTORTIONS:
         raise ValueError(f"There is no distortion {name!r}; there are {', '.join(DISTORTIONS)}.")
-    scale = _DISTORTIONS[name]
-    if severity not in range(1, len(scale) + 1):
+    function, constants = _DISTORTIONS[name]
+    if severity not in range(1, 6):
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5; got {severity!r}.")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ValueError(f"image must be an array of uint8; got {getattr(image, 'dtype', type(image).__name__)}.")
@@ -74,7 +73,7 @@ def distort(image: _Image, name: str, *, severity: int = 3, seed: int) -> _Image
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}.")
     levels = np.array(image, dtype=np.float64, order="C")
-    distorted = scale[int(severity) - 1](levels, np.random.default_rng(seed))
+    distorted = function(levels, np.random.default_rng(seed), *constants[int(severity) - 1])
     # Round halves up: to the nearest even level, an offset that ends in .5 would merge two gray levels.
     rounded: _Image = np.floor(distorted.clip(0, 255) + 0.5).astype(np.uint8)
     return rounded
@@ -88,37 +87,25 @@ def opencv_version() -> str:
         return ""
 
 
-def _water(
-    levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float, strength: float
+def _spatter(
+    levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float, last: float, mud: bool
 ) -> _Levels:
-    """Bright drops with an edge that catches the light; their brightest pixel adds ``strength`` times the color."""
+    """Bright drops with an edge that catches the light, or opaque brown spots with a soft edge."""
     cv2 = _opencv()
-    liquid = _liquid(levels, rng, mean, std, sigma, threshold)
+    liquid = _gaussian(rng.normal(mean, std, levels.shape[:2]), sigma)
+    liquid[liquid < threshold] = 0  # too little to stick
+    if mud:
+        opacity = _gaussian((liquid > threshold).astype(np.float64), last)
+        opacity[opacity < 0.8] = 0
+        return levels * (1 - opacity[..., None]) + opacity[..., None] * (63.0, 42.0, 20.0)
     depth = (255 * liquid).clip(0, 255).astype(np.uint8)
     to_edge = cv2.distanceTransform(255 - cv2.Canny(depth, 50, 150), cv2.DIST_L2, cv2.DIST_MASK_5)
     relief = cv2.equalizeHist(cv2.blur(np.minimum(to_edge, 20), (3, 3)).astype(np.uint8))
     relief = cv2.filter2D(relief, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=np.float32))
     drops: _Levels = depth * cv2.blur(relief.astype(np.float64), (3, 3))
     if drops.max() > 0:  # otherwise there are no drops
-        drops *= strength / drops.max()
+        drops *= last / drops.max()
     return levels + drops[..., None] * (175.0, 238.0, 238.0)
-
-
-def _mud(
-    levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float, edge_sigma: float
-) -> _Levels:
-    """Brown spots with a soft edge, opaque."""
-    spots = _liquid(levels, rng, mean, std, sigma, threshold) > threshold
-    opacity = _gaussian(spots.astype(np.float64), edge_sigma, truncate=4, border="REPLICATE")
-    opacity[opacity < 0.8] = 0
-    return levels * (1 - opacity[..., None]) + opacity[..., None] * (63.0, 42.0, 20.0)
-
-
-def _liquid(levels: _Levels, rng: Generator, mean: float, std: float, sigma: float, threshold: float) -> _Levels:
-    """Amount of liquid on each pixel (height, width); below the threshold it does not stick."""
-    liquid = _gaussian(rng.normal(mean, std, levels.shape[:2]), sigma, truncate=4, border="REPLICATE")
-    liquid[liquid < threshold] = 0
-    return liquid
 
 
 def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, jitter: float) -> _Levels:
@@ -137,10 +124,8 @@ def _elastic(levels: _Levels, rng: Generator, amplitude: float, sigma: float, ji
         affine = cv2.getAffineTransform(points, moved)
         warped = cv2.warpAffine(warped, affine, (width, height), borderMode=cv2.BORDER_REFLECT_101)
     if amplitude:
-        dx, dy = (
-            amplitude * _gaussian(rng.uniform(-1, 1, (height, width)), sigma, truncate=3, border="REFLECT")
-            for _ in range(2)
-        )
+        noise = (rng.uniform(-1, 1, (height, width)) for _ in range(2))
+        dx, dy = (amplitude * _gaussian(values, sigma, truncate=3, border="REFLECT") for values in noise)
         rows, columns = np.mgrid[:height, :width]
         x, y = (columns + dx).astype(np.float32), (rows + dy).astype(np.float32)
         warped = cv2.remap(warped, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
@@ -181,7 +166,7 @@ def _gaussian_noise(levels: _Levels, rng: Generator, std: float) -> _Levels:
 
 
 def _gaussian_blur(levels: _Levels, rng: Generator, sigma: float) -> _Levels:
-    return _gaussian(levels, sigma, truncate=4, border="REPLICATE")
+    return _gaussian(levels, sigma)
 
 
 def _jpeg(levels: _Levels, rng: Generator, quality: int) -> _Levels:
@@ -203,7 +188,7 @@ def _impulse_noise(levels: _Levels, rng: Generator, share: float) -> _Levels:
     return np.where(drawn < share / 2, 0, np.where(drawn >= 1 - share / 2, 255, levels))
 
 
-def _gaussian(values: _Levels, sigma: float, *, truncate: float, border: str) -> _Levels:
+def _gaussian(values: _Levels, sigma: float, *, truncate: float = 4, border: str = "REPLICATE") -> _Levels:
     """Gaussian filter, truncated at ``truncate`` times σ, rounded."""
     cv2 = _opencv()
     size = 2 * int(truncate * sigma + 0.5) + 1
@@ -217,42 +202,34 @@ def _opencv() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "cv2":
             raise
-        raise ModuleNotFoundError(
-            "TransPrior's distortions need OpenCV: pip install 'pl-personalize[transprior]'",
-            name="cv2",
-        ) from error
+        message = "TransPrior's distortions need OpenCV: pip install 'pl-personalize[transprior]'"
+        raise ModuleNotFoundError(message, name="cv2") from error
 
 
-_Distortion = Callable[[_Levels, Generator], _Levels]
-_DISTORTIONS: dict[str, tuple[_Distortion, ...]] = {
+_DISTORTIONS: dict[str, tuple[Callable[..., _Levels], Sequence[tuple[float, ...]]]] = {
     "spatter": (
-        partial(_water, mean=0.62, std=0.1, sigma=0.7, threshold=0.7, strength=0.6),
-        partial(_water, mean=0.65, std=0.1, sigma=0.8, threshold=0.7, strength=0.6),
-        partial(_water, mean=0.65, std=0.3, sigma=1.0, threshold=0.69, strength=0.6),
-        partial(_mud, mean=0.65, std=0.1, sigma=0.7, threshold=0.68, edge_sigma=0.6),
-        partial(_mud, mean=0.65, std=0.1, sigma=0.5, threshold=0.67, edge_sigma=0.6),
+        _spatter,  # mean and std of the noise, sigma, threshold; strength of water, or sigma of the edge of mud
+        (
+            (0.62, 0.1, 0.7, 0.7, 0.6, False),
+            (0.65, 0.1, 0.8, 0.7, 0.6, False),
+            (0.65, 0.3, 1.0, 0.69, 0.6, False),
+            (0.65, 0.1, 0.7, 0.68, 0.6, True),
+            (0.65, 0.1, 0.5, 0.67, 0.6, True),
+        ),
     ),
     "elastic": (
-        partial(_elastic, amplitude=0.0, sigma=0.0, jitter=5.12),
-        partial(_elastic, amplitude=3.2, sigma=19.2, jitter=3.84),
-        partial(_elastic, amplitude=6.4, sigma=5.12, jitter=3.84),
-        partial(_elastic, amplitude=6.4, sigma=1.92, jitter=1.92),
-        partial(_elastic, amplitude=10.24, sigma=1.92, jitter=1.28),
+        _elastic,
+        ((0.0, 0.0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)),
     ),
-    "saturation": tuple(
-        partial(_saturation, factor=factor, offset=offset)
-        for factor, offset in ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (30.0, 0.2))
-    ),
-    "defocus_blur": tuple(
-        partial(_defocus_blur, radius=radius, edge_sigma=edge_sigma)
-        for radius, edge_sigma in ((0.5, 0.6), (1.0, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.1))
-    ),
-    "gaussian_noise": tuple(partial(_gaussian_noise, std=d) for d in (0.04, 0.08, 0.12, 0.15, 0.18)),
-    "brightness": tuple(partial(_brightness, offset=offset) for offset in (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "gaussian_blur": tuple(partial(_gaussian_blur, sigma=sigma) for sigma in (0.5, 0.75, 1.0, 1.25, 1.5)),
-    "jpeg": tuple(partial(_jpeg, quality=quality) for quality in (65, 58, 50, 40, 25)),
-    "contrast": tuple(partial(_contrast, factor=factor) for factor in (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "impulse_noise": tuple(partial(_impulse_noise, share=share) for share in (0.01, 0.02, 0.05, 0.08, 0.14)),
+    "saturation": (_saturation, ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (30.0, 0.2))),
+    "defocus_blur": (_defocus_blur, ((0.5, 0.6), (1.0, 0.1), (1.5, 0.1), (2.5, 0.01), (3.0, 0.1))),
+    "gaussian_noise": (_gaussian_noise, ((0.04,), (0.08,), (0.12,), (0.15,), (0.18,))),
+    "brightness": (_brightness, ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))),
+    "gaussian_blur": (_gaussian_blur, ((0.5,), (0.75,), (1.0,), (1.25,), (1.5,))),
+    "jpeg": (_jpeg, ((65,), (58,), (50,), (40,), (25,))),
+    "contrast": (_contrast, ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
+    "impulse_noise": (_impulse_noise, ((0.01,), (0.02,), (0.05,), (0.08,), (0.14,))),
 }
+"""Function of each distortion, and its constants at severity 1 to 5."""
 DISTORTIONS: tuple[str, ...] = tuple(_DISTORTIONS)
 """Names in the order of TransPrior's ten users."""

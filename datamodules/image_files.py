@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.v2.functional import center_crop
+from torchvision.transforms.v2.functional import center_crop, resize
 
 _NAMES = """
     apng avif avifs bmp dib gif heic heif j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl mpo
@@ -36,36 +36,32 @@ def is_image(name: str) -> bool:
     return path.suffix.strip().lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def is_class_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder that is neither hidden nor a system folder."""
-    return entry.is_dir() and not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FOLDERS
-
-
 def files_below(folder: Path) -> list[str]:
     """List the files of a folder and its subfolders, as relative paths with slashes.
 
     The order is that of torchvision's ``ImageFolder``: folders sorted, each with its files, sorted, before its
-    subfolders. Links are followed, except into a folder that contains them.
+    subfolders. Hidden folders and system folders are skipped. Links are followed, except into a folder that contains
+    them.
 
     Raises:
         MisconfigurationException: If a folder cannot be read.
     """
-    return list(_walk(folder, "", ()))
 
+    def refuse(error: OSError) -> None:
+        raise MisconfigurationException(f"The folder {error.filename} cannot be read: {error}.") from error
 
-def _walk(folder: Path, prefix: str, within: tuple[Path, ...]) -> Iterator[str]:
-    try:
-        here = folder.resolve()
-        if here in within:
-            return
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise MisconfigurationException(f"The folder {folder} cannot be read: {error}.") from error
-    yield from (prefix + entry.name for entry in entries if not entry.is_dir())
-    for entry in entries:
-        if is_class_folder(entry):
-            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*within, here))
+    found: list[str] = []
+    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(name)
+        above = {place.resolve() for place in (here, *here.parents)}
+        folders[:] = sorted(
+            sub
+            for sub in folders
+            if not sub.startswith(".") and sub.lower() not in _SYSTEM_FOLDERS and (here / sub).resolve() not in above
+        )
+        prefix = "" if here == folder else f"{here.relative_to(folder).as_posix()}/"
+        found += (prefix + file for file in sorted(files))
+    return found
 
 
 def passed_over(names: Iterable[str]) -> str:
@@ -105,15 +101,10 @@ def read_rgb(path: Path) -> Image.Image:
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to ``size``, bilinear with antialiasing; very long images are cut at both ends."""
-    short, long = sorted(image.size)
-    kept = min(long, _LONGEST * short)
-    start = (long - kept) // 2
-    target = max(size, size * kept // short)
-    if image.width <= image.height:
-        box, shape = (0, start, short, start + kept), (size, target)
-    else:
-        box, shape = (start, 0, start + kept, short), (target, size)
-    return image.resize(shape, Image.Resampling.BILINEAR, box=box)
+    kept = _LONGEST * min(image.size)
+    if max(image.size) > kept:
+        image = center_crop(image, [min(image.height, kept), min(image.width, kept)])
+    return resize(image, [size])
 
 
 def center_square(image: Image.Image, size: int) -> NDArray[np.uint8]:

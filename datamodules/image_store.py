@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-_VERSION = 2
-_PATIENCE = 3.0  # seconds before a progress bar appears
+_VERSION = 3
 
 Read = Callable[[Path], NDArray[np.uint8]]
 """Decodes an image file to (size, size, 3)."""
@@ -58,13 +57,14 @@ class ImageStore:
             MisconfigurationException: If a file cannot be decoded or the cache cannot be written.
         """
         if name not in self._pools:
+            shape = (len(files), 3, self.size, self.size)
             if self.cache_dir is None or not files:
-                pool = torch.empty((len(files), 3, self.size, self.size), dtype=torch.uint8)
+                pool = torch.empty(shape, dtype=torch.uint8)
                 with closing(self._decoded(name, files, read)) as images:
                     for row, image in enumerate(images):
                         pool[row] = torch.from_numpy(image)
             else:
-                pool = self._mapped(self.cache_dir, name, files, read, depends)
+                pool = self._mapped(self.cache_dir, name, files, read, depends, shape)
             self._pools[name] = pool
         return self._pools[name]
 
@@ -74,69 +74,57 @@ class ImageStore:
         def channels_first(file: str) -> NDArray[np.uint8]:
             return np.ascontiguousarray(read(self.folder / file).transpose(2, 0, 1))
 
-        with (
-            tqdm(total=len(files), desc=f"Decoding {name}", unit="image", delay=_PATIENCE, leave=False) as bar,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers,
-        ):
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
             try:
-                for image in workers.map(channels_first, files):
-                    yield image
-                    bar.update()
+                images = workers.map(channels_first, files)
+                yield from tqdm(images, f"Decoding {name}", len(files), unit="image", delay=3, leave=False)
             finally:
                 workers.shutdown(cancel_futures=True)  # do not wait for the rest after an error or Ctrl-C
 
     def _mapped(
-        self, cache_dir: Path, name: str, files: Sequence[str], read: Read, depends: Sequence[str | int]
+        self,
+        cache_dir: Path,
+        name: str,
+        files: Sequence[str],
+        read: Read,
+        depends: Sequence[str | int],
+        shape: tuple[int, ...],
     ) -> Tensor:
+        """Memory-map the images, after decoding them if their file is missing or incomplete."""
         try:
             stats = [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(self.folder / file)]]
         except OSError as error:
             raise MisconfigurationException(f"{error.filename} cannot be read as an image: {error}") from error
-        content = json.dumps(
-            [_VERSION, PIL.__version__, str(self.folder.resolve()), self.size, list(depends), stats]
-        ).encode()
+        content = json.dumps([_VERSION, PIL.__version__, str(self.folder.resolve()), self.size, list(depends), stats])
         readable = re.sub(r"\W+", "-", name)
-        path = cache_dir / f"{readable}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
-        shape = (len(files), 3, self.size, self.size)
+        path = cache_dir / f"{readable}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.bin"
+        count = math.prod(shape)
+
+        def complete() -> bool:
+            return path.is_file() and path.stat().st_size == count
+
         try:
-            if (found := _open_mapped(path, shape)) is not None:
-                return found
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                if (found := _open_mapped(path, shape)) is not None:  # from another process
-                    return found
-                partial = path.with_suffix(".partial")
-                try:
-                    with open(partial, "wb") as file, closing(self._decoded(name, files, read)) as images:
-                        _write(file, shape, images)
-                    os.replace(partial, path)
-                finally:
-                    partial.unlink(missing_ok=True)  # frees a full disk
+            if not complete():
+                cache_dir.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_suffix(".lock")):
+                    if not complete():  # otherwise another process was faster
+                        self._write(path, self._decoded(name, files, read))
+            return torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8).view(shape)
         except OSError as error:
             raise MisconfigurationException(
-                f"Cannot store images in cache_dir={str(cache_dir)!r}: {error}. They take "
-                f"{np.prod(shape) / 2**20:.0f} MiB; choose another folder, or None to hold them in memory."
+                f"Cannot store images in cache_dir={str(cache_dir)!r}: {error}. They take {count / 2**20:.0f} MiB; "
+                "choose another folder, or None to hold them in memory."
             ) from error
-        found = _open_mapped(path, shape)
-        assert found is not None
-        return found
 
-
-def _write(file: BinaryIO, shape: tuple[int, ...], images: Iterator[NDArray[np.uint8]]) -> None:
-    """Write an array in NumPy's format image by image, so that it need not fit in memory."""
-    np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    for image in images:
-        file.write(image.tobytes())
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _open_mapped(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """Memory-map the file as a tensor; ``None`` if it is missing or does not have the shape."""
-    if not path.is_file():
-        return None
-    try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, as PyTorch needs writable memory
-    except (ValueError, EOFError):
-        return None
-    return torch.from_numpy(array) if array.shape == shape and array.dtype == np.uint8 else None
+    @staticmethod
+    def _write(path: Path, images: Generator[NDArray[np.uint8]]) -> None:
+        """Write images one by one, as they may exceed the memory; the file appears when it is complete."""
+        partial = path.with_suffix(".partial")
+        try:
+            with open(partial, "wb") as file, closing(images):
+                file.writelines(image.data for image in images)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # frees a full disk

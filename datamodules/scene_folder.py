@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.datamodules.image_files import files_below, is_class_folder, is_image
+from pl_personalize.datamodules.image_files import files_below, is_image
 from pl_personalize.functional.names import some
 from pl_personalize.functional.spelling import hint, trimmed, written_otherwise
 
@@ -48,23 +48,19 @@ def read_pools(data_dir: Path) -> Pools:
             "with download=True (2.4 GB), or provide the folder Images/<class>/ and the lists "
             f"{' and '.join(LISTS)} with a line <class>/<file> for each image."
         )
-    images = data_dir / "Images"
-    try:
-        folders = sorted(entry.name for entry in os.scandir(images) if is_class_folder(entry))
-    except OSError as error:
-        raise MisconfigurationException(f"The folder {images} cannot be read: {error}.") from error
-    there = {folder: [f"{folder}/{name}" for name in files_below(images / folder)] for folder in folders}
+    there: dict[str, list[str]] = {}
+    for name in files_below(data_dir / "Images"):
+        folder, slash, _ = name.partition("/")
+        if slash:
+            there.setdefault(folder, []).append(name)
     known = {name for names in there.values() for name in names}
     train, test = (_read_list(data_dir / name, known) for name in LISTS)
     if both := sorted(train & test):
         raise MisconfigurationException(
             f"{both[0]!r} is in both {LISTS[0]} and {LISTS[1]} ({len(both)} such images); remove it from one of them."
         )
-    extra = {name for name in known - train - test if is_image(name)}
-    return Pools(
-        *({scene: tuple(n for n in names if n in pool) for scene, names in there.items()} for pool in
-          (train, test, extra))
-    )  # fmt: skip
+    pools = train, test, {name for name in known - train - test if is_image(name)}
+    return Pools(*({scene: tuple(n for n in names if n in pool) for scene, names in there.items()} for pool in pools))
 
 
 def _read_list(path: Path, known: set[str]) -> set[str]:
@@ -99,15 +95,13 @@ def read_supercategories(path: str | os.PathLike[str] | None) -> dict[str, str]:
         text = (packaged if path is None else Path(path).expanduser()).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The supercategories cannot be read from {path}: {error}") from error
-    lines = [line for line in text.splitlines() if trimmed(line)]
+    table: dict[str, str] = {}
     try:
-        header, *rows = csv.reader(lines, skipinitialspace=True) if lines else [[]]
+        header, *rows = [*csv.reader(filter(trimmed, text.splitlines()), skipinitialspace=True)] or [[]]
     except csv.Error as error:
         raise MisconfigurationException(f"{path} cannot be read as a CSV file: {error}.") from error
-    columns = [trimmed(name) for name in header]
-    table: dict[str, str] = {}
     for fields in rows:
-        row = dict(zip(columns, map(trimmed, fields), strict=False))
+        row = dict(zip(map(trimmed, header), map(trimmed, fields), strict=False))
         scene, supercategory = row.get("scene_class"), row.get("supercategory")
         if not scene or not supercategory or scene in table:
             raise MisconfigurationException(
@@ -123,8 +117,8 @@ def classes_of_tasks(table: Mapping[str, str], tasks: Sequence[str]) -> list[Nam
     """Classes of each task, in alphabetical order.
 
     Raises:
-        MisconfigurationException: If there is no task, a task is not a supercategory or is repeated, or a supercategory
-            differs from a task only in case or blanks, so that its classes would be left out.
+        MisconfigurationException: If a task is not a supercategory, is repeated, or differs from another supercategory
+            only in case or blanks.
     """
     known = sorted(set(table.values()))
     if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(known):

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pl_personalize.functional.batch_fields import map_tensors
 from pl_personalize.functional.batches import Forward, Labels, batch_size, call_model
 from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS, KindOptions
 from pl_personalize.functional.names import prefix_hint, some
@@ -231,4 +231,4 @@ def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) ->
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     for batch in tqdm(dataloader, desc="Importance", unit="batch", delay=2, disable=not progress, leave=False):
-        yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
+        yield map_tensors(move_data_to_device(batch, device), usable)

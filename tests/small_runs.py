@@ -83,7 +83,7 @@ def in_order(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
 class NoTraining(Callback):
     """For what must be refused before."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise AssertionError("training began")
 
 

@@ -143,13 +143,13 @@ def test_a_trial_run_leaves_the_file_of_a_real_one(tmp_path, make, run, dirpath)
 def test_a_folder_that_cannot_be_is_refused_before_the_run(tmp_path, make, run, folder):
     (tmp_path / "taken").write_text("a file")
     trainer = quiet_trainer(tmp_path, make(dirpath=tmp_path / folder), NoTraining())
-    with pytest.raises(MisconfigurationException, match=r"cannot write .*taken is no folder.*dirpath="):
+    with pytest.raises(MisconfigurationException, match=r"cannot write .*taken is not a writable folder.*dirpath="):
         getattr(trainer, run)(Net(), in_order(Rows()))
 
 
 def test_a_folder_without_write_permission_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(MisconfigurationException, match="is not writable"):
+    with pytest.raises(MisconfigurationException, match="is not a writable folder"):
         quiet_trainer(tmp_path, MASImportance(), NoTraining()).fit(Net(), in_order(Rows()))
 
 
@@ -273,6 +273,18 @@ class Broken(LeavesOut):
         raise KeyError("mine")
 
 
+class RebuildsHead(Net):
+    """Reads entries of its own and of Lightning, replaces a layer, and loads other weights than the state dict's."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["average"] = {name: torch.zeros_like(value) for name, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        self.head = torch.nn.Linear(*reversed(checkpoint["state_dict"]["head.weight"].shape))
+        checkpoint["state_dict"] = checkpoint["average"]
+        self.loaded = checkpoint["epoch"]
+
+
 def with_best(tmp_path, net, folder):
     callback, best = MASImportance(), ModelCheckpoint(folder, monitor="score", mode="min")
     trainer = quiet_trainer(tmp_path, callback, best, max_epochs=3, enable_checkpointing=True)
@@ -284,6 +296,15 @@ def test_what_is_no_tensor_is_the_last_weights_again(tmp_path):
     net = Counts()
     with_best(tmp_path, net, tmp_path / "ck")
     assert net.epochs == 3
+
+
+def test_a_module_that_replaces_its_layers_as_it_is_loaded(tmp_path):
+    net = RebuildsHead()
+    head = net.head
+    callback = with_best(tmp_path, net, tmp_path / "ck")
+    assert net.head is head
+    assert head.weight.abs().sum() > 0
+    assert callback.importance["head.weight"].abs().sum() == 0  # of average weights, all zero
 
 
 def test_a_module_that_mends_its_checkpoint_as_it_is_loaded(tmp_path):

@@ -70,13 +70,13 @@ def test_a_second_store_decodes_nothing(folder, cache):
     reader = Reader()
     assert torch.equal(ImageStore(folder, 4, cache).pool("some", FILES, reader, "x", 1), expected())
     assert reader.read == []
-    assert contents(cache).count(".npy") == 1
+    assert contents(cache).count(".bin") == 1
 
 
 def test_a_file_is_named_after_what_it_depends_on(folder, cache):
     def names(*depends, size=4, files=FILES):
         ImageStore(folder, size, cache).pool("some", files, lambda path: center_square(read_rgb(path), size), *depends)
-        return {path.name for path in cache.glob("*.npy")}
+        return {path.name for path in cache.glob("*.bin")}
 
     seen = [names(), names("x"), names("y"), names("x", 1), names(size=5), names(files=FILES[:3])]
     assert list(map(len, seen)) == [1, 2, 3, 4, 5, 6]
@@ -111,7 +111,7 @@ def test_who_comes_second_waits_for_the_first(folder, cache):
 
 def test_a_pool_may_have_any_name(folder, cache):
     ImageStore(folder, 4, cache).pool("in/../out: side", FILES, Reader())
-    assert [path.name[:12] for path in cache.glob("*.npy")] == ["in-out-side-"]
+    assert [path.name[:12] for path in cache.glob("*.bin")] == ["in-out-side-"]
 
 
 def test_mapped_images_may_be_written_to_without_changing_the_file(folder, cache):
@@ -129,10 +129,10 @@ def test_what_an_interruption_leaves_is_written_anew(folder, cache, error):
 
 def test_what_a_killed_process_leaves_is_written_anew(folder, cache):
     ImageStore(folder, 4, cache).pool("some", FILES, Reader())
-    (path,) = cache.glob("*.npy")
+    (path,) = cache.glob("*.bin")
     path.rename(path.with_suffix(".partial")).write_bytes(b"half")
     assert torch.equal(ImageStore(folder, 4, cache).pool("some", FILES, Reader()), expected())
-    assert contents(cache) == [".lock", ".npy"]
+    assert contents(cache) == [".bin", ".lock"]
 
 
 def test_after_an_error_the_rest_is_not_decoded(folder):
@@ -150,7 +150,7 @@ def test_after_an_error_the_rest_is_not_decoded(folder):
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another array"])
 def test_a_damaged_file_is_written_anew(folder, cache, damage):
     ImageStore(folder, 4, cache).pool("some", FILES, Reader())
-    (path,) = cache.glob("*.npy")
+    (path,) = cache.glob("*.bin")
     if damage == "another array":
         np.save(path, np.zeros(3))
     else:

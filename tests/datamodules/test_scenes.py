@@ -222,7 +222,7 @@ def test_mapped_files_have_the_same_images(scenes, tmp_path, make, plain_distort
         for a, b in zip(*splits, strict=True):
             assert torch.equal(a.images[:], b.images[:])
             assert torch.equal(a.labels, b.labels)
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 8
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 8
 
 
 def test_users_and_allocation_seeds_of_catprior_share_the_images(scenes):

@@ -117,7 +117,7 @@ def test_the_server_sees_no_distortion(scenes, scene_names, plain_distortions):
 def test_distorted_images_are_kept_apart_on_disk(scenes, tmp_path, plain_distortions):
     def load(**options):
         transprior(scenes, cache_dir=tmp_path / "cache", **options).user_split(1, 0)
-        return len(list((tmp_path / "cache").glob("*.npy")))
+        return len(list((tmp_path / "cache").glob("*.bin")))
 
     assert load() == 1
     decoded = len(plain_distortions)
@@ -134,7 +134,7 @@ def test_what_makes_a_user_different(scenes):
 def test_other_versions_decode_again(scenes, tmp_path, plain_distortions, monkeypatch):
     def load():
         transprior(scenes, cache_dir=tmp_path / "cache").user_split(1, 0)
-        return len(list((tmp_path / "cache").glob("*.npy")))
+        return len(list((tmp_path / "cache").glob("*.bin")))
 
     counts = [load()]
     for module, name in ((np, "__version__"), (PIL, "__version__")):
