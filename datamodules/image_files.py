@@ -104,7 +104,8 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     kept = _LONGEST * min(image.size)
     if max(image.size) > kept:
         image = center_crop(image, [min(image.height, kept), min(image.width, kept)])
-    return resize(image, [size])
+    resized: Image.Image = resize(image, [size])
+    return resized
 
 
 def center_square(image: Image.Image, size: int) -> NDArray[np.uint8]:

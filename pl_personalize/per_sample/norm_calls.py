@@ -76,7 +76,7 @@ def statistics_replaced(
         return output
 
     def on_call(name: str, own: Tensor | None, func: Function, args: Any, kwargs: Any) -> Any:
-        call = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
+        call: dict[str, Any] = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
         x, mean = call["input"], call.get(MEAN)
         if running[-1] == name and _is_copy(mean, own):  # calls of a layer inside this one come here, too
             seen.add(name)
