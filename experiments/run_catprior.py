@@ -1,4 +1,4 @@
-"""CatPrior: scenes, and users who see some classes more than others.
+"""CatPrior: scenes, and users with class preferences (label shift).
 
 The second benchmark of De Lange et al., CVPR 2020: MIT Indoor Scenes, four tasks, five users, AlexNet and VGG-11. A
 folder of other scenes in the same layout will do, with a table of its own (``--supercategories``).

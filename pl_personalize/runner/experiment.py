@@ -73,18 +73,18 @@ class Experiment:
             ``AdaBN``, ``AdaBN-S``, ``FT``; by default ``AdaBN`` for networks with batch norm, else ``none``.
         models: Models of a sequence to test: ``all``, or ``last``: only the one after the last task, which has no
             forgetting and takes a fraction of the time.
-        training: Options of training.
-        importance: Options of importances.
-        method: Options of methods.
-        adaptation: Options of adaptations.
-        trainer: Options of the Lightning Trainers.
+        training: Training options.
+        importance: Importance options.
+        method: Method options.
+        adaptation: Adaptation options.
+        trainer: Trainer options.
         loggers: Where runs are tracked: ``wandb``, ``csv``, ``tensorboard``; one, several or none. Each seed and server
             method is one run.
         wandb: Options of Weights & Biases.
         output_dir: Folder of the run, by default ``runs`` and the name of the benchmark. A finished run may be in a
             read-only folder; then its results are only printed.
         options: Further options that the results depend on.
-        paper: Results of the paper by label, to stand beside the results.
+        paper: Results of the paper by label, shown next to the results.
         paper_note: A note for the comparison with them.
 
     Raises:
