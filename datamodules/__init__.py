@@ -3,8 +3,7 @@
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
 from pl_personalize.datamodules.catprior import CatPriorDataModule
 from pl_personalize.datamodules.digits import DigitsDataModule
-from pl_personalize.datamodules.image_rows import ImageRows
-from pl_personalize.datamodules.labelled_images import LabelledImages
+from pl_personalize.datamodules.labelled_images import ImageRows, LabelledImages
 from pl_personalize.datamodules.loader import TensorLoader, tensor_loader
 from pl_personalize.datamodules.numbers import NumbersDataModule
 from pl_personalize.datamodules.scenes import SceneDataModule

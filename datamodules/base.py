@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pl_personalize.datamodules.arguments import distinct, index_of, whole
-from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.labelled_images import (
+    ImageRows,
     LabelledImages,
     concatenate,
     described,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pl_personalize.datamodules.base import whole
-from pl_personalize.datamodules.scene_allocation import UserFiles, catprior_files, check_catprior
-from pl_personalize.datamodules.scene_folder import Pools
+from pl_personalize.datamodules.labelled_images import permutation
+from pl_personalize.datamodules.scene_folder import LISTS, Names, Pools
 from pl_personalize.datamodules.scene_preferences import Preferences, read_preferences, sample_preferences
-from pl_personalize.datamodules.scenes import SceneDataModule
+from pl_personalize.datamodules.scenes import SceneDataModule, UserFiles, assert_disjoint, shuffled
+from pl_personalize.functional.names import some
 
 
 class CatPriorDataModule(SceneDataModule):
@@ -83,15 +87,54 @@ class CatPriorDataModule(SceneDataModule):
 
     @override
     def check(self, pools: Pools) -> None:
+        users = self.num_users
         if isinstance(self._preferences, int):
-            numbers = self.num_users, self.preferred_classes, self.extra_images
+            numbers = users, self.preferred_classes, self.extra_images
             sampled = sample_preferences(pools.extra, self.classes_by_task(), *numbers, self._preferences)
             self._shared["preferences"] = sampled
-        check_catprior(pools, self.classes_by_task(), self._shared["preferences"], self.extra_images)
+        found = {scene: len(pools.test[scene]) for scenes in self.classes for scene in scenes}
+        if few := [f"{scene!r} has {count}" for scene, count in found.items() if count < 2 * users]:
+            raise MisconfigurationException(
+                f"Each of the {users} users needs two test images of each class, one for adapt and one for eval, "
+                f"{2 * users} in total; in {LISTS[1]} {some(few)}. Reduce num_users= or add images."
+            )
+        demand = Counter(scene for chosen in self.preferences() for task in self.tasks for scene in chosen[task])
+        there = {scene: len(pools.extra[scene]) for scene in found if demand[scene]}
+        if short := [scene for scene, count in there.items() if demand[scene] * self.extra_images > count]:
+            needs = (
+                f"{scene!r}: {demand[scene]} user(s) × {self.extra_images} = {demand[scene] * self.extra_images}, "
+                f"there are {there[scene]}"
+                for scene in short
+            )
+            most = min(count // demand[scene] for scene, count in there.items())
+            raise MisconfigurationException(
+                f"There are too few extra images, those in neither list. {some(needs, '; ')}. Reduce extra_images= (at "
+                f"most {most} with these preferences) or choose other preferences=."
+            )
 
     @override
     def allocate(self, pools: Pools, task: int, allocation_seed: int) -> list[UserFiles]:
-        name = self.tasks[task]
-        preferred = [chosen[name] for chosen in self.preferences()]
-        seed = self.split_seed, "CatPrior", allocation_seed, name
-        return catprior_files(pools, self.classes[task], preferred, self.extra_images, *seed)
+        """Each of the U users gets floor(n / U) of the n test images of a class; random users get one more each."""
+        seed = self.split_seed, "CatPrior", allocation_seed, self.tasks[task]
+        users = range(self.num_users)
+        mine: list[tuple[list[str], list[str]]] = [([], []) for _ in users]  # adapt and eval
+
+        def give(user: int, names: Names) -> None:
+            mine[user][0].extend(names[len(names) // 2 :])
+            mine[user][1].extend(names[: len(names) // 2])
+
+        for scene in self.classes[task]:
+            names = shuffled(pools.test[scene], *seed, "test", scene)
+            sizes = [len(names) // len(users) + (place < len(names) % len(users)) for place in users]
+            order = permutation(len(users), *seed, "users", scene).tolist()
+            for user, stop, size in zip(order, accumulate(sizes), sizes, strict=True):
+                give(user, names[stop - size : stop])
+            names = shuffled(pools.extra[scene], *seed, "extra", scene)
+            fans = (user for user in users if scene in self.preferences()[user][self.tasks[task]])
+            for place, user in enumerate(fans):
+                give(user, names[place * self.extra_images : (place + 1) * self.extra_images])
+        assert_disjoint(*(split for splits in mine for split in splits))
+        return [
+            UserFiles(shuffled(adapt, *seed, "adapt", user), shuffled(evaluation, *seed, "eval", user))
+            for user, (adapt, evaluation) in enumerate(mine)
+        ]

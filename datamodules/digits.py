@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
-from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, divided, permutation
 from pl_personalize.functional.seeding import derive_seed
 
 IMAGE_SHAPE = (3, 16, 16)
@@ -42,15 +42,12 @@ class DigitsDataModule(TaskIncrementalDataModule):
         (('0-1', '2-3', '4-5', '6-7', '8-9'), ('scan', 'camera'))
     """
 
+    image_shape = IMAGE_SHAPE
+
     def __init__(self, *, split_seed: int = 27, **options: Any) -> None:
         pairs = [(str(digit), str(digit + 1)) for digit in range(0, 10, 2)]
         super().__init__(tasks=["-".join(pair) for pair in pairs], classes=pairs, users=["scan", "camera"], **options)
         self.split_seed = split_seed
-
-    @property
-    @override
-    def image_shape(self) -> tuple[int, int, int]:
-        return IMAGE_SHAPE
 
     @override
     def decisive_options(self) -> dict[str, Any]:
@@ -59,8 +56,8 @@ class DigitsDataModule(TaskIncrementalDataModule):
     @override
     def load_server(self, task: int) -> tuple[LabelledImages, LabelledImages]:
         """Load the server's scans and photographs, 80 % of the digits for training."""
-        scans = _split(self._share(task, 0.0, 0.25), 0.8, self.split_seed, task, "server scan")
-        photos = _split(self._share(task, 0.25, 0.5), 0.8, self.split_seed, task, "server camera")
+        scans = divided(self._share(task, 0.0, 0.25), 0.8, self.split_seed, task, "server scan")
+        photos = divided(self._share(task, 0.25, 0.5), 0.8, self.split_seed, task, "server camera")
         train, val = (
             concatenate([self._scans(task, scan), self._photographs(task, photo, SERVER_PHOTOGRAPHS)])
             for scan, photo in zip(scans, photos, strict=True)
@@ -72,7 +69,7 @@ class DigitsDataModule(TaskIncrementalDataModule):
         """Load the user's images, halved."""
         share = self._share(task, 0.5, 0.75) if user == 0 else self._share(task, 0.75, 1.0)
         see = self._scans if user == 0 else self._photographs
-        evaluation, adapt = _split(share, 0.5, self.split_seed, task, self.users[user])
+        evaluation, adapt = divided(share, 0.5, self.split_seed, task, self.users[user])
         return see(task, adapt), see(task, evaluation)
 
     def _share(self, task: int, start: float, stop: float) -> Tensor:
@@ -81,8 +78,7 @@ class DigitsDataModule(TaskIncrementalDataModule):
         parts = []
         for name in self.classes[task]:
             chosen = (digits == int(name)).nonzero().squeeze(1)
-            generator = torch.Generator().manual_seed(derive_seed(self.split_seed, int(name)))
-            order = torch.randperm(len(chosen), generator=generator)
+            order = permutation(len(chosen), self.split_seed, int(name))
             parts.append(chosen[order[int(start * len(chosen)) : int(stop * len(chosen))]])
         return torch.cat(parts)
 
@@ -95,12 +91,6 @@ class DigitsDataModule(TaskIncrementalDataModule):
         photos = [photograph(images[k], derive_seed(int(k), copy)) for k in chosen for copy in range(count)]
         labels = digits[chosen].repeat_interleave(count) - int(self.classes[task][0])
         return LabelledImages((torch.stack(photos) - 0.5) / 0.5, labels)
-
-
-def _split(chosen: Tensor, share: float, *seed: int | str) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(derive_seed(*seed)))
-    count = int(share * len(chosen))
-    return chosen[order[:count]], chosen[order[count:]]
 
 
 def photograph(scan: Tensor, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from pl_personalize.datamodules.image_rows import ImageRows
+from pl_personalize.datamodules.labelled_images import ImageRows
 from pl_personalize.functional.seeding import derive_seed
 
 T = TypeVar("T")

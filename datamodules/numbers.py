@@ -19,8 +19,7 @@ from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule
 from pl_personalize.datamodules.image_files import files_below, is_image, passed_over, read_rgb
-from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, random_split
-from pl_personalize.functional.seeding import derive_seed
+from pl_personalize.datamodules.labelled_images import LabelledImages, concatenate, permutation, random_split
 from pl_personalize.functional.spelling import hint, written_otherwise
 
 IMAGE_SHAPE = (3, 28, 28)
@@ -50,6 +49,8 @@ class NumbersDataModule(TaskIncrementalDataModule):
         MisconfigurationException: If a source is unknown or missing.
     """
 
+    image_shape = IMAGE_SHAPE
+
     def __init__(
         self,
         data_dir: str | os.PathLike[str] = "data",
@@ -70,11 +71,6 @@ class NumbersDataModule(TaskIncrementalDataModule):
         self.data_dir, self.sources, self.download = Path(data_dir).expanduser(), tuple(sources), download
         self.max_per_source, self.split_seed = max_per_source, split_seed
         self._raw: dict[tuple[str, bool], _Raw] = {}
-
-    @property
-    @override
-    def image_shape(self) -> tuple[int, int, int]:
-        return IMAGE_SHAPE
 
     @override
     def decisive_options(self) -> dict[str, Any]:
@@ -117,8 +113,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
         parts: list[LabelledImages] = []
         for source, name in zip(self.sources, self.users, strict=True):
             images, labels = self._of_task(source, True, task)
-            generator = torch.Generator().manual_seed(derive_seed(self._division, name, task))
-            order = torch.randperm(len(labels), generator=generator)[: self.max_per_source]
+            order = permutation(len(labels), self._division, name, task)[: self.max_per_source]
             parts.append(LabelledImages(_normalize(images[order], source), labels[order]))
         return random_split(concatenate(parts), 0.8, self._division, "server", task)
 

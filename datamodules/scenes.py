@@ -21,10 +21,8 @@ from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
 from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
-from pl_personalize.datamodules.image_rows import ImageRows
 from pl_personalize.datamodules.image_store import ImageStore, Read
-from pl_personalize.datamodules.labelled_images import LabelledImages
-from pl_personalize.datamodules.scene_allocation import ServerFiles, UserFiles, server_files
+from pl_personalize.datamodules.labelled_images import ImageRows, LabelledImages, permutation
 from pl_personalize.datamodules.scene_download import MIT_INDOOR, fetch
 from pl_personalize.datamodules.scene_folder import (
     Names,
@@ -38,6 +36,20 @@ from pl_personalize.datamodules.scene_transforms import MEAN, STD, normalize, ra
 
 TASKS = ("home", "leisure", "public", "store")
 _FLOAT32 = torch.finfo(torch.float32)
+
+
+class ServerFiles(NamedTuple):
+    """Names of the server's images of a task, by split."""
+
+    train: Names
+    val: Names
+
+
+class UserFiles(NamedTuple):
+    """Names of a user's images of a task, by split."""
+
+    adapt: Names
+    eval: Names
 
 
 class UserPool(NamedTuple):
@@ -210,7 +222,10 @@ class SceneDataModule(TaskIncrementalDataModule):
     def server_files(self, task: int | str) -> ServerFiles:
         """Names of the server's images of a task, ``class/file``, in the order of the splits."""
         index = self.task_index(task)
-        return server_files(self.pools(), self.classes[index], self.split_seed, "server", self.tasks[index])
+        train = self.pools().train
+        listed = [name for scene in self.classes[index] for name in train[scene]]
+        names = shuffled(listed, self.split_seed, "server", self.tasks[index])
+        return ServerFiles(names[: 4 * len(names) // 5], names[4 * len(names) // 5 :])
 
     def user_files(self, user: int | str, task: int | str) -> UserFiles:
         """Names of a user's images of a task, ``class/file``, in the order of the splits."""
@@ -256,6 +271,18 @@ class SceneDataModule(TaskIncrementalDataModule):
         if self.augment and seed is not None:
             images = random_crops(images, seed)
         return normalize(images, self.mean, self.std)
+
+
+def shuffled(names: Sequence[str], *seed: int | str) -> Names:
+    """Names in a random order that depends only on the parts of the seed."""
+    return tuple(names[index] for index in permutation(len(names), *seed).tolist())
+
+
+def assert_disjoint(*splits: Sequence[str]) -> None:
+    """Assert that no image is allocated twice, also under ``python -O``."""
+    names = [name for split in splits for name in split]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise AssertionError(f"{twice[0]!r} is allocated twice.")
 
 
 def _are_three(values: Sequence[float], least: float, most: float) -> bool:

@@ -15,9 +15,9 @@ from typing_extensions import override
 from pl_personalize.datamodules import distortions
 from pl_personalize.datamodules.base import whole
 from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
-from pl_personalize.datamodules.scene_allocation import UserFiles, check_transprior, transprior_files
-from pl_personalize.datamodules.scene_folder import Pools
-from pl_personalize.datamodules.scenes import SceneDataModule, UserPool
+from pl_personalize.datamodules.scene_folder import LISTS, Pools
+from pl_personalize.datamodules.scenes import SceneDataModule, UserFiles, UserPool, assert_disjoint, shuffled
+from pl_personalize.functional.names import some
 from pl_personalize.functional.seeding import derive_seed
 
 DistortAt = Literal["resized", "reference"]
@@ -100,12 +100,32 @@ class TransPriorDataModule(SceneDataModule):
 
     @override
     def check(self, pools: Pools) -> None:
-        check_transprior(pools, self.classes_by_task(), self.extra_images)
+        if few := [scene for scenes in self.classes for scene in scenes if len(pools.test[scene]) < 2]:
+            raise MisconfigurationException(
+                f"Each class needs at least 2 test images, one for adapt and one for eval; {LISTS[1]} has fewer of "
+                f"{some(map(repr, few))}."
+            )
+        there = {
+            task: sum(len(pools.extra[scene]) for scene in scenes) for task, scenes in self.classes_by_task().items()
+        }
+        if few := [f"{task!r} has {count}" for task, count in there.items() if count < self.extra_images]:
+            raise MisconfigurationException(
+                f"There are too few extra images, those in neither list: each user gets {self.extra_images} of each "
+                f"task, and {', '.join(few)}. Reduce extra_images= (at most {min(there.values())})."
+            )
 
     @override
     def allocate(self, pools: Pools, task: int, allocation_seed: int) -> list[UserFiles]:
+        """The first floor(n / 2) of the n test images of a class are in eval, whatever the seed."""
         seed = self.split_seed, "TransPrior", allocation_seed, self.tasks[task]
-        return [transprior_files(pools, self.classes[task], self.extra_images, *seed)] * self.num_users
+        tests, half = [pools.test[scene] for scene in self.classes[task]], self.extra_images // 2
+        extra = [name for scene in self.classes[task] for name in pools.extra[scene]]
+        extra = [*shuffled(extra, *seed, "extra")[: self.extra_images]]
+        evaluation = [name for names in tests for name in names[: len(names) // 2]] + extra[:half]
+        adapt = [name for names in tests for name in names[len(names) // 2 :]] + extra[half:]
+        assert_disjoint(adapt, evaluation)
+        files = UserFiles(shuffled(adapt, *seed, "adapt"), shuffled(evaluation, *seed, "eval"))
+        return [files] * self.num_users
 
     @override
     def pool_of(self, profile: int) -> UserPool:

@@ -13,7 +13,7 @@ from pl_personalize.functional.batches import Forward, as_logits, check_logits
 from pl_personalize.per_sample.gradient_tape import NO_GRADIENT, sum_type
 from pl_personalize.per_sample.layer_rules import raise_to
 from pl_personalize.per_sample.module_state import ForwardState, evaluating
-from pl_personalize.per_sample.norm_gradients import right_norm_gradients
+from pl_personalize.per_sample.norm_calls import right_norm_gradients
 
 
 class BatchPowerSums(ExitStack):

@@ -36,7 +36,7 @@ from pl_personalize.per_sample.gradient_tape import (
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.layer_rules import add_power_sums_
 from pl_personalize.per_sample.module_state import ForwardState, evaluating
-from pl_personalize.per_sample.norm_gradients import right_norm_gradients
+from pl_personalize.per_sample.norm_calls import right_norm_gradients
 from pl_personalize.per_sample.sample_independence import described, logits_of_independent_samples
 
 Route = Literal["closed form", "layer", "model", "loop"]

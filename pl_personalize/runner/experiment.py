@@ -21,6 +21,7 @@ from pl_personalize.models.network_options import NetworkOptions
 from pl_personalize.registry import did_you_mean
 from pl_personalize.runner.options import ArtifactName, LoggerName, TestedModels, WandbOptions
 from pl_personalize.runner.paper import PaperResult
+from pl_personalize.runner.quiet import quiet_lightning
 from pl_personalize.runner.results import ALL_USERS
 from pl_personalize.runner.variants import Variant
 from pl_personalize.stages.options import ImportanceOptions, TrainerOptions, TrainingOptions
@@ -166,7 +167,8 @@ class Experiment:
         untracked = "wandb" not in self.loggers and self.wandb.mode != "disabled"
         if untracked and (self.wandb.artifacts or self.wandb.images_of):
             raise MisconfigurationException("wandb.artifacts and wandb.images_of need 'wandb' among the loggers.")
-        self.trainer.trainer(logger=False, enable_checkpointing=False)
+        with quiet_lightning():
+            self.trainer.trainer(logger=False, enable_checkpointing=False)
         for package in ("matplotlib", "scipy", "pandas", *(["tensorboard"] if "tensorboard" in self.loggers else [])):
             if find_spec(package) is None:  # needed at the end: say so at the start
                 raise MisconfigurationException(
@@ -178,6 +180,11 @@ class Experiment:
         """Folder of the run."""
         assert self.output_dir is not None
         return self.output_dir
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds."""
+        return [self.seeds] if isinstance(self.seeds, int) else list(self.seeds)
 
     @property
     def compared(self) -> list[Method]:

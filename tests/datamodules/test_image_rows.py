@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from pl_personalize.datamodules import ImageRows, LabelledImages
-from pl_personalize.datamodules.image_rows import join
-from pl_personalize.datamodules.labelled_images import concatenate, random_split
+from pl_personalize.datamodules.labelled_images import concatenate, join, random_split
 
 FIRST, SECOND = torch.arange(6).view(6, 1, 1, 1), torch.arange(100, 104).view(4, 1, 1, 1)
 

@@ -1,19 +1,15 @@
 """Who gets which images: the protocol's arithmetic, on the true numbers of MIT Indoor Scenes."""
 
+import json
 from collections import Counter
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scene_files import write_table
 
-from pl_personalize.datamodules.scene_allocation import (
-    catprior_files,
-    check_catprior,
-    check_transprior,
-    server_files,
-    transprior_files,
-)
+from pl_personalize.datamodules import CatPriorDataModule, TransPriorDataModule
 from pl_personalize.datamodules.scene_folder import Pools, classes_of_tasks, read_supercategories
-from pl_personalize.datamodules.scene_preferences import read_preferences, sample_preferences
+from pl_personalize.datamodules.scene_preferences import read_preferences
 
 TASKS = ("home", "leisure", "public", "store", "work")
 # Images of each class in the official list of test images, in alphabetical order; the other list has the rest of 100.
@@ -46,15 +42,31 @@ def preferred(task, num_users=5):
     return [chosen[task] for chosen in read_preferences(None, FOUR, num_users, 3)]
 
 
+def catprior_files(pools, task, seed=1):
+    data = CatPriorDataModule()
+    return data.allocate(pools, data.task_index(task), seed)
+
+
+def transprior_files(pools, task, extra_images=1000, seed=1):
+    data = TransPriorDataModule(extra_images=extra_images)
+    return data.allocate(pools, data.task_index(task), seed)[0]
+
+
+def server_files(pools, task, split_seed=27):
+    data = TransPriorDataModule(tasks=TASKS, split_seed=split_seed)
+    data.pools = lambda: pools
+    return data.server_files(task)
+
+
 def test_an_image_that_is_in_two_pools_is_noticed():
     pools = listing()
     twice = dict(pools.extra)
-    twice["bathroom"] = (*pools.test["bathroom"][:3], *twice["bathroom"])
+    twice["casino"] = (*pools.test["casino"][:3], *twice["casino"])
     broken = pools._replace(extra=twice)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
-        catprior_files(broken, CLASSES["home"], [("bathroom", "bedroom", "closet")] * 5, 70, 0)
-    with pytest.raises(AssertionError, match=r"'bathroom/test0.*' is allocated twice"):
-        transprior_files(broken, ("bathroom",), len(twice["bathroom"]), 0)
+    with pytest.raises(AssertionError, match=r"'casino/test0.*' is allocated twice"):
+        catprior_files(broken, "leisure")
+    with pytest.raises(AssertionError, match=r"'casino/test0.*' is allocated twice"):
+        transprior_files(broken, "leisure", sum(len(twice[scene]) for scene in CLASSES["leisure"]))
 
 
 def of(names, kind):
@@ -73,11 +85,11 @@ def test_the_tables_are_those_of_mit_indoor():
     [("home", 900, 226), ("leisure", 709, 178), ("public", 888, 222), ("store", 765, 192), ("work", 1024, 256)],
 )
 def test_the_server_has_80_percent_for_training(task, train, val):
-    found = server_files(listing(), CLASSES[task], 27, "server", task)
+    found = server_files(listing(), task)
     assert (len(found.train), len(found.val)) == (train, val)
     assert len({*found.train, *found.val}) == train + val
-    assert found == server_files(listing(), CLASSES[task], 27, "server", task)
-    assert found != server_files(listing(), CLASSES[task], 28, "server", task)
+    assert found == server_files(listing(), task)
+    assert found != server_files(listing(), task, 28)
     assert list(found.train) != sorted(found.train)
 
 
@@ -86,7 +98,7 @@ def test_the_server_has_80_percent_for_training(task, train, val):
 
 @pytest.mark.parametrize("task", TASKS[:4])
 def test_users_of_catprior_have_the_sizes_of_the_protocol(task):
-    users = catprior_files(listing(), CLASSES[task], preferred(task), 70, 27, 1, task)
+    users = catprior_files(listing(), task)
     for scene, count in zip(CLASSES[task], TEST_COUNTS[task], strict=True):
         halves = [
             tuple(len(of([n for n in split if n.startswith(f"{scene}/")], "test")) for split in (u.eval, u.adapt))
@@ -106,15 +118,15 @@ def test_users_of_catprior_have_the_sizes_of_the_protocol(task):
     [("home", 131, 134), ("leisure", 125, 127), ("public", 133, 135), ("store", 128, 131)],
 )
 def test_users_of_catprior_have_about_the_published_sizes(task, evaluation, adapt):
-    users = catprior_files(listing(), CLASSES[task], preferred(task), 70, 27, 1, task)
+    users = catprior_files(listing(), task)
     assert sum(len(user.eval) for user in users) / 5 == pytest.approx(evaluation, abs=4)
     assert sum(len(user.adapt) for user in users) / 5 == pytest.approx(adapt, abs=4)
 
 
 @pytest.mark.parametrize("task", TASKS[:4])
-@pytest.mark.parametrize("iteration", [1, 2])
-def test_no_image_of_catprior_is_in_two_places(task, iteration):
-    users = catprior_files(listing(), CLASSES[task], preferred(task), 70, 27, iteration, task)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_image_of_catprior_is_in_two_places(task, seed):
+    users = catprior_files(listing(), task, seed)
     names = [name for user in users for split in user for name in split]
     assert len(set(names)) == len(names)
     assert not of(names, "train")
@@ -122,22 +134,26 @@ def test_no_image_of_catprior_is_in_two_places(task, iteration):
 
 def test_every_extra_image_can_be_drawn():
     """Five users × 70 of the casino are 350: not one more is needed, and none is left out."""
-    users = catprior_files(listing(350), CLASSES["leisure"], preferred("leisure"), 70, 27, 1)
+    users = catprior_files(listing(350), "leisure")
     drawn = {name for user in users for split in user for name in of(split, "extra") if name.startswith("casino/")}
     assert len(drawn) == 350
 
 
-def test_leftover_test_images_go_to_different_users():
-    pools = Pools({}, {f"c{k}": tuple(f"c{k}/test{i}" for i in range(6)) for k in range(40)}, {})
-    pools.extra.update({scene: () for scene in pools.test})
-    users = catprior_files(pools, tuple(pools.test), [()] * 5, 0, 1)
-    more = [sum(map(len, user)) - 40 for user in users]
+def test_leftover_test_images_go_to_different_users(tmp_path):
+    scenes = [f"c{k}" for k in range(40)]
+    table = write_table(tmp_path / "table.csv", dict.fromkeys(scenes, "home"))
+    (tmp_path / "users.json").write_text(json.dumps({f"user{k}": {"home": ["c0"]} for k in range(1, 6)}))
+    data = CatPriorDataModule(
+        supercategories=table, tasks="home", preferences=tmp_path / "users.json", preferred_classes=1, extra_images=0
+    )
+    pools = Pools({}, {c: tuple(f"{c}/test{i}" for i in range(6)) for c in scenes}, dict.fromkeys(scenes, ()))
+    more = [sum(map(len, user)) - 40 for user in data.allocate(pools, 0, 1)]
     assert sum(more) == 40
     assert max(more) < 20  # not always the same
 
 
 def test_allocation_seeds_of_catprior_draw_anew_and_preferences_stay():
-    first, second = (catprior_files(listing(), CLASSES["home"], preferred("home"), 70, 27, j) for j in (1, 2))
+    first, second = (catprior_files(listing(), "home", j) for j in (1, 2))
     for a, b in zip(first, second, strict=True):
         for kind in ("test", "extra"):
             assert set(of(a.adapt + a.eval, kind)) != set(of(b.adapt + b.eval, kind))
@@ -147,7 +163,7 @@ def test_allocation_seeds_of_catprior_draw_anew_and_preferences_stay():
 
 def test_splits_are_shuffled():
     """Batches of one class after the other would spoil the statistics of batch norm."""
-    user = catprior_files(listing(), CLASSES["home"], preferred("home"), 70, 27, 1)[0]
+    user = catprior_files(listing(), "home")[0]
     for split in user:
         assert len({name.partition("/")[0] for name in split[:20]}) >= 3
 
@@ -160,7 +176,7 @@ def test_splits_are_shuffled():
     [("home", 135, 139), ("leisure", 105, 108), ("public", 141, 149), ("store", 119, 124)],
 )
 def test_users_of_transprior_have_the_sizes_of_the_protocol(task, evaluation, adapt):
-    found = transprior_files(listing(), CLASSES[task], 1000, 27, 1, task)
+    found = transprior_files(listing(), task)
     assert (len(of(found.eval, "test")), len(of(found.adapt, "test"))) == (evaluation, adapt)
     assert (len(of(found.eval, "extra")), len(of(found.adapt, "extra"))) == (500, 500)
     names = [*found.adapt, *found.eval]
@@ -171,19 +187,19 @@ def test_users_of_transprior_have_the_sizes_of_the_protocol(task, evaluation, ad
 
 
 def test_allocation_seeds_of_transprior_keep_the_test_images():
-    first, second = (transprior_files(listing(), CLASSES["store"], 1000, 27, j) for j in (1, 2))
+    first, second = (transprior_files(listing(), "store", seed=j) for j in (1, 2))
     for a, b in zip(first, second, strict=True):
         assert set(of(a, "test")) == set(of(b, "test"))
         assert set(of(a, "extra")) != set(of(b, "extra"))
 
 
 def test_all_extra_images_of_a_task_may_be_asked_for():
-    found = transprior_files(listing(100), CLASSES["leisure"], 1100, 27)
+    found = transprior_files(listing(100), "leisure", 1100)
     assert len(of([*found.adapt, *found.eval], "extra")) == 1100
 
 
 def test_odd_numbers_favour_adapt():
-    found = transprior_files(listing(), CLASSES["home"], 7, 27)
+    found = transprior_files(listing(), "home", 7)
     assert (len(of(found.eval, "extra")), len(of(found.adapt, "extra"))) == (3, 4)
 
 
@@ -191,39 +207,37 @@ def test_odd_numbers_favour_adapt():
 
 
 def test_the_papers_preferences_need_350_images_of_the_casino():
-    stored = read_preferences(None, FOUR, 5, 3)
-    check_catprior(listing(350), FOUR, stored, 70)
+    CatPriorDataModule().check(listing(350))
     with pytest.raises(
         MisconfigurationException,
         match=r"'casino': 5 user\(s\) × 70 = 350, there are 349\. .*extra_images= \(at most 69 ",
     ):
-        check_catprior(listing({"casino": 349}), FOUR, stored, 70)
+        CatPriorDataModule().check(listing({"casino": 349}))
 
 
 def test_all_classes_with_too_few_are_named_at_once():
     with pytest.raises(MisconfigurationException, match=r"'corridor': .* there are 9; .*'casino': .* there are 8\."):
-        check_catprior(listing({"casino": 8, "corridor": 9}), FOUR, read_preferences(None, FOUR, 5, 3), 70)
+        CatPriorDataModule().check(listing({"casino": 8, "corridor": 9}))
 
 
 def test_more_users_than_test_images_are_refused():
-    drawn = sample_preferences(listing(2000).extra, FOUR, 9, 3, 70, 1)
-    check_catprior(listing(2000), FOUR, drawn[:8], 70)
+    CatPriorDataModule(num_users=8, preferences=1).check(listing(2000))
     with pytest.raises(
         MisconfigurationException,
         match=r"Each of the 9 users .*, 18 in total; .* 'fastfood_restaurant' has 17\. .*num_",
     ):
-        check_catprior(listing(2000), FOUR, drawn, 70)
+        CatPriorDataModule(num_users=9, preferences=1).check(listing(2000))
 
 
 def test_transprior_says_how_many_there_are():
-    check_transprior(listing(100), FOUR, 1100)
+    TransPriorDataModule(extra_images=1100).check(listing(100))
     with pytest.raises(
         MisconfigurationException, match=r"each user gets 1101 of each task, and 'leisure' has 1100\. .*at most 1100"
     ):
-        check_transprior(listing(100), FOUR, 1101)
+        TransPriorDataModule(extra_images=1101).check(listing(100))
 
 
 def test_transprior_needs_a_test_image_for_each_half():
     pools = listing()
     with pytest.raises(MisconfigurationException, match=r"at least 2 test images.* fewer of 'bar'"):
-        check_transprior(pools._replace(test=dict(pools.test) | {"bar": ("bar/one",)}), FOUR, 10)
+        TransPriorDataModule(extra_images=10).check(pools._replace(test=dict(pools.test) | {"bar": ("bar/one",)}))

@@ -9,12 +9,13 @@ import pytest
 from scripts import EXPERIMENTS, refusal, rows_of, run_script
 from torch import nn
 
-from pl_personalize import Importance, TaskLearner
+from pl_personalize import Importance
 from pl_personalize.artifacts import file_checksum, load_tensors
 from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import MultiHeadNetwork, mlp
 from pl_personalize.stages import run_folder
+from pl_personalize.stages.workspace import Workspace
 
 SMALL = ["--config", EXPERIMENTS / "configs" / "digits.yaml", "--seeds", "[3]", "--training.epochs", "1"]
 SMALL += ["--network.hidden", "[8]", "--methods", "[FIM-RACL, MAS-IMM, mean-IMM, Experts, Joint]"]
@@ -93,14 +94,17 @@ def test_a_second_call_does_nothing_again(finished):
 
 
 def test_an_interrupted_run_resumes_and_comes_to_the_same_results(finished, tmp_path, monkeypatch):
-    def stop(self, *args, **kwargs):
-        raise SystemExit(9)
+    train = Workspace.train
 
-    with monkeypatch.context() as interrupted:
-        fit = TaskLearner.on_fit_start
-        interrupted.setattr(TaskLearner, "on_fit_start", lambda self: stop(self) if self.task == 2 else fit(self))
-        with pytest.raises(SystemExit):
-            run(tmp_path / "run", "--loggers", "[csv]")
+    def train_two(self, stage, *args):
+        if stage.endswith("task3"):
+            raise KeyboardInterrupt
+        return train(self, stage, *args)
+
+    monkeypatch.setattr(Workspace, "train", train_two)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path / "run", "--loggers", "[csv]")
+    monkeypatch.undo()
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
     assert list(stages) == ["first/seed3/train/task1", "experts/seed3/train/task2"]
     output = run(tmp_path / "run", "--loggers", "[csv, tensorboard]")
