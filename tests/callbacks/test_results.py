@@ -483,7 +483,8 @@ class Net(LightningModule):
 
 def run(what, *callbacks, **options):
     trainer = Trainer(
-        accelerator="cpu", devices=2 if STRATEGY == "ddp_fork" else 1, strategy=STRATEGY, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=2 if STRATEGY == "ddp_fork" else 1, strategy=STRATEGY, max_epochs=1,
+        logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=FOLDER,
         callbacks=[*callbacks], **options,
     )
