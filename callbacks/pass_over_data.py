@@ -53,7 +53,7 @@ class PassOverData:
         stages: Sequence[RunningStage] | None = None,
     ) -> None:
         self._trainer, self._again = trainer, again
-        self._stages: list[RunningStage | None] = [None] * len(loaders) if stages is None else list(stages)
+        self._stages: list[RunningStage | None] = [None] * len(loaders) if stages is None else [*stages]
         self._limits = [None if limit == inf else int(limit) for limit in limits]
         with random_state_kept(torch.device("cpu")):  # a sampler that is read here draws what it would have drawn
             self._loaders = [_share(loader, trainer) for loader in loaders]

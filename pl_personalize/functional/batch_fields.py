@@ -25,8 +25,9 @@ def items_of(field: Any) -> list[tuple[str, Any]] | None:
     has no meaning.
     """
     if isinstance(field, Mapping):
-        constant = frozenset({1})
-        ordered = sorted(field.items(), key=lambda item: (item[0] not in INPUT_KEYS, readings(item[1]) == constant))
+        ordered = sorted(
+            field.items(), key=lambda item: (item[0] not in INPUT_KEYS, readings(item[1]) == frozenset([1]))
+        )
         return [(repr(key), value) for key, value in ordered]
     if isinstance(field, PackedSequence):  # its tensors have no sample dimension
         return None

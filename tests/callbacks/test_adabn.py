@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import ROWS, Data, NoTraining, Rows, in_order, run_script, shuffled
+from small_runs import ROWS, Data, NoTraining, Rows, in_order, run_forked, shuffled
 from small_runs import quiet_trainer as trainer
 from torch import nn
 from torch.utils.data import DistributedSampler, IterableDataset, SubsetRandomSampler
@@ -975,10 +975,9 @@ def one_train_batch(net, x):
     return running(net.state_dict())
 
 
-@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Of 23 rows or 1 row; by default one process's batches are those of both."""
-    run_script(tmp_path, DDP_SCRIPT)
+    run_forked(tmp_path, DDP_SCRIPT)
 
     x = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(k)) + 1 for k in range(ROWS)])
     ranks = [torch.load(tmp_path / f"fit-{rank}.pt", weights_only=True) for rank in (0, 1)]

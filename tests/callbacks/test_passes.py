@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_script
+from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_forked
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -832,10 +832,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_several_processes(tmp_path):
     """Seeds, samplers that Lightning drops, and samplers of a user's own that take samples more than once."""
-    run_script(tmp_path, RANKS)
+    run_forked(tmp_path, RANKS)
     for rank in (0, 1):
         plain, watched = (json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for what in ("plain", "watched"))
         assert plain == watched
