@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import operator
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.datamodules.arguments import distinct, index_of, whole
 from pl_personalize.datamodules.labelled_images import (
     ImageRows,
     LabelledImages,
@@ -69,8 +69,8 @@ class TaskIncrementalDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tasks, self.users = distinct("tasks", tuple(tasks)), distinct("users", users)
-        self.classes = tuple(distinct(f"classes of task {k}", names) for k, names in enumerate(classes))
+        self.tasks, self.users = _distinct("tasks", tuple(tasks)), _distinct("users", users)
+        self.classes = tuple(_distinct(f"classes of task {k}", names) for k, names in enumerate(classes))
         if len(self.classes) != len(self.tasks):
             raise MisconfigurationException(
                 f"classes must have one list for each of the {len(self.tasks)} tasks; got {len(self.classes)}."
@@ -158,11 +158,11 @@ class TaskIncrementalDataModule(LightningDataModule):
 
     def task_index(self, task: int | str) -> int:
         """Index of a task given by index or name; raises MisconfigurationException if there is none."""
-        return index_of(task, self.tasks, "task")
+        return _index_of(task, self.tasks, "task")
 
     def user_index(self, user: int | str) -> int:
         """Index of a user given by index or name; raises MisconfigurationException if there is none."""
-        return index_of(user, self.users, "user")
+        return _index_of(user, self.users, "user")
 
     def num_classes(self, task: int | str | None = None) -> int:
         """Number of classes of a task, or of all tasks."""
@@ -266,53 +266,34 @@ class TaskIncrementalDataModule(LightningDataModule):
             return self.adapt_dataloader(self._task)
         return [self.adapt_dataloader(task) for task in range(len(self.tasks))]
 
-    def adapt_dataloader(
-        self,
-        task: int | str,
-        *,
-        labels: bool = False,
-        batch_size: int | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-    ) -> TensorLoader:
+    def adapt_dataloader(self, task: int | str, *, labels: bool = False, **options: Any) -> TensorLoader:
         """The current user's adapt split of a task.
 
         Args:
             task: The task.
             labels: Whether batches contain labels.
-            batch_size: Batch size; by default ``eval_batch_size``.
-            shuffle: Whether to shuffle in each epoch.
-            seed: Seed of the orders.
+            **options: ``batch_size`` (by default ``eval_batch_size``), ``shuffle`` and ``seed`` of
+                :func:`tensor_loader`.
 
         Raises:
             MisconfigurationException: If no user is set.
         """
         images, classes = self.user_split(self._need_user(), task)[0]
-        tensors = [images, classes] if labels else [images]
-        return self._loader(*tensors, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        return self._loader(*([images, classes] if labels else [images]), **options)
 
     def server_dataloader(
-        self,
-        task: int | str,
-        split: Literal["all", "train", "val"] = "all",
-        *,
-        batch_size: int | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
+        self, task: int | str, split: Literal["all", "train", "val"] = "all", **options: Any
     ) -> TensorLoader:
         """The server's images of a task, with labels and without augmentation.
 
         Args:
             task: The task.
             split: The split; ``"all"`` for train and val.
-            batch_size: Batch size; by default ``eval_batch_size``.
-            shuffle: Whether to shuffle in each epoch.
-            seed: Seed of the orders.
+            **options: As for :meth:`adapt_dataloader`.
         """
         train, val = self.server_split(task)
-        chosen = {"all": [train, val], "train": [train], "val": [val]}[split]
-        data = concatenate(chosen) if len(chosen) > 1 else chosen[0]
-        return self._loader(*data, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        data = {"all": lambda: concatenate([train, val]), "train": lambda: train, "val": lambda: val}[split]()
+        return self._loader(*data, **options)
 
     def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:
         size = self.eval_batch_size if batch_size is None else batch_size
@@ -332,3 +313,39 @@ class TaskIncrementalDataModule(LightningDataModule):
                 f"No user is set: set user= to one of {', '.join(map(repr, self.users))}, or to its index."
             )
         return self._user_index
+
+
+def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
+    """Return an option as an int.
+
+    Raises:
+        MisconfigurationException: If it is not an integer (a bool is not), or is less than ``least``.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise MisconfigurationException(f"{name} must be an integer; got {value!r}.")
+    if least is not None and number < least:
+        raise MisconfigurationException(f"{name} must be at least {least}; got {number}.")
+    return number
+
+
+def _distinct(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Names as a tuple, if there are any and they differ."""
+    if isinstance(names, str) or not names or len(set(names)) != len(names):
+        raise MisconfigurationException(f"{what} must be a list of one or several different names; got {names!r}.")
+    return tuple(names)
+
+
+def _index_of(value: int | str, names: Sequence[str], what: str) -> int:
+    """Index of an item given by its index or name."""
+    if isinstance(value, str):
+        if value in names:
+            return names.index(value)
+    elif not isinstance(value, bool) and 0 <= operator.index(value) < len(names):
+        return operator.index(value)
+    raise MisconfigurationException(
+        f"There is no {what} {value!r}; choose one of {', '.join(map(repr, names))} (or 0 to {len(names) - 1})."
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import torchvision
@@ -23,6 +23,15 @@ from pl_personalize.datamodules.labelled_images import LabelledImages, concatena
 from pl_personalize.functional.spelling import hint, written_otherwise
 
 IMAGE_SHAPE = (3, 28, 28)
+_COLLECTIONS = {
+    "mnist": [
+        f"MNIST/raw/{part}-ubyte"
+        for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    ],
+    "svhn": ["SVHN/train_32x32.mat", "SVHN/test_32x32.mat"],
+    "usps": ["USPS/usps.bz2", "USPS/usps.t.bz2"],
+}
+"""Files of the named collections."""
 _Raw = tuple[Tensor, Tensor]  # uint8 (n, 1 or 3, height, width), and digits (n,)
 
 
@@ -138,7 +147,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
     def _check(self, source: str) -> None:
         if source not in _COLLECTIONS:
             _check_folder(Path(source))
-        elif missing := [file for file in _COLLECTIONS[source].files if not (self.data_dir / file).is_file()]:
+        elif missing := [file for file in _COLLECTIONS[source] if not (self.data_dir / file).is_file()]:
             raise MisconfigurationException(
                 f"The data set {source!r} is not in {self.data_dir.resolve()}: there is no "
                 f"{' and no '.join(missing)}. Download it with download=True (--download true on the command line), or "
@@ -151,7 +160,7 @@ class NumbersDataModule(TaskIncrementalDataModule):
         if source not in _COLLECTIONS:
             return _read_folder(Path(source) / ("train" if train else "test"))
         try:
-            return _COLLECTIONS[source].read(self.data_dir, train, self.download)
+            return _read_collection(source, self.data_dir, train, self.download)
         except Exception as error:  # torchvision does not document what its readers and downloads raise
             raise MisconfigurationException(
                 f"Cannot {'download or read' if self.download else 'read'} the data set {source!r} in "
@@ -216,36 +225,18 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _read_mnist(data_dir: Path, train: bool, download: bool) -> _Raw:
-    data = torchvision.datasets.MNIST(data_dir, train=train, download=download)
-    return data.data[:, None], data.targets
-
-
-def _read_svhn(data_dir: Path, train: bool, download: bool) -> _Raw:
-    data = torchvision.datasets.SVHN(data_dir / "SVHN", split="train" if train else "test", download=download)
-    return torch.from_numpy(data.data), torch.from_numpy(data.labels)
-
-
-def _read_usps(data_dir: Path, train: bool, download: bool) -> _Raw:
-    _, name, md5 = torchvision.datasets.USPS.split_list["train" if train else "test"]
-    path = data_dir / "USPS" / name
+def _read_collection(name: str, data_dir: Path, train: bool, download: bool) -> _Raw:
+    """Read a data set of torchvision."""
+    split, data = "train" if train else "test", torchvision.datasets
+    if name == "mnist":
+        mnist = data.MNIST(data_dir, train=train, download=download)
+        return mnist.data[:, None], mnist.targets
+    if name == "svhn":
+        svhn = data.SVHN(data_dir / "SVHN", split=split, download=download)
+        return torch.from_numpy(svhn.data), torch.from_numpy(svhn.labels)
+    _, file, md5 = data.USPS.split_list[split]
+    path = data_dir / "USPS" / file
     if download and path.is_file() and not check_integrity(path, md5):
         path.unlink()  # torchvision checks only new downloads
-    data = torchvision.datasets.USPS(data_dir / "USPS", train=train, download=download)
-    return torch.from_numpy(data.data)[:, None], torch.tensor(data.targets)
-
-
-class _Collection(NamedTuple):
-    """Reader and files of a data set of torchvision."""
-
-    read: Callable[[Path, bool, bool], _Raw]
-    files: Sequence[str]
-
-
-_MNIST_FILES = [f"MNIST/raw/{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1")]
-_MNIST_FILES += [f"MNIST/raw/{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")]
-_COLLECTIONS = {
-    "mnist": _Collection(_read_mnist, _MNIST_FILES),
-    "svhn": _Collection(_read_svhn, ["SVHN/train_32x32.mat", "SVHN/test_32x32.mat"]),
-    "usps": _Collection(_read_usps, ["USPS/usps.bz2", "USPS/usps.t.bz2"]),
-}
+    usps = data.USPS(data_dir / "USPS", train=train, download=download)
+    return torch.from_numpy(usps.data)[:, None], torch.tensor(usps.targets)

@@ -48,12 +48,8 @@ MIT_INDOOR = SceneArchive(
 def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None:
     """Download the missing parts of a data set; each appears in the folder only when it is complete.
 
-    The tar file is kept in the folder and used again, also if it was put there by hand; it may be deleted.
-
-    Args:
-        archive: The data set.
-        data_dir: The folder.
-        md5: Expected checksum of the tar file.
+    The tar file is kept in the folder and used again, also if it was put there by hand; it may be deleted. Its expected
+    checksum is ``md5``.
 
     Raises:
         MisconfigurationException: If a part cannot be downloaded, unpacked or written, or is incomplete.
@@ -71,13 +67,14 @@ def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None
                         _fetch_images(archive, data_dir, partial, md5)
                     else:
                         _fetch_list(*archive.lists[part], data_dir / part, partial)
+                    os.replace(partial / part, data_dir / part)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise MisconfigurationException(f"The scenes cannot be written to {data_dir.resolve()}: {error}") from error
 
 
-def _download(url: str, target: Path, partial: Path, md5: str | None = None) -> Path:
+def _download(url: str, target: Path, partial: Path, md5: str | None = None) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none
     try:
@@ -88,12 +85,12 @@ def _download(url: str, target: Path, partial: Path, md5: str | None = None) -> 
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    return partial / target.name
 
 
 def _fetch_list(url: str, lines: int, target: Path, partial: Path) -> None:
-    path = _download(url, target, partial)
-    names = [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    _download(url, target, partial)
+    text = (partial / target.name).read_text("utf-8", errors="replace")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     missing = [name for name in names if not (target.parent / "Images" / name).is_file()]  # the last one may be cut off
     if len(names) != lines or missing:
         found = f"names {missing[0]!r}, which is not in Images" if missing else f"has {len(names)}"
@@ -101,27 +98,24 @@ def _fetch_list(url: str, lines: int, target: Path, partial: Path) -> None:
             f"{url} should have {lines} lines, each with the name of an image, but {found}. Download it by other means "
             f"to {target.resolve()}."
         )
-    os.replace(path, target)
 
 
 def _fetch_images(archive: SceneArchive, data_dir: Path, partial: Path, md5: str | None) -> None:
     path = data_dir / archive.url.rpartition("/")[2]
     if not path.is_file():
-        os.replace(_download(archive.url, path, partial, md5), path)
-    problem = None if md5 is None or check_integrity(path, md5) else f"does not have the MD5 checksum {md5}"
+        _download(archive.url, path, partial, md5)
+        os.replace(partial / path.name, path)
     try:
-        if problem is None:
-            with tarfile.open(path) as tar:
-                members = tqdm(tar, f"Unpacking {path.name}", unit="file", delay=3, leave=False)
-                tar.extractall(partial, members, filter="data")
-            images = sum(is_image(file.name) for file in (partial / "Images").glob("*/*"))
-            if images < archive.images:
-                problem = f"has {images} images Images/<class>/<file>, not {archive.images}"
+        if md5 is not None and not check_integrity(path, md5):
+            raise tarfile.TarError(f"does not have the MD5 checksum {md5}")
+        with tarfile.open(path) as tar:
+            tar.extractall(
+                partial, tqdm(tar, f"Unpacking {path.name}", unit="file", delay=3, leave=False), filter="data"
+            )
+        if (images := sum(is_image(file.name) for file in (partial / "Images").glob("*/*"))) < archive.images:
+            raise tarfile.TarError(f"has {images} images Images/<class>/<file>, not {archive.images}")
     except (tarfile.TarError, EOFError) as error:
-        problem = f"cannot be unpacked ({str(error).splitlines()[0]})"
-    if problem is not None:
         raise MisconfigurationException(
-            f"{path.resolve()} {problem}. Delete it to download it again, or unpack it yourself to "
-            f"{data_dir.resolve() / 'Images'}."
-        )
-    os.replace(partial / "Images", data_dir / "Images")
+            f"{path.resolve()} cannot be used ({str(error).splitlines()[0]}). Delete it to download "
+            f"it again, or unpack it yourself to {data_dir.resolve() / 'Images'}."
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from pl_personalize.functional.spelling import hint, trimmed, written_otherwise
 Preferences = list[dict[str, Names]]
 """Preferred classes for each user and task."""
 
-_TRIES = 100
-
 
 def read_preferences(
     path: str | os.PathLike[str] | None, classes: Mapping[str, Names], num_users: int, count: int
@@ -30,12 +28,6 @@ def read_preferences(
 
     Users are named ``user1`` or ``1`` and so on, in any order; or none is, and they count in the order of the file.
     Blanks around names are ignored.
-
-    Args:
-        path: The file.
-        classes: Classes of each task.
-        num_users: Number of users.
-        count: Number of preferred classes of a task.
 
     Raises:
         MisconfigurationException: If the file is missing or does not fit these users, tasks and classes.
@@ -53,30 +45,30 @@ def read_preferences(
     if len(found) < num_users:
         raise MisconfigurationException(f"{name}: {len(found)} user(s), but num_users={num_users}. {remedy}")
     home = {scene: task for task, scenes in classes.items() for scene in scenes}
-    numbers = {user: _number(user) for user in found}
-    numbered = any(number is not None for number in numbers.values())
-    if numbered and not _from_one(list(numbers.values()), num_users):
+    named = {user: re.fullmatch(r"(?:user)?[\s_-]*([0-9]{1,9})(?:-seed[0-9]+)?", user, re.IGNORECASE) for user in found}
+    numbers = {user: int(match[1]) if match else 0 for user, match in named.items()}
+    wrong = 0 in numbers.values() or len(set(numbers.values())) != len(found)
+    if any(named.values()) and (wrong or not {*range(1, num_users + 1)} <= {*numbers.values()}):
         raise MisconfigurationException(
             f"{name} must name its users user1, user2 and so on, or all without such numbers (they then count in "
             f"the order of the file); got {', '.join(found)}."
         )
-    order = sorted(found, key=lambda user: numbers[user] or 0) if numbered else list(found)
-    users = {user: found[user] for user in order[:num_users]}
-    for user, tasks in users.items():
+    users = sorted(found, key=lambda user: numbers[user])[:num_users]
+    for user, tasks in ((user, found[user]) for user in users):
         for task in classes:
             chosen = tasks.get(task, [])
             problem = None
             if not isinstance(chosen, list) or len(chosen) != count or len(set(map(str, chosen))) != count:
-                elsewhere = written_otherwise(task, tasks) if task not in tasks else None
-                written = "" if elsewhere is None else f"; it has {elsewhere!r}, which is spelled differently"
+                other = written_otherwise(task, tasks) if task not in tasks else None
+                written = "" if other is None else f"; it has {other!r}, which is spelled differently"
                 problem = f"{chosen!r}, not {count} different classes (preferred_classes={count}){written}"
-            elif wrong := [scene for scene in chosen if home.get(str(scene)) != task]:
-                nowhere = f"is in no task{hint(str(wrong[0]), home)}"
-                other = f"belongs to {home[wrong[0]]!r}" if str(wrong[0]) in home else nowhere
-                problem = f"{wrong[0]!r}, which {other}"
+            elif elsewhere := [scene for scene in chosen if home.get(str(scene)) != task]:
+                scene = str(elsewhere[0])
+                other = f"belongs to {home[scene]!r}" if scene in home else f"is in no task{hint(scene, home)}"
+                problem = f"{elsewhere[0]!r}, which {other}"
             if problem is not None:
                 raise MisconfigurationException(f"{name}: user {user!r} prefers in {task!r} {problem}. {remedy}")
-    return [{task: tuple(tasks[task]) for task in classes} for tasks in users.values()]
+    return [{task: tuple(tasks[task]) for task in classes} for tasks in (found[user] for user in users)]
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,29 +88,10 @@ def _trimmed(value: Any) -> Any:
     return trimmed(value) if isinstance(value, str) else value
 
 
-def _from_one(numbers: Sequence[int | None], count: int) -> bool:
-    """Whether all are positive and different and include 1 to ``count``."""
-    return len(set(numbers)) == len(numbers) and {*range(1, count + 1)} <= {*numbers} and not {None, 0} & {*numbers}
-
-
-def _number(user: str) -> int | None:
-    """3 for user3, User_3, 3 or user3-seed1."""
-    found = re.fullmatch(r"(?:user)?[\s_-]*([0-9]{1,9})(?:-seed[0-9]+)?", user.strip(), re.IGNORECASE)
-    return int(found[1]) if found else None
-
-
 def sample_preferences(
     extra: Mapping[str, Names], classes: Mapping[str, Names], num_users: int, count: int, images: int, seed: int
 ) -> Preferences:
-    """Sample preferences among the classes that have enough extra images left.
-
-    Args:
-        extra: Extra images of each class.
-        classes: Classes of each task.
-        num_users: Number of users.
-        count: Number of preferred classes of a task.
-        images: Number of extra images of each preferred class.
-        seed: Seed of the sampling.
+    """Sample ``count`` preferred classes of each task among those that have ``images`` extra images left.
 
     Raises:
         MisconfigurationException: If there are too few images for any preferences.
@@ -153,6 +126,6 @@ def _possible(room: Mapping[str, int], users: int, count: int) -> bool:
 def _choices(room: Mapping[str, int], count: int, generator: torch.Generator) -> Iterator[Names]:
     """Yield random choices of classes with room, and finally the roomiest, which suit the others if any choice does."""
     scenes = [scene for scene, times in room.items() if times]
-    for _ in range(_TRIES):
+    for _ in range(100):
         yield tuple(scenes[k] for k in torch.randperm(len(scenes), generator=generator)[:count].tolist())
     yield tuple(sorted(scenes, key=lambda scene: -room[scene])[:count])

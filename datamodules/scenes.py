@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms.v2.functional import resized_crop
 from typing_extensions import override
 
 from pl_personalize.datamodules.base import TaskIncrementalDataModule, whole
@@ -32,10 +34,10 @@ from pl_personalize.datamodules.scene_folder import (
     read_pools,
     read_supercategories,
 )
-from pl_personalize.datamodules.scene_transforms import MEAN, STD, normalize, random_crops
 
 TASKS = ("home", "leisure", "public", "store")
-_FLOAT32 = torch.finfo(torch.float32)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 class ServerFiles(NamedTuple):
@@ -113,7 +115,13 @@ class SceneDataModule(TaskIncrementalDataModule):
     ) -> None:
         num_users, image_size = whole("num_users", num_users, 1), whole("image_size", image_size, 1)
         split_seed = whole("split_seed", split_seed)
-        if not _are_three(mean, 0, 1) or not _are_three(std, _FLOAT32.tiny, _FLOAT32.max):
+        float32 = torch.finfo(torch.float32)
+        try:
+            valid = len(mean) == len(std) == 3 and all(0 <= value <= 1 for value in mean)
+            valid = valid and all(float32.tiny <= value <= float32.max for value in std)
+        except TypeError:
+            valid = False
+        if not valid:
             raise MisconfigurationException(
                 f"mean={mean!r} and std={std!r} are not supported: pass one number for each of the three channels, "
                 "with each mean in [0, 1] and each std positive."
@@ -155,15 +163,12 @@ class SceneDataModule(TaskIncrementalDataModule):
         ]
         return super().decisive_options() | {
             "data_dir": str(self.data_dir.resolve()),
-            "num_users": self.num_users,
+            **{name: getattr(self, name) for name in ("num_users", "image_size", "augment", "split_seed")},
             "tasks": list(self.tasks),
             "supercategories": self._table,
             "allocation_seeds": list(self.allocation_seeds),
-            "image_size": self.image_size,
-            "augment": self.augment,
             "mean": list(map(float, self.mean)),
             "std": list(map(float, self.std)),
-            "split_seed": self.split_seed,
             "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         }
 
@@ -285,9 +290,40 @@ def assert_disjoint(*splits: Sequence[str]) -> None:
         raise AssertionError(f"{twice[0]!r} is allocated twice.")
 
 
-def _are_three(values: Sequence[float], least: float, most: float) -> bool:
-    """Whether the values are three numbers in a range."""
-    try:
-        return len(values) == 3 and all(least <= value <= most for value in values)
-    except TypeError:
-        return False
+def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Normalize uint8 images (n, 3, height, width) to floats; with ImageNet's statistics by default."""
+    centre, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return images.float().div_(255).sub_(centre).div_(scale)
+
+
+def random_crops(images: Tensor, seed: int) -> Tensor:
+    """Random resized crops to the image's size, flipped horizontally with probability 0.5.
+
+    Crops have 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3, as in the training of GoogLeNet (Szegedy et
+    al., CVPR 2015) and in torchvision's ``RandomResizedCrop``.
+
+    Args:
+        images: (n, 3, height, width).
+        seed: Seed of the crops and flips.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found, (rows, columns) = torch.empty_like(images), images.shape[-2:]
+    for number, image in enumerate(images):
+        top, left, height, width = _random_box(rows, columns, generator)
+        part = resized_crop(image, top, left, height, width, [rows, columns], antialias=True)
+        found[number] = part.flip(-1) if torch.rand((), generator=generator) < 0.5 else part
+    return found
+
+
+def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop; the whole image if no sampled one fits."""
+    for _ in range(10):
+        area, ratio = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        area = height * width * (0.08 + area * (1.0 - 0.08))
+        ratio = 3 / 4 * ((4 / 3) / (3 / 4)) ** ratio
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            top = int(torch.randint(height - h + 1, (), generator=generator))
+            left = int(torch.randint(width - w + 1, (), generator=generator))
+            return top, left, h, w
+    return 0, 0, height, width

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pl_personalize.datamodules import CatPriorDataModule, TransPriorDataModule
-from pl_personalize.datamodules.scene_transforms import MEAN, STD
+from pl_personalize.datamodules.scenes import MEAN, STD
 
 TABLE = {
     "attic": "home", "bath": "home", "cellar": "home",

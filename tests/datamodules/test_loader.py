@@ -343,9 +343,7 @@ def test_the_run_that_is_interrupted_is_a_real_one(uninterrupted):
 @pytest.mark.parametrize(
     ("every", "crash", "resumed_from"),
     [
-        pytest.param(1, 2, 2, id="epoch 0"),
         pytest.param(2, 5, 4, id="epoch 0, later than its checkpoint"),
-        pytest.param(1, STEPS + 3, STEPS + 3, id="epoch 1"),
         pytest.param(5, 2 * STEPS + 5, 2 * STEPS + 3, id="epoch 2"),
         pytest.param(1, STEPS + 1, STEPS + 1, id="first step of epoch 1"),
         pytest.param(1, 2 * STEPS - 1, 2 * STEPS - 1, id="next to last step of epoch 1"),
@@ -384,7 +382,7 @@ class StepCrash(Crash):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("epoch", [0, 2])
 def test_a_run_stopped_between_epochs_resumes_bit_for_bit(uninterrupted, tmp_path, epoch):
     """From the checkpoint of the best epoch so far, as a run has it that knows nothing of steps."""
     end, watch = uninterrupted

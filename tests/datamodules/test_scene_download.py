@@ -117,7 +117,9 @@ def test_a_checksum_is_checked_if_it_is_given(archive, served, tmp_path):
     assert not (tmp_path / "a" / "scenes.tar").exists()
     fetch(archive, tmp_path / "b", md5)
     shutil.rmtree(tmp_path / "b" / "Images")
-    with pytest.raises(MisconfigurationException, match=r"scenes\.tar does not have the MD5 checksum 0+\. Delete it"):
+    with pytest.raises(
+        MisconfigurationException, match=r"scenes\.tar .*does not have the MD5 checksum 0+\)\. Delete it"
+    ):
         fetch(archive, tmp_path / "b", "0" * 32)
 
 
@@ -156,7 +158,7 @@ def test_a_truncated_archive_is_not_unpacked(archive, served, tmp_path, share):
     whole = (served[0] / "scenes.tar").read_bytes()
     (served[0] / "short.tar").write_bytes(whole[: int(share * len(whole))])
     short = archive._replace(url=archive.url.replace("scenes.tar", "short.tar"))
-    with pytest.raises(MisconfigurationException, match=r"short\.tar cannot be unpacked .* Delete it to download it"):
+    with pytest.raises(MisconfigurationException, match=r"short\.tar cannot be used .* Delete it to download it"):
         fetch(short, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {".download.lock"} == {"short.tar"}
     (tmp_path / "short.tar").unlink()
@@ -167,7 +169,7 @@ def test_a_truncated_archive_is_not_unpacked(archive, served, tmp_path, share):
 
 def test_an_archive_that_ends_early_between_two_files_is_refused(archive, served, tmp_path):
     pack(served[0] / "few.tar", {"Images/gym/a.png": b"1", "Images/bar/b.png": b"2"})
-    with pytest.raises(MisconfigurationException, match=r"has 2 images Images/<class>/<file>, not 364\."):
+    with pytest.raises(MisconfigurationException, match=r"has 2 images Images/<class>/<file>, not 364\)\."):
         fetch(archive._replace(url=archive.url.replace("scenes.tar", "few.tar")), tmp_path)
 
 
@@ -176,7 +178,7 @@ def test_members_outside_the_folder_are_refused(archive, served, tmp_path, name)
     name = name.format(tmp_path=tmp_path)
     pack(served[0] / "evil.tar", {"Images/gym/a.png": b"1", name: b"2"})
     place = tmp_path / "deep" / "place"
-    with pytest.raises(MisconfigurationException, match=r"evil\.tar (cannot be unpacked|has . images)"):
+    with pytest.raises(MisconfigurationException, match=r"evil\.tar cannot be used"):
         fetch(archive._replace(url=archive.url.replace("scenes.tar", "evil.tar")), place)
     assert not list(tmp_path.rglob("*.png"))
 
@@ -186,7 +188,7 @@ def test_links_to_the_outside_are_refused(archive, served, tmp_path):
         member = tarfile.TarInfo("Images/gym")
         member.type, member.linkname = tarfile.SYMTYPE, "/etc"
         tar.addfile(member)
-    with pytest.raises(MisconfigurationException, match=r"link\.tar cannot be unpacked"):
+    with pytest.raises(MisconfigurationException, match=r"link\.tar cannot be used"):
         fetch(archive._replace(url=archive.url.replace("scenes.tar", "link.tar")), tmp_path)
 
 

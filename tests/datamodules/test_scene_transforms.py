@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import Normalize
 
-from pl_personalize.datamodules.scene_transforms import normalize, random_crops
+from pl_personalize.datamodules.scenes import normalize, random_crops
 
 
 def noise(n=6, side=24) -> torch.Tensor:

@@ -8,7 +8,7 @@ from scene_files import SIZE, TABLE, catprior, names_of, transprior
 from torch import Tensor
 
 from pl_personalize.datamodules.image_store import ImageStore
-from pl_personalize.datamodules.scene_transforms import normalize
+from pl_personalize.datamodules.scenes import normalize
 
 TASKS = ("home", "leisure", "public", "store")
 

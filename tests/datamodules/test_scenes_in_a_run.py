@@ -8,9 +8,10 @@ from scene_files import SIZE, catprior, transprior
 from tiny_benchmark import call
 from torch import nn
 
+from pl_personalize.adaptations import ADAPTATIONS
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import TaskLearner
-from pl_personalize.runner import AdaptationOptions, BaselineOptions
+from pl_personalize.runner import AdaptationOptions
 
 
 class Normalized(nn.Module):
@@ -34,10 +35,9 @@ def network(classes: int) -> TaskNetwork:
 )
 def test_all_methods_see_normalized_images(scenes, tmp_path, make, methods, users, seeds, plain_distortions):
     data = make(scenes, tasks=["home", "store"], num_users=users, allocation_seeds=seeds, augment=True)
-    rows = call(
-        tmp_path, data=data, network=network, methods=methods, adaptations=["last", "AdaBN-S"],
-        adaptation=AdaptationOptions(epochs=1), baselines=BaselineOptions(ft_epochs=1),
-    )  # fmt: skip
+    short = AdaptationOptions(adabn_s=ADAPTATIONS["AdaBN-S"](epochs=1), ft=ADAPTATIONS["FT"](epochs=1))
+    adaptations = ["last", "AdaBN-S"]
+    rows = call(tmp_path, data=data, network=network, methods=methods, adaptations=adaptations, adaptation=short)
     assert {row.user for row in rows} == {"all", *data.users}
     assert len(data.users) == 2
     assert all(0 <= row.avg_acc <= 100 for row in rows)

@@ -21,14 +21,14 @@ def drawn(monkeypatch):
 
 
 def test_a_row_for_each_user_with_images_of_all_tasks_in_turn(scenes, tmp_path, drawn, plain_distortions):
-    data = transprior(scenes)
-    path = show_users(data, tmp_path / "figures" / "users.png", images_per_user=6)
+    data = transprior(scenes, tasks=["home", "store"], num_users=2)
+    path = show_users(data, tmp_path / "figures" / "users.png", images_per_user=3)
     assert path == tmp_path / "figures" / "users.png"
-    assert len(drawn) == 3 * 6
-    for user in range(3):
-        for column in range(6):
-            stored = data.user_split(user, column % 4)[0].images[column // 4]
-            assert np.array_equal(np.round(255 * drawn[6 * user + column]), stored.permute(1, 2, 0).numpy())
+    assert len(drawn) == 2 * 3
+    for user in range(2):
+        for column in range(3):
+            stored = data.user_split(user, column % 2)[0].images[column // 2]
+            assert np.array_equal(np.round(255 * drawn[3 * user + column]), stored.permute(1, 2, 0).numpy())
     assert Image.open(path).width > Image.open(path).height
 
 
