@@ -11,8 +11,8 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from pl_personalize.functional.rounding import rounding_of_sums
 from pl_personalize.per_sample.attention import split_attention
+from pl_personalize.per_sample.comparison import rounding_of_sums
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.layer_rules import LayerRule, add_power_sums_, find_layer_rule
 from pl_personalize.per_sample.module_state import ForwardState
@@ -54,16 +54,11 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def is_hookable(module: nn.Module) -> bool:
-    """Whether hooks on a module work; in TorchScript they do not."""
-    return not isinstance(module, torch.jit.ScriptModule)
-
-
 def layers_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
-    """Modules of a model that own at least one of the parameters."""
+    """Modules of a model that own at least one of the parameters, except in TorchScript, where hooks do not work."""
     wanted = {id(p) for p in parameters}
     inside = {m for part in model.modules() if isinstance(part, ParametrizationList) for m in part.modules()}
-    layers = [m for m in model.modules() if m not in inside and is_hookable(m)]
+    layers = [m for m in model.modules() if m not in inside and not isinstance(m, torch.jit.ScriptModule)]
     return [layer for layer in layers if any(id(p) in wanted for p in own_parameters(layer).values())]
 
 
@@ -148,15 +143,9 @@ class GradientTape:
     def reset(self) -> None:
         """Set all sums to 0."""
         self.bias_rounding: dict[str, float] = {}
+        self.sums.clear()  # frees their memory first
         for name, (shape, dtype, device) in self._shapes.items():
-            if name in self.sums and self.sums[name].shape == shape:
-                self.sums[name].zero_()
-            else:
-                self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
-
-    def release(self) -> None:
-        """Free the memory of the sums until :meth:`reset`."""
-        self.sums.clear()
+            self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
 
     def attach(self) -> None:
         """Register the forward hooks, which do nothing outside of :meth:`start` and :meth:`stop`."""
@@ -204,7 +193,9 @@ class GradientTape:
         return {
             places[0]: self.names[key]
             for key, places in owners.items()
-            if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_plain(*places[0])
+            if len(places) == 1
+            and self.rules[layer := places[0][0]] is VJP_RULE
+            and (local := places[0][1]) in layer._parameters.keys() - vars(layer).keys()
         }
 
     def start(self, num_samples: int, device: torch.device, only: Iterable[Place] | None = None) -> None:
@@ -378,8 +369,3 @@ class GradientTape:
         if isinstance(found, dict) and (missing := self.owned(layer).keys() - found.keys()):
             raise TapeError(layer, f"its rule returns no gradient of {sorted(missing)}")
         return found
-
-
-def _is_plain(layer: nn.Module, local: str) -> bool:
-    """Whether it is a parameter of the layer itself that a copy of another shape can replace."""
-    return local in layer._parameters and local not in vars(layer)

@@ -77,7 +77,8 @@ def statistics_replaced(
 
     def on_call(name: str, own: Tensor | None, func: Function, args: Any, kwargs: Any) -> Any:
         call = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
-        x, mean = call["input"], call.get(MEAN)
+        x: Tensor = call["input"]
+        mean: Any = call.get(MEAN)
         if running[-1] == name and _is_copy(mean, own):  # calls of a layer inside this one come here, too
             seen.add(name)
             if x.dim() > 1 and x.shape[1] == len(mean):  # otherwise PyTorch refuses it

@@ -13,10 +13,9 @@ Place = tuple[nn.Module, str]
 class SampleCopies:
     """Replaces parameters in their modules by one copy per sample, so that the copies' gradients are per sample.
 
-    A module that adds a parameter to its input, multiplies the two or concatenates them computes the same from copies
-    with the samples in the dimension of the input. The shape is not known in advance, so :meth:`try_next` goes through
-    several until the gradients are right or none is left. ``places`` are modules and local names of parameters with a
-    single owner, mapped to their full names.
+    Sums, products and concatenations of a parameter and an input are the same with copies that have the samples in the
+    right dimension. It is not known in advance, so :meth:`try_next` goes through several shapes. ``places`` are modules
+    and local names of parameters with a single owner, mapped to their full names.
     """
 
     def __init__(self, places: Mapping[Place, str]) -> None:
