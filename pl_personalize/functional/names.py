@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
+from torch import nn
+
 _SHOWN = 5
 
 
@@ -79,3 +81,14 @@ def _without(name: str, part: str) -> str:
     while (shorter := f".{name}.".replace(f".{part}.", ".", 1).strip(".")) != name:
         name = shorter
     return name
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name, or a ``ValueError``."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        known = [known for known, _ in model.named_modules() if known]
+        raise ValueError(
+            f"The model has no module {name!r}; it has {some(known)}.{prefix_hint([name], known)}"
+        ) from error

@@ -82,14 +82,15 @@ def add_penalty_gradient_(
     pulled = [k for k, parameter in enumerate(parameters) if parameter.requires_grad]
     if not pulled:
         return
-    gradients = [_dense_gradient(parameters[k]) for k in pulled]
-    values, targets = [parameters[k].detach() for k in pulled], [anchors[k] for k in pulled]
-    factors = None if importances is None else [importances[k] for k in pulled]
-    if gradients[0].device.type == "cpu":  # a small difference is still in cache when it is added
-        for k, gradient in enumerate(gradients):
-            _add_differences([gradient], [values[k]], [targets[k]], None if factors is None else [factors[k]], strength)
-    else:
-        _add_differences(gradients, values, targets, factors, strength)
+    # On a CPU, one at a time: a small difference is still in cache when it is added.
+    for part in [[k] for k in pulled] if parameters[pulled[0]].device.type == "cpu" else [pulled]:
+        gradients = [_dense_gradient(parameters[k]) for k in part]
+        # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
+        differences = torch._foreach_sub([parameters[k].detach() for k in part], [anchors[k] for k in part])
+        if importances is None:
+            torch._foreach_add_(gradients, differences, alpha=2 * strength)
+        else:
+            torch._foreach_addcmul_(gradients, differences, [importances[k] for k in part], value=2 * strength)
 
 
 @torch.no_grad()
@@ -137,18 +138,3 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     elif parameter.grad.layout != torch.strided:
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad
-
-
-def _add_differences(
-    gradients: list[Tensor],
-    values: list[Tensor],
-    targets: list[Tensor],
-    factors: list[Tensor] | None,
-    strength: float,
-) -> None:
-    # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
-    differences = torch._foreach_sub(values, targets)
-    if factors is None:
-        torch._foreach_add_(gradients, differences, alpha=2 * strength)
-    else:
-        torch._foreach_addcmul_(gradients, differences, factors, value=2 * strength)

@@ -34,9 +34,9 @@ class LayerUse:
 
     def __init__(self, layer: nn.Module, x: Tensor, batch_dim: int) -> None:
         self.layer, self.batch_dim = layer, batch_dim
-        self.x: Tensor | None = x.detach().movedim(batch_dim, 0)
+        self.x: Any = x.detach().movedim(batch_dim, 0)
         self.version = x._version
-        self.grad: Tensor | None = None
+        self.grad: Any = None
 
 
 def sum_type(parameter: Tensor) -> torch.dtype:
@@ -96,9 +96,8 @@ class _GraphRoot(torch.autograd.Function):
 class GradientTape:
     r"""Sums :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p` over samples, layer by layer.
 
-    The forward pass keeps the layers' inputs; each layer's sum is formed as soon as the backward pass reaches its
-    output. Parameters do not require a gradient, so autograd computes none. If a layer is called several times, or
-    layers share a parameter, per-sample gradients are summed over the uses *before* the power is taken.
+    The forward pass keeps the layers' inputs; a layer's sum is formed as soon as the backward pass reaches its output.
+    Gradients of several uses of a layer or parameter are summed *before* the power is taken.
 
     Args:
         parameters: The parameters, by name. Shared ones appear once.
@@ -106,8 +105,8 @@ class GradientTape:
         power: 1 (absolute values) or 2 (squares).
         max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
 
-    While it is learning, ``bias_rounding`` adds up the rounding errors of biases' gradients, by parameter name;
-    outside, ``reached`` collects the names of parameters that a gradient has reached.
+    ``bias_rounding`` adds up the rounding errors of biases' gradients, by name, while the tape is learning; ``reached``
+    collects names of parameters that a gradient has reached, while it is not.
     """
 
     def __init__(
@@ -321,8 +320,6 @@ class GradientTape:
 
     def _accumulate(self, uses: list[LayerUse]) -> None:
         first, rule = uses[0], self.rules[uses[0].layer]
-        assert first.x is not None
-        assert first.grad is not None
         num_samples = first.x.shape[0]
         if len(uses) == 1 and rule.power_sum is not None:
             sums = {local: self.sums[name] for local, (_, name) in self.owned(first.layer).items()}
@@ -337,7 +334,7 @@ class GradientTape:
             part = slice(start, start + chunk)
             totals: dict[str, Tensor] = {}
             for use in uses:
-                gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])  # type: ignore[index]
+                gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])
                 for local, (_, name) in self.owned(use.layer).items():
                     totals[name] = totals[name] + gradients[local] if name in totals else gradients[local]
             for name in list(totals):
@@ -353,8 +350,6 @@ class GradientTape:
         elements = sum(p.numel() for p in parameters.values()) * (2 if len(uses) > 1 else 1)
         scratch = 0
         for use in uses:
-            assert use.x is not None
-            assert use.grad is not None
             held = 2 * (use.x.numel() + use.grad.numel()) // use.x.shape[0]
             if (own := self.rules[use.layer].scratch) is not None:
                 held += own(use.layer, use.x, use.grad)

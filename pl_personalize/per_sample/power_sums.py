@@ -370,7 +370,7 @@ class PerSamplePowerSums:
             try:
                 check_logits(self._network(batch), num_samples)
             except Exception:
-                found += self._tape.copies.names_of(places)
+                found += places.values()
             finally:
                 self._tape.stop()
         return found

@@ -56,11 +56,11 @@ class SampleCopies:
         for module, local in self._names:
             vars(module).pop(local, None)
 
-    def alike(self) -> list[list[Place]]:
-        """Groups of places with the same local name in modules of the same type, which use it in the same way."""
-        groups: dict[tuple[type, str], list[Place]] = {}
-        for module, local in self._names:
-            groups.setdefault((type(module), local), []).append((module, local))
+    def alike(self) -> list[dict[Place, str]]:
+        """Groups of places with the same local name in modules of the same type, and their full names."""
+        groups: dict[tuple[type, str], dict[Place, str]] = {}
+        for (module, local), name in self._names.items():
+            groups.setdefault((type(module), local), {})[module, local] = name
         return list(groups.values())
 
     def try_next(self, names: Iterable[str]) -> bool:
@@ -71,10 +71,6 @@ class SampleCopies:
             del self._shapes[place][0]
         self._drop_exhausted()
         return bool(found)
-
-    def names_of(self, places: Iterable[Place]) -> list[str]:
-        """Full names of the parameters at these places."""
-        return [self._names[place] for place in places]
 
     def _drop_exhausted(self) -> None:
         for place in [place for place in self._names if not self._shapes[place]]:
