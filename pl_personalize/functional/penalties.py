@@ -84,13 +84,8 @@ def add_penalty_gradient_(
         return
     # On a CPU, one at a time: a small difference is still in cache when it is added.
     for part in [[k] for k in pulled] if parameters[pulled[0]].device.type == "cpu" else [pulled]:
-        gradients = [_dense_gradient(parameters[k]) for k in part]
-        # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
-        differences = torch._foreach_sub([parameters[k].detach() for k in part], [anchors[k] for k in part])
-        if importances is None:
-            torch._foreach_add_(gradients, differences, alpha=2 * strength)
-        else:
-            torch._foreach_addcmul_(gradients, differences, [importances[k] for k in part], value=2 * strength)
+        factors = None if importances is None else [importances[k] for k in part]
+        _add_differences([parameters[k] for k in part], [anchors[k] for k in part], factors, strength)
 
 
 @torch.no_grad()
@@ -138,3 +133,15 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     elif parameter.grad.layout != torch.strided:
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad
+
+
+def _add_differences(
+    parameters: list[Tensor], anchors: list[Tensor], factors: list[Tensor] | None, strength: float
+) -> None:
+    gradients = [_dense_gradient(parameter) for parameter in parameters]
+    # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
+    differences = torch._foreach_sub([parameter.detach() for parameter in parameters], anchors)
+    if factors is None:
+        torch._foreach_add_(gradients, differences, alpha=2 * strength)
+    else:
+        torch._foreach_addcmul_(gradients, differences, factors, value=2 * strength)

@@ -15,10 +15,9 @@ _AT_A_TIME = 2**20  # numbers
 
 
 class Sketch:
-    r"""Random projection of a tensor that preserves norms of differences in expectation.
+    r"""Projection :math:`A U / \sqrt{4}` of a matrix on four columns of normal numbers, which keeps norms in expectation.
 
-    For a matrix :math:`A`, it is :math:`A U / \sqrt{4}` with four fixed columns of normal numbers in :math:`U`, so that
-    :math:`E \|A U / \sqrt{4}\|^2 = \|A\|_F^2`. A small tensor is its own sketch.
+    A small tensor is its own sketch.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:

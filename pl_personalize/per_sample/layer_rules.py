@@ -134,10 +134,6 @@ def linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"weight": torch.bmm(grad.transpose(1, 2), x), "bias": grad.sum(1)}
 
 
-def _is_transposed(layer: _ConvNd) -> bool:
-    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-
-
 def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
     """Input and padding with which the layer is a zero-padded convolution."""
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
@@ -150,12 +146,11 @@ def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
 def _convolution_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
     """One sample at a time by the library's weight-gradient kernel, which is faster than unfolding on CPUs."""
     x, padding = _convolution_inputs(layer, x)
-    options = (layer.stride, padding, layer.dilation, _is_transposed(layer), list(layer.output_padding), layer.groups)
-    grad = grad.contiguous()
-    for i in range(x.shape[0]):
-        yield torch.ops.aten.convolution_backward(
-            grad[i : i + 1], x[i : i + 1], layer.weight, None, *options, [False, True, False]
-        )[1]
+    options = (layer.stride, padding, layer.dilation, layer.transposed, list(layer.output_padding), layer.groups)
+    for one_x, one_grad in zip(x.split(1), grad.contiguous().split(1), strict=True):
+        yield torch.ops.aten.convolution_backward(one_grad, one_x, layer.weight, None, *options, [False, True, False])[
+            1
+        ]
 
 
 def _convolution_power_sum(layer: _ConvNd, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
@@ -175,7 +170,7 @@ def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
     For a convolution, windows of its input and the output's gradient; for a transposed one, the other way round.
     """
     dims, n, groups = x.dim() - 2, x.shape[0], layer.groups
-    if _is_transposed(layer):
+    if layer.transposed:
         assert not isinstance(layer.padding, str)
         padding = [width for side in reversed(layer.padding) for width in (side, side)]
         source, values = F.pad(grad, padding), x
@@ -195,17 +190,12 @@ def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
 def _convolution_scratch(layer: _ConvNd, x: Tensor, grad: Tensor) -> int:
     if not x.is_cuda:
         return 0
-    source, values = (grad, x) if _is_transposed(layer) else (x, grad)
+    source, values = (grad, x) if layer.transposed else (x, grad)
     return source.shape[1] * math.prod(layer.kernel_size) * values[0, 0].numel()
 
 
 @register_layer_rule(
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     power_sum=_convolution_power_sum,
     scratch=_convolution_scratch,
 )

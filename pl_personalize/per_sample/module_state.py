@@ -45,11 +45,7 @@ class ForwardState:
     """Snapshot of the state that a forward may set in a model; as a context manager, it restores that state on exit.
 
     The state is: attributes of modules, the items of dicts, lists, sets and deques in them (also nested), and which
-    tensors are buffers. Neither the values of tensors nor other objects are included. Taking and comparing a snapshot
-    costs a few microseconds per module.
-
-    Args:
-        model: The model.
+    tensors are buffers. Neither the values of tensors nor other objects are included.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -19,9 +19,8 @@ class SampleCopies:
     """
 
     def __init__(self, places: Mapping[Place, str]) -> None:
-        self._names = dict(places)
-        self._shapes = {place: _shapes(_parameter(place)) for place in places}
-        self._drop_exhausted()
+        self._shapes = {place: shapes for place in places if (shapes := _shapes(_parameter(place)))}
+        self._names = {place: places[place] for place in self._shapes}
 
     @property
     def names(self) -> list[str]:
@@ -69,12 +68,9 @@ class SampleCopies:
         found = [place for place, name in self._names.items() if name in wanted]
         for place in found:
             del self._shapes[place][0]
-        self._drop_exhausted()
+            if not self._shapes[place]:
+                del self._names[place], self._shapes[place]
         return bool(found)
-
-    def _drop_exhausted(self) -> None:
-        for place in [place for place in self._names if not self._shapes[place]]:
-            del self._names[place], self._shapes[place]
 
 
 def _parameter(place: Place) -> Tensor:
