@@ -88,7 +88,5 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        known = [known for known, _ in model.named_modules() if known]
-        raise ValueError(
-            f"The model has no module {name!r}; it has {some(known)}.{prefix_hint([name], known)}"
-        ) from error
+        parts, hint = dict(model.named_children()), prefix_hint([name], dict(model.named_modules()))
+        raise ValueError(f"The model has no module {name!r}; it has {some(parts)}.{hint}") from error

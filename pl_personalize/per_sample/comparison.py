@@ -15,7 +15,7 @@ _AT_A_TIME = 2**20  # numbers
 
 
 class Sketch:
-    r"""Projection :math:`A U / \sqrt{4}` of a matrix on four columns of normal numbers, which keeps norms in expectation.
+    r"""Projection :math:`A U / \sqrt{4}` of a matrix on four normal columns, which keeps norms in expectation.
 
     A small tensor is its own sketch.
     """

@@ -147,7 +147,7 @@ def _convolution_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> It
     """One sample at a time by the library's weight-gradient kernel, which is faster than unfolding on CPUs."""
     x, padding = _convolution_inputs(layer, x)
     options = (layer.stride, padding, layer.dilation, layer.transposed, list(layer.output_padding), layer.groups)
-    for one_x, one_grad in zip(x.split(1), grad.contiguous().split(1), strict=True):
+    for one_x, one_grad in zip(torch.split(x, 1), torch.split(grad.contiguous(), 1), strict=True):
         yield torch.ops.aten.convolution_backward(one_grad, one_x, layer.weight, None, *options, [False, True, False])[
             1
         ]
