@@ -19,8 +19,7 @@ from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import StateDict
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
-from pl_personalize.per_sample.module_state import computing_anew
-from pl_personalize.per_sample.swapped_weights import call_with_weights
+from pl_personalize.per_sample.module_state import call_with_weights, computing_anew
 
 Cell = tuple[int, int]
 """A model and a task, both from 0."""

@@ -63,10 +63,7 @@ class Batches:
 
 
 class StatisticsPass(ABC):
-    """Base class for passes in which each batch-norm layer normalizes by moments that a subclass chooses.
-
-    The layers stay in eval mode and their buffers do not change. ``num_samples`` counts those of all processes.
-    """
+    """Base class for passes that choose how each batch-norm layer, in eval mode, normalizes; no buffer changes."""
 
     def __init__(
         self,

@@ -76,11 +76,10 @@ def statistics_replaced(
         return output
 
     def on_call(name: str, own: Tensor | None, func: Function, args: Any, kwargs: Any) -> Any:
-        call: dict[str, Any] = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
-        x, mean = call["input"], call.get(MEAN)
-        if (
-            running[-1] == name and mean is not None and _is_copy(mean, own)
-        ):  # calls of a layer inside this one come here, too
+        call = dict(zip(_ARGUMENTS[func], args, strict=False)) | dict(kwargs)
+        x: Tensor = call["input"]
+        mean: Any = call.get(MEAN)
+        if running[-1] == name and _is_copy(mean, own):  # calls of a layer inside this one come here, too
             seen.add(name)
             if x.dim() > 1 and x.shape[1] == len(mean):  # otherwise PyTorch refuses it
                 call[MEAN], call[VARIANCE] = handle(name, x, mean, call[VARIANCE])
