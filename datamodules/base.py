@@ -292,7 +292,7 @@ class TaskIncrementalDataModule(LightningDataModule):
             **options: As for :meth:`adapt_dataloader`.
         """
         train, val = self.server_split(task)
-        data = {"all": lambda: concatenate([train, val]), "train": lambda: train, "val": lambda: val}[split]()
+        data = concatenate([train, val]) if split == "all" else {"train": train, "val": val}[split]
         return self._loader(*data, **options)
 
     def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:
