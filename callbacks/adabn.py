@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,7 +26,6 @@ from pl_personalize.callbacks.module_contexts import (
 )
 from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
-from pl_personalize.functional.batches import Forward
 
 
 class AdaBN(EstimationCallback):
@@ -89,6 +87,7 @@ class AdaBN(EstimationCallback):
     """
 
     folder = "batchnorm"
+    default_filename = "adabn"
     reads_again = True  # for the last weights, the best ones, and layer by layer
 
     def __init__(
@@ -97,16 +96,10 @@ class AdaBN(EstimationCallback):
         *,
         exact: bool = False,
         prior_samples: float = 0,
-        weights: Literal["best", "last"] = "best",
-        module: str | None = None,
-        forward: Forward | None = None,
-        dirpath: str | os.PathLike[str] | None = None,
-        filename: str | None = None,
         max_scratch_mb: float = 256,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            dataloader, weights=weights, module=module, forward=forward, dirpath=dirpath, filename=filename or "adabn"
-        )
+        super().__init__(dataloader, **options)
         with naming_errors(self):
             check_adaptation(prior_samples, max_scratch_mb)
         self._options = {"exact": exact, "prior_samples": prior_samples, "max_scratch_mb": max_scratch_mb}

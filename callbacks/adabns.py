@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.batchnorm import batchnorm_layers
-from pl_personalize.callbacks.data_source import train_limits
+from pl_personalize.callbacks.data_source import check_train_loaders, train_limits
 from pl_personalize.callbacks.module_contexts import pass_options, silent_and_synchronized
-from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
+from pl_personalize.callbacks.pass_over_data import PassOverData, as_list
 from pl_personalize.callbacks.requirements import check_trainer, is_resumed, naming_errors
 from pl_personalize.functional.batches import Forward
 
@@ -132,7 +132,7 @@ class AdaBNS(BaseFinetuning):
             return
         loaders = as_list(trainer.train_dataloader)
         with naming_errors(self, pl_module), silent_and_synchronized(trainer, pl_module):
-            refuse_iterators(loaders)
+            check_train_loaders(trainer, pl_module)
             data = PassOverData(trainer, loaders, train_limits(trainer, loaders))
             options = self._options | pass_options(trainer)
             statistics = estimate_batchnorm(pl_module, data, module=self.module, **options)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any, Literal, get_args
 
+import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
@@ -14,9 +15,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from pl_personalize.callbacks.pass_over_data import PassOverData, as_list, refuse_iterators
+from pl_personalize.per_sample.module_state import random_state_kept
 
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _RUNNING_STAGES = {
     "train": RunningStage.TRAINING,
     "val": RunningStage.VALIDATING,
@@ -65,7 +68,26 @@ class DataSource:
             ValueError: If there is one.
         """
         for stage in self.stages:
-            _owner(trainer, pl_module, stage)
+            if _passed(trainer, stage) is None:
+                _owner(trainer, pl_module, stage)
+
+    @property
+    def reads_train(self) -> bool:
+        """Whether a pass after ``fit`` reads the train loaders."""
+        return self.loaders is None and (not self.stages or "train" in self.stages)
+
+    def check_loaders(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse loaders that a pass after ``fit`` could not read, before the training.
+
+        Raises:
+            ValueError: If there are any.
+        """
+        if self.loaders is not None:
+            PassOverData(trainer, self.loaders, trial_limits(trainer, self.loaders))  # refuses what it cannot divide
+        if self.reads_train:
+            check_train_loaders(trainer, pl_module)
+        for stage in self.stages:
+            refuse_iterators(_passed(trainer, stage) or [])
 
     def read(self, trainer: Trainer, pl_module: LightningModule, running: Stage, *, again: bool) -> PassOverData:
         """Make a pass over the data.
@@ -88,10 +110,7 @@ class DataSource:
             if stage == running:
                 found, most = _loaders_of_the_run(trainer, stage)
             else:
-                owner = _owner(trainer, pl_module, stage)
-                if isinstance(owner, LightningDataModule):
-                    owner.setup(_SETUP_STAGES[stage])
-                found = as_list(getattr(owner, f"{stage}_dataloader")())
+                found = _loaders_of_stage(trainer, pl_module, stage)
                 limit = getattr(trainer, f"limit_{stage}_batches")
                 most = _stream_limits(trainer, found, limit if isinstance(limit, int) else inf)
             loaders += found
@@ -114,6 +133,43 @@ def _loaders_of_the_run(trainer: Trainer, stage: Stage) -> tuple[list[Iterable[A
             )
     refuse_iterators(loaders)
     return loaders, list(limits)
+
+
+def _loaders_of_stage(trainer: Trainer, pl_module: LightningModule, stage: Stage) -> list[Iterable[Any]]:
+    """Loaders of a stage that is not running: those passed to the Trainer, or else those of a hook."""
+    if (passed := _passed(trainer, stage)) is not None:
+        refuse_iterators(passed)
+        return passed
+    owner = _owner(trainer, pl_module, stage)
+    with random_state_kept(torch.device("cpu")):  # hooks may draw, such as a split of the data
+        if isinstance(owner, LightningDataModule):
+            owner.setup(_SETUP_STAGES[stage])
+        return as_list(getattr(owner, f"{stage}_dataloader")())
+
+
+def _passed(trainer: Trainer, stage: Stage) -> list[Iterable[Any]] | None:
+    """Loaders of a stage that were passed to ``fit``, ``validate``, ``test`` or ``predict``; ``None`` if none were."""
+    loops = {"train": "fit_loop", "val": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
+    source = getattr(trainer, loops[stage])._data_source
+    return None if source.instance is None or source.is_module() else as_list(source.instance)
+
+
+def check_train_loaders(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse train loaders that a pass could not read as the training does.
+
+    Raises:
+        ValueError: For iterators, loaders that cannot be divided, and transfer hooks of several loaders.
+    """
+    loaders = as_list(trainer.train_dataloader)
+    refuse_iterators(loaders)
+    PassOverData(trainer, loaders, trial_limits(trainer, loaders))  # refuses what it cannot divide
+    for owner in (getattr(trainer, "datamodule", None), pl_module) if len(loaders) > 1 else ():
+        for hook in _TRANSFER_HOOKS:
+            if owner is not None and is_overridden(hook, owner):
+                raise ValueError(
+                    f"in training {type(owner).__name__}.{hook} sees batches of several dataloaders at once; a pass "
+                    "reads one dataloader after the other. Callbacks with dataloader= can read other data."
+                )
 
 
 def _owner(trainer: Trainer, pl_module: LightningModule, stage: Stage) -> LightningDataModule | LightningModule:

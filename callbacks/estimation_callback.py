@@ -10,45 +10,45 @@ from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from typing_extensions import override
 
-from pl_personalize.callbacks.data_source import DataSource, Stage, trial_limits
+from pl_personalize.callbacks.data_source import DataSource, Stage
 from pl_personalize.callbacks.pass_over_data import (
     PassOverData,
-    as_list,
-    can_be_read_again,
-    refuse_iterators,
+    can_be_tried_out,
+    parts_of_batch,
     two_samples,
 )
 from pl_personalize.callbacks.requirements import check_trainer, naming_errors
 from pl_personalize.callbacks.result_slot import ResultSlot
 
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
 
 class EstimationCallback(Callback):
     """Reads data, estimates something and writes the result to a file that other processes can find.
 
-    Subclasses define :attr:`folder`, :meth:`check_module` and :meth:`estimate`.
+    Subclasses define :attr:`folder`, :attr:`default_filename`, :meth:`check_module` and :meth:`estimate`.
     """
 
     folder: ClassVar[str]
     """Default folder of the files, below the logger's folder."""
+    default_filename: str
+    """Default name of the file, without extension."""
     reads_again: ClassVar[bool] = False
     """Whether the data of a pass are read more than once, so that the batches of an iterator must be kept."""
 
     def __init__(
         self,
-        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
-        weights: Literal["best", "last"],
-        module: str | None,
-        forward: Any,
-        dirpath: str | os.PathLike[str] | None,
-        filename: str,
+        weights: Literal["best", "last"] = "best",
+        module: str | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
     ) -> None:
         super().__init__()
         with naming_errors(self):
@@ -57,10 +57,11 @@ class EstimationCallback(Callback):
             raise MisconfigurationException(f"weights must be 'best' or 'last'; got {weights!r}.")
         self.dataloader, self.weights, self.module, self.forward = dataloader, weights, module, forward
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.filename = filename
+        self.filename = filename or self.default_filename
         self._slot = ResultSlot()
         self._result: Any = None
         self._mark: str | None = None  # the run that produced the result
+        self._awaits_batch = False  # whether the first training batch is to be tried out
 
     @property
     def path(self) -> str | None:
@@ -104,33 +105,55 @@ class EstimationCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate over two samples of each loader, so that errors surface before training.
+        """Refuse data and a folder that cannot be used, and estimate over two samples of loaders that were passed.
 
         Raises:
             MisconfigurationException: If the estimate fails, or the pass could not read the data.
         """
         if not self.should_estimate(trainer, pl_module) or not self.check_module(pl_module):
             return
-        # A named stage is not set up yet: two training samples stand in.
-        loaders = as_list(trainer.train_dataloader) if self.source.loaders is None else self.source.loaders
-        reads_train = self.dataloader is None or "train" in self.source.stages
         with naming_errors(self):
-            if reads_train:
-                refuse_iterators(loaders)
-            if reads_train or self.source.loaders is not None:
-                PassOverData(trainer, loaders, trial_limits(trainer, loaders))  # refuses what it cannot divide
-        if self.dataloader is None and len(loaders) > 1:
-            self._refuse_hooks_of_combined_batches(trainer, pl_module)
+            self.source.check_loaders(trainer, pl_module)
         self.refuse_unwritable(trainer)
-        loaders = [loader for loader in loaders if can_be_read_again(loader)]
-        # A hook or forward= for the batches of a named stage need not fit those of several train loaders.
-        if not loaders or (self.source.stages and len(loaders) > 1):
+        self._awaits_batch = self.source.loaders is None
+        loaders = [loader for loader in self.source.loaders or [] if can_be_tried_out(loader)]
+        if loaders:
+            with naming_errors(self):
+                batches = PassOverData(trainer, loaders, [1] * len(loaders))
+            self._try_out(trainer, pl_module, batches, len(loaders))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Estimate over two samples of the first training batch, so that errors surface before the first step.
+
+        Reading the train loaders instead would change what loaders with a state of their own yield to the training.
+
+        Raises:
+            MisconfigurationException: If the estimate fails on training data that the callback will read. They stand in
+                for those of another stage, which may have another form: then there is a warning.
+        """
+        if not self._awaits_batch or batch is None:
             return
+        self._awaits_batch = False
+        is_sequential = trainer.fit_loop._combined_loader._mode == "sequential"  # type: ignore[union-attr]
+        parts = [batch] if is_sequential else parts_of_batch(trainer.train_dataloader, batch)
+        if self.source.reads_train:
+            self._try_out(trainer, pl_module, parts, len(parts))
+        elif len(parts) == 1:  # hooks or forward= for another stage need not fit those of several train loaders
+            try:
+                self._try_out(trainer, pl_module, parts, 1)
+            except MisconfigurationException as error:
+                rank_zero_warn(
+                    f"A trial on a training batch failed: {error} The estimate after the training will fail, too, "
+                    f"unless the batches of dataloader={self.dataloader!r} have another form."
+                )
+
+    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], num_loaders: int) -> None:
+        """Estimate over two samples of each batch."""
         try:
             with warnings.catch_warnings():  # the pass itself gives them
                 warnings.simplefilter("ignore")
-                batches = two_samples(PassOverData(trainer, loaders, [1] * len(loaders)))
-                self.estimate(trainer, pl_module, batches, trial=True)
+                self.estimate(trainer, pl_module, two_samples(batches), trial=True)
         except Exception as error:  # the module's forward may raise anything
             what = str(error)
             if not isinstance(error, ValueError):
@@ -139,7 +162,7 @@ class EstimationCallback(Callback):
                 )
             each = " Each of the dataloaders is read by itself: a batch comes from one of them."
             raise MisconfigurationException(
-                f"{type(self).__name__} on {type(pl_module).__name__}: {what}{each if len(loaders) > 1 else ''}"
+                f"{type(self).__name__} on {type(pl_module).__name__}: {what}{each if num_loaders > 1 else ''}"
             ) from error
 
     # For subclasses
@@ -204,23 +227,12 @@ class EstimationCallback(Callback):
         if trainer.is_global_zero:
             path = self.resolve_path(trainer)
             there = next(parent for parent in path.parents if os.path.exists(parent))
-            if not os.path.isdir(there):
-                problem = f"{path}: {there} is no folder"
-            elif os.path.isdir(path):
+            if os.path.isdir(path):
                 problem = f"{path}: it is a folder"
-            elif not os.access(there, os.W_OK | os.X_OK):
-                problem = f"{path}: {there} is not writable"
+            elif not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+                problem = f"{path}: {there} is not a writable folder"
         if problem := trainer.strategy.broadcast(problem):
             raise MisconfigurationException(f"{type(self).__name__} cannot write {problem}. Set dirpath=.")
-
-    def _refuse_hooks_of_combined_batches(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-            for hook in _TRANSFER_HOOKS:
-                if owner is not None and is_overridden(hook, owner):
-                    raise MisconfigurationException(
-                        f"In training {type(owner).__name__}.{hook} sees batches of several dataloaders at once; "
-                        f"{type(self).__name__} reads one dataloader after the other. Pass its data with dataloader=."
-                    )
 
     def _same_file(self, other: EstimationCallback) -> bool:
         same_folder = self.dirpath == other.dirpath and (self.dirpath is not None or self.folder == other.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from pl_personalize.callbacks.module_contexts import (
 from pl_personalize.callbacks.pass_over_data import PassOverData, refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.estimation import check_options, estimate_importance, select_parameters
-from pl_personalize.functional.batches import Forward
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.importance import Importance, Kind
 
@@ -43,31 +41,17 @@ class ImportanceCallback(EstimationCallback):
         self,
         dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
         *,
-        weights: Literal["best", "last"] = "best",
-        module: str | None = None,
         exclude: Sequence[str] = (),
-        forward: Forward | None = None,
-        dirpath: str | os.PathLike[str] | None = None,
-        filename: str | None = None,
         reduction: Literal["sample", "batch"] = "sample",
         max_scratch_mb: float = 256,
-        generator: torch.Generator | int | None = None,
-        draws: int | Literal["all"] = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            dataloader,
-            weights=weights,
-            module=module,
-            forward=forward,
-            dirpath=dirpath,
-            filename=filename or self.kind,
-        )
+        self.default_filename = self.kind
+        super().__init__(dataloader, **options)
         self._options: dict[str, Any] = {
             "exclude": tuple(exclude),
             "reduction": reduction,
             "max_scratch_mb": max_scratch_mb,
-            "generator": generator,
-            "draws": draws,
         }
         self._own_generator: torch.Generator | None = None
         self._predicts = False  # whether this predict run has batches
@@ -87,11 +71,17 @@ class ImportanceCallback(EstimationCallback):
             )
         return found
 
+    def check_options(self) -> None:
+        """Raise ``ValueError`` for options that are out of range or do not fit together."""
+        options = {"draws": 1} | self._options
+        del options["exclude"]
+        check_options(self.kind, forward=self.forward, **options)
+
     @override
     def check_module(self, pl_module: LightningModule) -> bool:
         """Refuse invalid options, and names that the module does not have."""
         with naming_errors(self, pl_module):
-            check_options(self.kind, *(self._options[key] for key in ("reduction", "draws", "max_scratch_mb")))
+            self.check_options()
             select_parameters(pl_module, self.module, self._options["exclude"])
         return True
 
@@ -158,7 +148,7 @@ class ImportanceCallback(EstimationCallback):
 
     def _generator(self, trainer: Trainer, pl_module: LightningModule) -> torch.Generator | None:
         """Generator of this process's labels, independent of those of other processes, which read other samples."""
-        given: torch.Generator | int | None = self._options["generator"]
+        given: torch.Generator | int | None = self._options.get("generator")
         if isinstance(given, int):  # each estimate with a seed draws the same
             given, self._own_generator = torch.Generator().manual_seed(given), None
         if trainer.global_rank == 0:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -77,6 +77,9 @@ class ParameterPenalty(Callback):
         (0.001, None, None)
     """
 
+    add_gradient_: ClassVar[Callable[..., None]] = staticmethod(add_penalty_gradient_)
+    """Adds the penalty's gradient to ``.grad``; arguments as of ``add_penalty_gradient_``."""
+
     def __init__(
         self,
         strength: float,
@@ -111,16 +114,6 @@ class ParameterPenalty(Callback):
     def should_pull(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Whether to add the penalty to this step. Override to decide otherwise."""
         return True
-
-    def add_gradient_(
-        self,
-        parameters: Sequence[nn.Parameter],
-        anchors: Sequence[Tensor],
-        importances: Sequence[Tensor] | None,
-        strength: float,
-    ) -> None:
-        """Add the penalty's gradient to the parameters' ``.grad``. Override for another penalty."""
-        add_penalty_gradient_(parameters, anchors, importances, strength)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

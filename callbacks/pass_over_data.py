@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from pl_personalize.functional.batches import batch_size, slice_batch
+from pl_personalize.functional.batches import batch_size, copy_batch, slice_batch
 from pl_personalize.per_sample.module_state import random_state_kept
 
 
@@ -53,18 +53,19 @@ class PassOverData:
         stages: Sequence[RunningStage] | None = None,
     ) -> None:
         self._trainer, self._again = trainer, again
-        self._stages = [None] * len(loaders) if stages is None else stages
+        self._stages: list[RunningStage | None] = [None] * len(loaders) if stages is None else [*stages]
         self._limits = [None if limit == inf else int(limit) for limit in limits]
         with random_state_kept(torch.device("cpu")):  # a sampler that is read here draws what it would have drawn
             self._loaders = [_share(loader, trainer) for loader in loaders]
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self._trainer
-        for index, (loader, limit) in enumerate(zip(self._loaders, self._limits, strict=True)):
+        for place, (loader, limit) in enumerate(zip(self._loaders, self._limits, strict=True)):
+            index = self._stages[:place].count(self._stages[place])  # of the loader within its stage, as in the run
             if self._again and isinstance(loader, Iterator):
-                loader = self._loaders[index] = list(islice(loader, limit))
+                loader = self._loaders[place] = list(islice(loader, limit))
             for batch in islice(loader, limit):
-                with _in_stage(trainer, self._stages[index]):
+                with _in_stage(trainer, self._stages[place]):
                     batch = trainer.precision_plugin.convert_input(batch)
                     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
                     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
@@ -106,13 +107,13 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for given, used in zip(
-        as_list(trainer.predict_loop._data_source.dataloader()), as_list(trainer.predict_dataloaders), strict=False
-    ):
+    with random_state_kept(torch.device("cpu")):  # the hook may draw, such as a split of the data
+        every = as_list(trainer.predict_loop._data_source.dataloader())
+    for given, used in zip(every, as_list(trainer.predict_dataloaders), strict=False):
         wanted, taken = (getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in (given, used))
         if isinstance(taken, DistributedSampler) and isinstance(taken.dataset, _DatasetSamplerWrapper):
             taken = taken.dataset._sampler
-        is_same = isinstance(wanted, SequentialSampler) and len(wanted) == len(taken or ())
+        is_same = type(wanted) is SequentialSampler and len(wanted) == len(taken or ())
         if wanted is not None and isinstance(taken, SequentialSampler) and not is_same:
             outer = type(getattr(given, "batch_sampler", None)).__name__
             raise ValueError(
@@ -122,7 +123,7 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
 
 
 def refuse_iterators(loaders: Iterable[Iterable[Any]]) -> None:
-    """Refuse data of the run that can only be read once: a pass would consume them.
+    """Refuse iterators among the data of the run: a pass may consume them.
 
     Raises:
         ValueError: If there are any.
@@ -130,20 +131,32 @@ def refuse_iterators(loaders: Iterable[Iterable[Any]]) -> None:
     for loader in loaders:
         if isinstance(loader, Iterator):
             raise ValueError(
-                f"the data of the run are a {type(loader).__name__}, which can be read once: by the run or by a pass. "
-                "Train on a DataLoader or a list of batches, or pass other data with dataloader=."
+                f"the data of the run are a {type(loader).__name__}, an iterator (it has __next__), which may be read "
+                "once only: by the run or by a pass. Use a DataLoader, a list of batches, or an object without "
+                "__next__ whose __iter__ returns a new iterator. Callbacks with dataloader= can read other data."
             )
 
 
-def can_be_read_again(loader: Iterable[Any]) -> bool:
-    """Whether reading the first batch leaves the data unchanged, unlike that of an iterator or a stream."""
-    return not isinstance(loader, Iterator) and not isinstance(getattr(loader, "dataset", None), IterableDataset)
+def can_be_tried_out(loader: Iterable[Any]) -> bool:
+    """Whether reading a batch leaves no trace: true for lists, and DataLoaders of torch's class without a stream."""
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, list | tuple)
+    return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
+
+
+def parts_of_batch(loaders: Any, batch: Any) -> list[Any]:
+    """The part of a training batch that comes from each of the loaders, in the order of :func:`as_list`."""
+    if isinstance(loaders, Mapping):
+        return [part for name, loader in loaders.items() for part in parts_of_batch(loader, batch[name])]
+    if isinstance(loaders, list | tuple):
+        return [part for loader, own in zip(loaders, batch, strict=True) for part in parts_of_batch(loader, own)]
+    return [batch]
 
 
 def two_samples(batches: Iterable[Any]) -> Iterator[Any]:
-    """The first two samples of each batch."""
+    """A copy of the first two samples of each batch."""
     for batch in batches:
-        yield slice_batch(batch, batch_size(batch), slice(0, 2))
+        yield copy_batch(slice_batch(batch, batch_size(batch), slice(0, 2)))
 
 
 def _share(loader: Iterable[Any], trainer: Trainer) -> Iterable[Any]:
@@ -199,7 +212,7 @@ def _unrepeated(sampler: DistributedSampler[Any], trainer: Trainer) -> list[int]
         return _of_rank_zero(trainer, sampler.dataset._sampler)[sampler.rank :: sampler.num_replicas]
     indices = list(sampler)
     # A user's subclass may repeat or omit samples: then nothing was filled up.
-    is_filled_up = len(indices) == -(-size // sampler.num_replicas)
+    is_filled_up = indices == list(DistributedSampler.__iter__(sampler))
     return indices[: len(range(sampler.rank, size, sampler.num_replicas))] if is_filled_up else indices
 
 

@@ -1,4 +1,4 @@
-"""Where a callback's result is, told to the process that launched the ones that made it."""
+"""Location of a callback's result, shared with the process that launched the others."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 class ResultSlot:
-    """A mark of the run and the path of its file, in memory that spawned and forked processes share.
+    """Mark of a run and path of its file, in memory shared with spawned and forked processes.
 
-    Lightning brings nothing of a callback back from processes that it spawns or forks (``ddp_spawn``, notebooks).
+    Lightning does not return callbacks from processes that it spawns or forks (``ddp_spawn``, notebooks).
 
     Example:
         >>> slot = ResultSlot()
@@ -24,7 +24,7 @@ class ResultSlot:
         self._bytes.share_memory_()  # type: ignore[no-untyped-call]
 
     def write(self, mark: str, path: str | None) -> None:
-        """Note a run and its file; ``None`` if it wrote none.
+        """Store the mark of a run and its file; ``None`` if it wrote none.
 
         Raises:
             ValueError: If the path is longer than 8,000 bytes.

@@ -292,8 +292,7 @@ class TaskIncrementalDataModule(LightningDataModule):
             **options: As for :meth:`adapt_dataloader`.
         """
         train, val = self.server_split(task)
-        chosen = {"all": [train, val], "train": [train], "val": [val]}[split]
-        data = concatenate(chosen) if len(chosen) > 1 else chosen[0]
+        data = concatenate([train, val]) if split == "all" else {"train": train, "val": val}[split]
         return self._loader(*data, **options)
 
     def _loader(self, *tensors: Tensor | ImageRows, batch_size: int | None = None, **options: Any) -> TensorLoader:

@@ -1,6 +1,6 @@
 """How many unlabelled images does it take to adapt the batch norm of a merged network, and does the batch size matter?
 
-python experiments/numbers.py --config experiments/configs/numbers-bn.yaml
+python experiments/run_numbers.py --config experiments/configs/numbers-bn.yaml
 python experiments/batchnorm_study.py --run_dir runs/numbers-bn
 """
 
@@ -13,22 +13,20 @@ from typing import Any
 
 import pandas as pd
 import torch
+from finished_run import FinishedRun
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize import BatchNormStatistics, adapt_batchnorm
-from pl_personalize.artifacts import TensorFile, read_json
-from pl_personalize.datamodules import NumbersDataModule
-from pl_personalize.datamodules.numbers import IMAGE_SHAPE
-from pl_personalize.models import MultiHeadNetwork, cnn_bn
-from pl_personalize.modules.batchnorm_policy import statistics_names
+from pl_personalize.adaptations.expert_statistics import statistics_names
+from pl_personalize.artifacts import TensorFile
+from pl_personalize.models import MultiHeadNetwork
 from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.figures import new_figure, save_figure
 from pl_personalize.runner.results import markdown_table, mean_and_std
-from pl_personalize.runner.run_folder import check_writable
-from pl_personalize.runner.trained import open_expert
+from pl_personalize.stages.run_folder import check_writable
 
 WAYS = {"one pass": {}, "exact": {"exact": True}, "exact, prior 16": {"exact": True, "prior_samples": 16}}
 
@@ -44,7 +42,7 @@ def main(
     """Adapt the merged models of a run to some of each user's images, and test them.
 
     Args:
-        run_dir: Folder of a run of ``numbers.py --backbone cnn_bn``.
+        run_dir: Folder of a run of ``run_numbers.py`` with batch norm, such as ``--network.name cnn_bn``.
         method: Method whose merged models are adapted.
         images: Numbers of unlabelled images per task; the last row always has all images.
         batch_sizes: Batch sizes for adaptation to all images.
@@ -52,22 +50,19 @@ def main(
         num_threads: Threads for PyTorch.
     """
     torch.set_num_threads(num_threads)
-    options = read_json(run_dir / "manifest.json")["options"]
-    if options["backbone"] != "CNN-BN":
-        raise MisconfigurationException(f"{run_dir} is a run with the backbone {options['backbone']}, not CNN-BN.")
-    names = ("data_dir", "sources", "max_per_source", "split_seed", "batch_size")
-    data = NumbersDataModule(**{name: options[name] for name in names})
-    tasks = range(len(data.tasks))
+    run = FinishedRun(run_dir)
+    if not statistics_names(run.network(0).body):
+        raise MisconfigurationException(f"{run_dir} is a run of {run.network_options.title}, which has no batch norm.")
+    tasks, data = range(len(run.data.tasks)), run.data
     fewest = min(len(data.user_split(user, task)[0].labels) for user in data.users for task in tasks)
-    seeds = sorted(run_dir.glob("merged/IMM/seed*"), key=lambda path: int(path.name.removeprefix("seed")))
-    if not seeds:
+    if not (seeds := run.seeds("merged")):
         raise MisconfigurationException(f"{run_dir} has no merged models.")
     check_writable(run_dir / "figures", "run_dir")
     by_number: list[dict[str, Any]] = []
     by_size: list[dict[str, Any]] = []
-    for folder in seeds:
+    for seed in seeds:
         for user in data.users:
-            study = Study(run_dir, folder.name, user, method, data)
+            study = Study(run, seed, user, method)
             for task in tasks:
                 by_number += study.numbers(task, [count for count in images if count < fewest], repeats)
                 by_size += study.sizes(task, batch_sizes)
@@ -82,21 +77,20 @@ class Study:
     """A merged model of one seed and user.
 
     Args:
-        run_dir: Folder of the run.
-        seed: Name of the seed's folders.
+        run: The run.
+        seed: The seed.
         user: Name of the user.
         method: Method that merged the model.
-        data: The images.
     """
 
-    def __init__(self, run_dir: Path, seed: str, user: str, method: str, data: NumbersDataModule) -> None:
-        self.data, self.user, self.seed = data, user, seed
-        networks = [cnn_bn(IMAGE_SHAPE, data.num_classes(task)) for task in range(len(data.tasks))]
+    def __init__(self, run: FinishedRun, seed: int, user: str, method: str) -> None:
+        self.data, self.user, self.seed = run.data, user, seed
+        tasks = range(len(run.data.tasks))
+        networks = [run.network(task) for task in tasks]
         self.model = MultiHeadNetwork(networks[0].body, [network.head for network in networks]).eval()
-        merged = run_dir / "merged" / "IMM" / seed / f"{user}-{method}.safetensors"
+        merged = run.path / "merged" / "experts" / f"seed{seed}" / f"{user}-{method}.safetensors"
         self.model.load_state_dict(TensorFile(merged, kind="merged").load())
-        files = sorted((run_dir / "checkpoints" / "IMM" / seed).glob("task*.safetensors"))
-        experts, names = [open_expert(path) for path in files], statistics_names(self.model.body)
+        experts, names = [run.expert(seed, task) for task in tasks], statistics_names(self.model.body)
         self.average = BatchNormStatistics.average([{n: expert[f"body.{n}"] for n in names} for expert in experts])
 
     def adapt(self, images: Tensor, batch_size: int, **options: Any) -> BatchNormStatistics:

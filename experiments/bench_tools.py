@@ -10,11 +10,12 @@ from statistics import median
 
 import torch
 import torchvision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from pl_personalize.models import mlp
 from pl_personalize.runner.results import markdown_table
-from pl_personalize.runner.run_folder import check_writable
+from pl_personalize.stages.run_folder import check_writable
 
 TITLES = {
     "mlp": "MLP 100-100",
@@ -30,10 +31,10 @@ def prepare(networks: Sequence[str], output_dir: Path, num_threads: int) -> None
     """Check the options that all benchmarks have, and set the number of threads.
 
     Raises:
-        SystemExit: If a network is unknown.
+        MisconfigurationException: If a network is unknown.
     """
     if unknown := [name for name in networks if name not in TITLES]:
-        raise SystemExit(f"networks must be of {', '.join(TITLES)}; got {unknown[0]!r}.")
+        raise MisconfigurationException(f"networks must be of {', '.join(TITLES)}; got {unknown[0]!r}.")
     check_writable(output_dir, "output_dir")
     torch.set_num_threads(num_threads)
 

@@ -24,10 +24,10 @@ from pl_personalize import TaskLearner
 from pl_personalize.datamodules.loader import tensor_loader
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import mlp
-from pl_personalize.runner.checkpoints import Checkpoints
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.metrics_log import MetricsLog, StageLogger
 from pl_personalize.runner.results import markdown_table
+from pl_personalize.stages.checkpoints import Checkpoints
+from pl_personalize.stages.metrics_log import MetricsLog, StageLogger
 
 BATCH = 20
 

@@ -44,7 +44,9 @@ def run(
     names = parser.add_class_arguments(datamodule, skip=SET_BY_THE_RUNNER)
     parser.add_class_arguments(NetworkOptions, "network", instantiate=True)
     parser.add_class_arguments(Experiment, skip=SET_BELOW)
-    parser.add_argument("--num_threads", type=PositiveInt | None, help="Threads of PyTorch; null for its own choice.")
+    parser.add_argument(
+        "--num_threads", type=PositiveInt | None, help="Number of PyTorch threads; null for PyTorch's default."
+    )
     parser.set_defaults(dict(defaults))
     with errors_in_one_line():
         chosen = dict(parser.instantiate(parser.parse_args()))

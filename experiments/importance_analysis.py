@@ -4,7 +4,7 @@ The claim: importances of one model on different data correlate highly, those of
 hardly. This script computes the correlations for the experts of a finished run, of a file, or trained for it.
 
     python experiments/importance_analysis.py                                   # trains on handwritten digits first
-    python experiments/importance_analysis.py --run_dir runs/numbers            # a finished run of numbers.py
+    python experiments/importance_analysis.py --run_dir runs/numbers            # a finished run of run_numbers.py
     python experiments/importance_analysis.py --experts ../shared/reference/numbers-experts.safetensors \
         --data_dir ../shared/data --sources '[../shared/data/meter-digits, mnist]' --reduction batch
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 import torch
+from finished_run import FinishedRun
 from importance_study.pairs import ALL, KINDS, Images, ImportanceName, correlate, estimate_all, groups, title
 from importance_study.plots import draw_correlations, draw_scatter
 from importance_study.report import plain, report, summed, typical
@@ -26,15 +26,21 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_reference import load_experts
+from run_digits import DEFAULTS as DIGITS_DEFAULTS
 
-from pl_personalize.artifacts import read_json
 from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule, TaskIncrementalDataModule
 from pl_personalize.importance import Reduction
-from pl_personalize.models import TaskNetwork, cnn_bn, mlp
-from pl_personalize.runner import ImportanceOptions, TrainingOptions
+from pl_personalize.models import TaskNetwork
+from pl_personalize.runner import (
+    Experiment,
+    ImportanceOptions,
+    NetworkOptions,
+    TrainerOptions,
+    TrainingOptions,
+    run_experiment,
+)
 from pl_personalize.runner.command_line import errors_in_one_line
-from pl_personalize.runner.run_folder import check_writable
-from pl_personalize.runner.trained import open_expert
+from pl_personalize.stages.run_folder import check_writable
 
 PAPER_SOURCES = ("svhn", "mnist")
 SEEDS = (1, 2, 3, 4, 5)
@@ -72,7 +78,7 @@ def main(
     """Correlate importances of one expert on different images, and of different experts on the same images.
 
     Args:
-        run_dir: Folder of a finished run of ``digits.py`` or ``numbers.py`` that provides the experts and the data.
+        run_dir: Folder of a finished run of ``run_digits.py`` or ``run_numbers.py`` with the experts and the data.
         experts: File of experts in the format of ``merge_reference.py``. Without this and ``run_dir``, experts are
             trained in ``output_dir/experts``.
         benchmark: Benchmark to train on.
@@ -98,23 +104,25 @@ def main(
         raise MisconfigurationException("kinds is empty: pass mas, fisher or both.")
     if run_dir is not None and experts is not None:
         raise MisconfigurationException(f"Give run_dir or experts, not both; got {run_dir} and {experts}.")
-    numbers = {"data_dir": data_dir, "sources": sources, "download": download, "max_per_source": max_per_source}
-    data: TaskIncrementalDataModule
+    data: TaskIncrementalDataModule = NumbersDataModule(
+        data_dir, sources, max_per_source=max_per_source, split_seed=split_seed, download=download
+    )
     if experts is not None:
         if not experts.is_file():
             raise MisconfigurationException(f"no file of experts at {experts}; say where it is with --experts.")
-        data, networks = NumbersDataModule(**numbers, split_seed=split_seed), load_experts(experts)
+        networks = load_experts(experts)
         if len(networks) != len(data.tasks):
             raise MisconfigurationException(f"{experts} has {len(networks)} experts for {len(data.tasks)} tasks.")
         where, sets = str(experts), iter([ExpertSet(experts.stem, split_seed, networks)])
     else:
         if run_dir is None:
             run_dir, seeds = output_dir / "experts", SEEDS if seeds is None else seeds
-            common = {"seeds": seeds, "hidden": hidden, "split_seed": split_seed, "num_threads": num_threads}
-            train(benchmark, epochs, common | {"output_dir": run_dir}, numbers)
-        options = read_json(run_dir / "manifest.json")["options"]
-        data = data_of(options, run_dir)
-        where, sets = str(run_dir), expert_sets(run_dir, options, data, seeds)
+            if benchmark == "digits":
+                data = DigitsDataModule(split_seed=split_seed)
+            train(benchmark, data, NetworkOptions(hidden=hidden), epochs, seeds, run_dir)
+        run = FinishedRun(run_dir)
+        data = run.data
+        where, sets = str(run_dir), expert_sets(run, seeds)
     data.prepare_data()
     data.eval_batch_size = batch_size if reduction == "batch" else 256
     if len(data.tasks) < 2:
@@ -153,78 +161,61 @@ def main(
     print("Figures:     " + ", ".join(map(str, figures)))
 
 
-def train(benchmark: str, epochs: int | None, common: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """Train experts with the benchmark's own script, unless that has been done.
+def train(
+    benchmark: str,
+    data: TaskIncrementalDataModule,
+    network: NetworkOptions,
+    epochs: int | None,
+    seeds: Sequence[int],
+    folder: Path,
+) -> None:
+    """Train experts as the benchmark's own script does, unless they are already in the folder.
 
     Args:
         benchmark: ``digits`` or ``numbers``.
+        data: The benchmark.
+        network: The network.
         epochs: Epochs per task; by default the benchmark's.
-        common: Options of both scripts.
-        numbers: Options of ``numbers.py`` only.
+        seeds: Seeds.
+        folder: Folder of the run.
     """
-    common = {"methods": ["Experts"], "loggers": [], **common}
-    if benchmark == "digits":
-        from digits import TRAINING, main
-
-        main(training=replace(TRAINING, epochs=epochs or TRAINING.epochs), **common)
-    else:
-        from numbers_benchmark import main as numbers_main
-
-        training = TrainingOptions() if epochs is None else TrainingOptions(epochs=epochs)
-        numbers_main(training=training, **numbers, **common)
+    own = DIGITS_DEFAULTS if benchmark == "digits" else {}
+    chosen = {name: own[f"training.{name}"] for name in ("epochs", "lr") if f"training.{name}" in own}
+    if epochs is not None:
+        chosen["epochs"] = epochs
+    run_experiment(
+        Experiment(
+            benchmark.capitalize(),
+            data,
+            network,
+            methods=["Experts"],
+            seeds=seeds,
+            training=TrainingOptions(**chosen),
+            trainer=TrainerOptions("cpu"),
+            loggers=[],
+            output_dir=folder,
+        )
+    )
     print()
 
 
-def data_of(options: dict[str, Any], run_dir: Path) -> TaskIncrementalDataModule:
-    """The data module of a run.
-
-    Raises:
-        MisconfigurationException: If the run is of another benchmark.
-    """
-    if options.get("benchmark") == "Digits":
-        return DigitsDataModule(split_seed=options["split_seed"])
-    if options.get("benchmark") == "Numbers":
-        names = ("data_dir", "sources", "max_per_source", "split_seed")
-        return NumbersDataModule(**{name: options[name] for name in names})
-    raise MisconfigurationException(f"{run_dir} is a run of {options.get('benchmark')}, not of Digits or Numbers.")
-
-
-def expert_sets(
-    run_dir: Path, options: dict[str, Any], data: TaskIncrementalDataModule, seeds: Sequence[int] | None = None
-) -> Iterator[ExpertSet]:
+def expert_sets(run: FinishedRun, seeds: Sequence[int] | None = None) -> Iterator[ExpertSet]:
     """The experts of a run with some seeds, by default all.
 
     Raises:
         MisconfigurationException: If there are no experts, or some are missing.
     """
-    there = sorted(int(path.name.removeprefix("seed")) for path in run_dir.glob("checkpoints/IMM/seed*"))
-    if not there:
-        raise MisconfigurationException(f"{run_dir} has no experts.")
+    if not (there := run.seeds("checkpoints")):
+        raise MisconfigurationException(f"{run.path} has no experts.")
     if missing := [seed for seed in seeds or () if seed not in there]:
-        raise MisconfigurationException(f"{run_dir} has no experts of seed {missing[0]}; it has those of {there}.")
+        raise MisconfigurationException(f"{run.path} has no experts of seed {missing[0]}; it has those of {there}.")
     for seed in there if seeds is None else seeds:
-        folder = run_dir / "checkpoints" / "IMM" / f"seed{seed}"
         networks = []
-        for task in range(len(data.tasks)):
-            path = folder / f"task{task + 1}.safetensors"
-            if not path.is_file():
-                raise MisconfigurationException(f"{folder.name} is not finished: there is no {path}.")
-            network = network_of(options, data, task)
-            network.load_state_dict(open_expert(path).load())
+        for task in range(len(run.data.tasks)):
+            network = run.network(task)
+            network.load_state_dict(run.expert(seed, task))
             networks.append(network)
-        yield ExpertSet(folder.name, seed, networks)
-
-
-def network_of(options: dict[str, Any], data: TaskIncrementalDataModule, task: int) -> TaskNetwork:
-    """A new network of the kind that the run used."""
-    name, shape = options["backbone"], tuple(data.user_split(0, task)[0].images.shape[1:])
-    if name.startswith("MLP "):
-        return mlp(shape, data.num_classes(task), [int(width) for width in name.removeprefix("MLP ").split("-")])
-    if name == "CNN-BN":
-        return cnn_bn(shape, data.num_classes(task))
-    from numbers_benchmark import PAPER_HIDDEN, network_maker
-
-    return network_maker(name, PAPER_HIDDEN, None, options["image_size"])(data.num_classes(task))
+        yield ExpertSet(f"seed{seed}", seed, networks)
 
 
 if __name__ == "__main__":

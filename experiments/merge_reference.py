@@ -23,11 +23,14 @@ from pl_personalize.datamodules import NumbersDataModule, TaskIncrementalDataMod
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.merging import merge_prefixes
+from pl_personalize.methods import METHODS
+from pl_personalize.methods.experts import Merge
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork, mlp
-from pl_personalize.runner import MERGING_METHODS, METHODS, MethodName
 from pl_personalize.runner.command_line import errors_in_one_line
 from pl_personalize.runner.results import mean_and_std
+
+MERGES = {name: method for name, method in METHODS.items() if isinstance(method, Merge)}
 
 
 def load_experts(path: Path) -> list[TaskNetwork]:
@@ -44,16 +47,15 @@ def load_experts(path: Path) -> list[TaskNetwork]:
 
 
 def estimate(
-    experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, method: MethodName, reduction: str, seed: int
+    experts: Sequence[TaskNetwork], data: TaskIncrementalDataModule, merge: Merge, reduction: str, seed: int
 ) -> list[Importance] | None:
-    """Importances that a method needs, for the data's current user; None if it needs none."""
-    merge = METHODS[method]
+    """Importances that a merge needs, for the data's current user; None if it needs none."""
     if merge.kind is None:
         return None
     importances = []
     for task, expert in enumerate(experts):
-        loader = data.adapt_dataloader(task) if merge.source == "user" else data.server_dataloader(task)
-        generator = torch.Generator().manual_seed(derive_seed(seed, method, task))
+        loader = data.adapt_dataloader(task) if merge.personal else data.server_dataloader(task)
+        generator = torch.Generator().manual_seed(derive_seed(seed, merge.name, task))
         options = {"generator": generator} if merge.kind == "fisher" else {}
         found = estimate_importance(expert, loader, merge.kind, module="body", reduction=reduction, **options)  # type: ignore[arg-type]
         importances.append(found)
@@ -81,7 +83,7 @@ def main(
     data_dir: Path = Path("../shared/data"),
     sources: Sequence[str] = ("../shared/data/meter-digits", "mnist"),
     split_seeds: Sequence[int] = (1, 2, 3, 4, 5),
-    methods: Sequence[MethodName] = MERGING_METHODS,
+    methods: Sequence[str] = tuple(MERGES),
     reduction: Literal["sample", "batch"] = "sample",
     num_threads: int = 1,
 ) -> None:
@@ -98,6 +100,8 @@ def main(
     """
     if not experts.is_file():
         sys.exit(f"error: no file of experts at {experts}; say where it is with --experts.")
+    if unknown := [method for method in methods if method not in MERGES]:
+        sys.exit(f"error: methods must be of {', '.join(MERGES)}; got {unknown[0]!r}.")
     torch.set_num_threads(num_threads)
     networks = load_experts(experts)
     results = pd.DataFrame(columns=["method", "accuracy", "forgetting"])
@@ -109,8 +113,8 @@ def main(
             found, importances = [], None
             for user in data.users:
                 view = data.view(user=user)
-                if importances is None or METHODS[method].source == "user":
-                    importances = estimate(networks, view, method, reduction, seed)
+                if importances is None or MERGES[method].personal:
+                    importances = estimate(networks, view, MERGES[method], reduction, seed)
                 matrix = evaluate(networks, importances, view)
                 found.append([float(average_accuracy(matrix)), float(forgetting(matrix))])
             accuracy, lost = torch.tensor(found, dtype=torch.float64).mean(0).tolist()

@@ -1,7 +1,7 @@
-"""CatPrior: scenes, and users who see some classes more than others.
+"""CatPrior: scenes, and users with class preferences (label shift).
 
 The second benchmark of De Lange et al., CVPR 2020: MIT Indoor Scenes, four tasks, five users, AlexNet and VGG-11. A
-folder of other scenes in the same layout will do, with a table of its own (``--supercategories``).
+folder of other scenes in this layout needs a table of supercategories (``--supercategories``).
 
     python experiments/run_catprior.py --data_dir data/mit-indoor --download true
     python experiments/run_catprior.py --config experiments/configs/catprior-squeezenet.yaml

@@ -1,4 +1,4 @@
-"""Personalised digits: merge five experts for a user with a scanner and a user with a camera.
+"""Personalized digits: merge five experts for a user with a scanner and a user with a camera.
 
 Compares MAS-RACL, FIM-RACL, MAS-IMM, FIM-IMM and mean-IMM on scikit-learn's handwritten digits. Nothing is downloaded.
 

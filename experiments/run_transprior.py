@@ -1,7 +1,7 @@
-"""TransPrior: scenes, and ten users each of whom sees them through a distortion of his own.
+"""TransPrior: scenes, and ten users, each with a different image distortion (covariate shift).
 
 The third benchmark of De Lange et al., CVPR 2020: MIT Indoor Scenes, four tasks, AlexNet and VGG-11. A folder of other
-scenes in the same layout will do, with a table of its own (``--supercategories``).
+scenes in this layout needs a table of supercategories (``--supercategories``).
 
     python experiments/run_transprior.py --data_dir data/mit-indoor --download true
     python experiments/run_transprior.py --config experiments/configs/transprior-squeezenet.yaml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def adapt_batchnorm(
     max_scratch_mb: float = 256,
     progress: bool = False,
     all_reduce: AllReduce | None = None,
+    apply: bool = True,
 ) -> BatchNormStatistics:
     r"""Re-estimate the running statistics of a model's batch-norm layers on unlabelled data (AdaBN, Li et al., 2016).
 
@@ -62,9 +64,10 @@ def adapt_batchnorm(
         max_scratch_mb: Memory for ``exact``, in MiB.
         progress: Show a progress bar if a pass takes more than two seconds.
         all_reduce: Sums a tensor over processes that each hold part of the data, all of which must call this function.
+        apply: Copy the statistics into the model; otherwise, it does not change.
 
     Returns:
-        The statistics copied into the model. Variances are unbiased, as running variances are; during a pass, a batch
+        The statistics. Variances are unbiased, as running variances are; during a pass, a batch
         is normalized by its biased variance, as in training. Layers that the forward does not reach keep their
         statistics and are not in the result. A layer shared under several names appears once.
 
@@ -81,34 +84,6 @@ def adapt_batchnorm(
         >>> model[0].running_mean.item(), model[0].running_var.item()
         (3.0, 4.0)
     """
-    statistics = estimate_batchnorm(
-        model,
-        dataloader,
-        exact=exact,
-        prior_samples=prior_samples,
-        module=module,
-        forward=forward,
-        max_scratch_mb=max_scratch_mb,
-        progress=progress,
-        all_reduce=all_reduce,
-    )
-    statistics.apply(model if module is None else model.get_submodule(module))
-    return statistics
-
-
-def estimate_batchnorm(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    *,
-    exact: bool = False,
-    prior_samples: float = 0,
-    module: str | None = None,
-    forward: Forward | None = None,
-    max_scratch_mb: float = 256,
-    progress: bool = False,
-    all_reduce: AllReduce | None = None,
-) -> BatchNormStatistics:
-    """Statistics that :func:`adapt_batchnorm` would copy into the model, which is not changed."""
     check_adaptation(prior_samples, max_scratch_mb)
     layers = batchnorm_layers(model, module)
     if not layers:
@@ -124,7 +99,14 @@ def estimate_batchnorm(
             rank_zero_warn(
                 f"The forward does not reach the batch-norm layers {some(missing)}, which keep their statistics."
             )
-    return BatchNormStatistics(found, num_samples=run.num_samples)
+    statistics = BatchNormStatistics(found, num_samples=run.num_samples)
+    if apply:
+        statistics.apply(model if module is None else model.get_submodule(module))
+    return statistics
+
+
+estimate_batchnorm = partial(adapt_batchnorm, apply=False)
+"""As :func:`adapt_batchnorm`, without changing the model."""
 
 
 def check_adaptation(prior_samples: float, max_scratch_mb: float) -> None:

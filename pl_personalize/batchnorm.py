@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_personalize.artifacts import load_tensors, save_tensors
 from pl_personalize.functional.moments import MEAN, VARIANCE, in_precision_of, pooled_statistics
-from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.names import prefix_hint, some, submodule
 
 ARTIFACT_KIND = "batchnorm"
 
@@ -154,13 +154,7 @@ def batchnorm_layers(model: nn.Module, module: str | None = None) -> dict[str, _
     Raises:
         ValueError: If a layer keeps no running statistics or is uninitialized, or there is no such module.
     """
-    if module is not None:
-        try:
-            model = model.get_submodule(module)
-        except AttributeError as error:
-            raise ValueError(
-                f"The model has no module {module!r}; it has {some(name for name, _ in model.named_children())}."
-            ) from error
+    model = model if module is None else submodule(model, module)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:

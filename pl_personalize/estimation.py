@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pl_personalize.functional.batch_fields import map_tensors
 from pl_personalize.functional.batches import Forward, Labels, batch_size, call_model
 from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS, KindOptions
-from pl_personalize.functional.names import prefix_hint, some
+from pl_personalize.functional.names import prefix_hint, some, submodule
 from pl_personalize.importance import Importance, Kind, Reduction
 from pl_personalize.per_sample.batch_power_sums import BatchPowerSums
 from pl_personalize.per_sample.interrupts import InterruptsHeld
@@ -54,8 +54,8 @@ def estimate_importance(
     a table computed from parameters, are recomputed by the next forward, with a gradient.
 
     The first two samples are checked against plain autograd, which decides how each parameter's gradients are computed.
-    A layer that a later batch uses differently, as in networks that route their samples, is computed in a loop over
-    samples from there on. The check cannot detect rows selected by value whose number happens to equal the number of
+    Layers that a later batch uses differently, as in networks that route their samples, are computed in a loop over
+    samples from there on; the check cannot detect rows selected by value whose number happens to equal the number of
     samples. A warning names the parameters that no gradient reaches.
 
     Args:
@@ -156,12 +156,10 @@ def check_options(
     draws: int | Literal["all"],
     max_scratch_mb: float,
     *,
-    generator: torch.Generator | int | None = None,
-    labels: Labels | None = None,
-    class_dim: int | None = None,
     forward: Forward | None = None,
+    **options: Any,
 ) -> None:
-    """Check options of :func:`estimate_importance`.
+    """Check options of :func:`estimate_importance`, including those of :class:`KindOptions`.
 
     Raises:
         ValueError: If one is unknown, out of range, or incompatible with another.
@@ -171,8 +169,8 @@ def check_options(
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}.")
     if not 0 < max_scratch_mb < float("inf"):
         raise ValueError(f"max_scratch_mb must be positive and finite; got {max_scratch_mb}.")
-    chosen.check(KindOptions(draws, labels, class_dim, generator), reduction)
-    if not callable(labels) and labels == 0 and forward is None:
+    chosen.check(KindOptions(draws, **options), reduction)
+    if options.get("labels") == 0 and forward is None:
         raise ValueError("labels=0 is also the model's input: pass forward=lambda model, batch: ... to select another.")
 
 
@@ -198,23 +196,14 @@ def named_parameters(model: nn.Module, module: str | None, exclude: Sequence[str
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
     every = dict(model.named_parameters(remove_duplicate=False))
-    modules = [name for name, _ in model.named_modules()]
-    part = model
-    if module is not None:
-        module = module.removesuffix(".")
-        try:
-            part = model.get_submodule(module)
-        except AttributeError as error:
-            raise ValueError(
-                f"The model has no module {module!r}; its parameters are {some(every)}.{prefix_hint([module], modules)}"
-            ) from error
+    part = model if module is None else submodule(model, module.removesuffix("."))
     excluded: set[int] = set()
     for name in exclude:
         found = {id(p) for known, p in every.items() if below(known, name)}
         if not found:
             raise ValueError(
                 f"exclude={name!r} is no parameter or module of the model; its parameters are {some(every)}."
-                + prefix_hint([name.removesuffix(".")], [*modules, *every])
+                + prefix_hint([name.removesuffix(".")], [*dict(model.named_modules()), *every])
             )
         excluded |= found
     return {name: p for name, p in part.named_parameters() if id(p) not in excluded}
@@ -231,4 +220,4 @@ def _batches(dataloader: Iterable[Any], device: torch.device, progress: bool) ->
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     for batch in tqdm(dataloader, desc="Importance", unit="batch", delay=2, disable=not progress, leave=False):
-        yield apply_to_collection(move_data_to_device(batch, device), Tensor, usable)
+        yield map_tensors(move_data_to_device(batch, device), usable)

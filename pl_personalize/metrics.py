@@ -89,7 +89,7 @@ def forgetting(matrix: Tensor, divisor: Literal["tasks", "earlier"] = "tasks") -
             usual definition (Chaudhry et al., ECCV 2018, without the maximum).
 
     Returns:
-        A scalar; 0 for a single task, negative if later tasks helped.
+        A scalar; 0 for a single task, negative if later tasks improve earlier ones.
 
     Raises:
         MisconfigurationException: If ``divisor`` is unknown.

@@ -57,6 +57,14 @@ class Registry(Mapping[str, T]):
         self._entries[entry.name] = entry
         return entry
 
+    def unregister(self, name: str) -> T:
+        """Remove an entry and return it, such as at the end of a test.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        return self._entries.pop(name)
+
     def find(self, name: str) -> T:
         """The entry of that name.
 

@@ -1,10 +1,13 @@
-"""What tests of callbacks have in common: a quiet Trainer, rows that note what is read of them, and scripts."""
+"""Helpers for tests of callbacks: a quiet Trainer, rows that record what is read, and scripts of several processes."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+import traceback
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +86,7 @@ def in_order(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
 class NoTraining(Callback):
     """For what must be refused before."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise AssertionError("training began")
 
 
@@ -99,3 +102,25 @@ def run_script(folder: Path, text: str, *arguments: str) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_forked(folder: Path, text: str, *arguments: str) -> None:
+    """Run a script in a fork of this process, which has imported Lightning already; it may only fork, not spawn."""
+    script = folder / "script.py"
+    script.write_text(text)
+    process = get_context("fork").Process(target=_execute, args=(script, *arguments))
+    process.start()
+    process.join(200)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0, (folder / "errors.txt").read_text()[-3000:]
+
+
+def _execute(script: Path, *arguments: str) -> None:
+    sys.argv = [str(script), str(script.parent), *arguments]
+    torch.cuda._is_in_bad_fork = lambda: False  # looking for GPUs before the fork is harmless: none is used
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except BaseException:
+        (script.parent / "errors.txt").write_text(traceback.format_exc())
+        os._exit(1)

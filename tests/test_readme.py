@@ -9,7 +9,12 @@ from reference import naive_importance, relative_error
 from torch import nn
 
 from pl_personalize import estimate_importance
+from pl_personalize.adaptations import ADAPTATIONS
+from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS
+from pl_personalize.merging import MERGE_RULES
+from pl_personalize.methods import METHODS
 from pl_personalize.per_sample import layer_rules
+from pl_personalize.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +32,14 @@ def test_the_code_runs(page, tmp_path, monkeypatch, global_state):
     monkeypatch.setenv("WANDB_CONSOLE", "off")  # its service writes the console's log relative to its own folder
     monkeypatch.setattr(layer_rules, "_RULES", dict(layer_rules._RULES))
     names: dict[str, object] = {"__name__": "__main__"}
-    exec(compile(code_blocks(page), page.name, "exec"), names)
+    registries: list[Registry] = [ADAPTATIONS, IMPORTANCE_KINDS, MERGE_RULES, METHODS]
+    before = [set(registry) for registry in registries]
+    try:
+        exec(compile(code_blocks(page), page.name, "exec"), names)
+    finally:
+        for registry, known in zip(registries, before, strict=True):
+            for name in set(registry) - known:
+                registry.unregister(name)
     if page.name == "README.md":
         assert names["callback"].importance.num_samples == 40
         assert (tmp_path / "importances" / "user-7-task-1.safetensors").is_file()

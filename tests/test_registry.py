@@ -39,6 +39,13 @@ def test_registering_is_a_decorator():
     assert kinds["Named"] is Named
 
 
+def test_an_entry_can_be_removed(registry):
+    assert registry.unregister("pear").name == "pear"
+    assert list(registry) == ["Apple"]
+    with pytest.raises(KeyError):
+        registry.unregister("pear")
+
+
 @pytest.mark.parametrize(("name", "hint"), [("apple", "; did you mean 'Apple'[?]"), ("melon", r"\."), (3, r"\.")])
 def test_an_unknown_name_comes_with_the_closest_one(registry, name, hint):
     with pytest.raises(ValueError, match=f"Unknown fruit {name!r}{hint} Known: Apple, pear"):

@@ -18,7 +18,7 @@ from pl_personalize import Importance, estimate_importance
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.models import TaskNetwork
-from pl_personalize.runner.options import ImportanceOptions
+from pl_personalize.runner import ImportanceOptions
 
 ImportanceName = Literal["mas", "fisher"]
 KINDS: dict[str, str] = {"mas": "MAS", "fisher": "Fisher"}

@@ -70,7 +70,7 @@ class Last(_OfExperts):
     """Batch-norm statistics of the last expert; a model that is no merge keeps its own."""
 
     name: ClassVar[str] = "last"
-    text: ClassVar[str] = "statistics of the model's last expert (of an unmerged model, its own)"
+    text: ClassVar[str] = "batch-norm statistics of the last expert (of an unmerged model, its own)"
 
     @override
     def of_body(self, body: nn.Module, received: Received) -> Mapping[str, Tensor]:
@@ -83,7 +83,7 @@ class Average(_OfExperts):
     """Batch-norm statistics of the mixture of the experts."""
 
     name: ClassVar[str] = "average"
-    text: ClassVar[str] = "of the mixture of its experts"
+    text: ClassVar[str] = "batch-norm statistics of the mixture of the experts"
     merges_only: ClassVar[bool] = True
 
     @override
@@ -96,7 +96,7 @@ class OfTheTask(_OfExperts):
     """Batch-norm statistics of the expert of the task."""
 
     name: ClassVar[str] = "expert"
-    text: ClassVar[str] = "of the task's expert"
+    text: ClassVar[str] = "batch-norm statistics of the task's expert"
     merges_only: ClassVar[bool] = True
 
     @override
@@ -109,7 +109,7 @@ class Published(_OfExperts):
     """The published code's AdaBN: γ and β of the model after the task, statistics of the last expert."""
 
     name: ClassVar[str] = "reference"
-    text: ClassVar[str] = "as the published code, γ and β of the task's model"
+    text: ClassVar[str] = "as in the published code, γ and β of the task's model and statistics of the last expert"
     reference: ClassVar[str] = "De Lange et al., CVPR 2020, published code"
     merges_only: ClassVar[bool] = True
     needs_earlier_models: ClassVar[bool] = True

@@ -30,7 +30,7 @@ class Recalibrate(Adaptation):
     """
 
     name: ClassVar[str] = "recalibrate"
-    text: ClassVar[str] = "re-estimated on the server's images of the task"
+    text: ClassVar[str] = "batch-norm statistics re-estimated on the server's images of the task"
     reads: ClassVar[Reads] = "server"
     needs_batchnorm: ClassVar[bool] = True
 
@@ -75,7 +75,7 @@ class AdaBN(Recalibrate):
     """
 
     name: ClassVar[str] = "AdaBN"
-    text: ClassVar[str] = "re-estimated on the user's unlabelled images of the task"
+    text: ClassVar[str] = "batch-norm statistics re-estimated on the user's unlabelled images of the task"
     reference: ClassVar[str] = "Li et al., 2016"
     reads: ClassVar[Reads] = "unlabelled"
 
@@ -97,7 +97,7 @@ class AdaBNSupervised(AdaBN):
     """
 
     name: ClassVar[str] = "AdaBN-S"
-    text: ClassVar[str] = "the same, then γ and β trained on the user's labelled images"
+    text: ClassVar[str] = "AdaBN, then γ and β trained on the user's labelled images"
     reference: ClassVar[str] = "De Lange et al., CVPR 2020, section 4.3"
     reads: ClassVar[Reads] = "labelled"
     trains: ClassVar[bool] = True

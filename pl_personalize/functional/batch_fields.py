@@ -11,12 +11,24 @@ from torch import Size, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 Readings = frozenset[int]
+INPUT_KEYS = ("input", "inputs", "input_ids", "pixel_values", "image", "images")
+_PACKED = (
+    "A PackedSequence cannot be divided into samples: pass padded sequences and their lengths, and pack them in the "
+    "model or in forward=."
+)
 
 
 def items_of(field: Any) -> list[tuple[str, Any]] | None:
-    """Names and values of the parts of a dict, tuple, list or dataclass; ``None`` for anything else."""
+    """Names and values of the parts of a dict, tuple, list or dataclass; ``None`` for anything else.
+
+    Those of a dict start with its input, then those that may be constants (see :func:`agreed`) come last: its order
+    has no meaning.
+    """
     if isinstance(field, Mapping):
-        return [(repr(key), value) for key, value in field.items()]
+        ordered = sorted(
+            field.items(), key=lambda item: (item[0] not in INPUT_KEYS, readings(item[1]) == frozenset([1]))
+        )
+        return [(repr(key), value) for key, value in ordered]
     if isinstance(field, PackedSequence):  # its tensors have no sample dimension
         return None
     if isinstance(field, tuple) and hasattr(field, "_fields"):
@@ -92,6 +104,8 @@ def map_samples(
     def visit(field: Any) -> Any:
         if isinstance(field, Tensor):
             return on_rows(field) if field.shape[:1] == (size,) else field
+        if isinstance(field, PackedSequence):
+            raise ValueError(_PACKED)
         if is_listed(field) and field is not batch and _holds_samples(field, size, has_rows):
             return on_items(field)
         if not isinstance(field, list | tuple) or isinstance(field, Size):
@@ -100,6 +114,21 @@ def map_samples(
         return type(field)(*items) if hasattr(field, "_fields") else type(field)(items)
 
     return apply_to_collection(batch, (Tensor, list, tuple), visit)
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of a batch in which each tensor is changed.
+
+    Raises:
+        ValueError: For a ``PackedSequence``.
+    """
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part)
+        raise ValueError(_PACKED)
+
+    return apply_to_collection(batch, (Tensor, PackedSequence), visit)
 
 
 def _holds_samples(field: Any, size: int, has_rows: bool) -> bool:

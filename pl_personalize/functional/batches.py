@@ -10,7 +10,15 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from pl_personalize.functional.batch_fields import agreed, is_listed, items_of, map_samples, may_be_samples, readings
+from pl_personalize.functional.batch_fields import (
+    agreed,
+    is_listed,
+    items_of,
+    map_samples,
+    map_tensors,
+    may_be_samples,
+    readings,
+)
 from pl_personalize.functional.names import some
 
 Forward = Callable[[torch.nn.Module, Any], Any]
@@ -31,7 +39,8 @@ def batch_size(batch: Any) -> int:
     A field is a tensor with the samples in its first dimension; a list or tuple with one item per sample, such as the
     images of a detector or their names; or, like the batch itself, a dict, dataclass, list or tuple of fields. Numbers,
     strings and tensors without dimensions are ignored, and so is a first dimension of 1 beside larger ones, which
-    broadcasts. If only the labels disagree, such as the boxes of all images in one tensor, the other fields decide.
+    broadcasts, except in the input (the first item, or the entry of a dict named in ``INPUT_KEYS``). If only the labels
+    disagree, such as the boxes of all images in one tensor, the other fields decide.
 
     Raises:
         ValueError: If no field tells the number, fields disagree, or several numbers are possible.
@@ -66,7 +75,7 @@ def batch_size(batch: Any) -> int:
 def _without_labels(batch: Any, names: list[str]) -> list[str]:
     """Names of the fields other than labels, which may have any form, such as the boxes of all images."""
     if isinstance(batch, Mapping):
-        return [name for name, key in zip(names, batch, strict=True) if key not in LABEL_KEYS]
+        return [name for name in names if name not in map(repr, LABEL_KEYS)]
     return names[:1] if isinstance(batch, list | tuple) and len(names) == 2 else names
 
 
@@ -144,7 +153,17 @@ def as_input(batch: Any) -> Any:
             f"The input in a batch of type {type(batch).__name__} is unknown: pass forward=lambda model, batch: ... to "
             "call the model on it."
         )
+    if isinstance(batch, list) and len(batch) > 2 and all(map(_is_volume, batch)):
+        raise ValueError(
+            f"A batch that is a list of {len(batch)} tensors, the first of shape {tuple(batch[0].shape)}, may hold one "
+            "sample in each, such as clips, or several inputs. Stack samples; for several inputs pass "
+            "forward=lambda model, batch: ... to call the model on them."
+        )
     return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _is_volume(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.is_floating_point() and item.dim() > 3
 
 
 def as_logits(output: Any) -> Tensor:
@@ -204,7 +223,7 @@ def has_listed_samples(batch: Any, num_samples: int) -> bool:
 
 def copy_batch(batch: Any) -> Any:
     """A copy of a batch that a model may change in place."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)
+    return map_tensors(batch, Tensor.clone)
 
 
 def are_same(batch: Any, other: Any) -> bool:

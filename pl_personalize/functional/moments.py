@@ -80,8 +80,6 @@ def in_precision_of(other: Tensor, value: Tensor, what: str) -> Tensor:
         ValueError: The running_var of 'bn' reaches 70000, and float16 holds no more than 65504. ...
     """
     rounded = value.to(other)
-    if rounded.isfinite().all():
-        return rounded
     lost = value.isfinite() & ~rounded.isfinite()
     if lost.any():
         kind = str(other.dtype).removeprefix("torch.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
+from torch import nn
+
 _SHOWN = 5
 
 
@@ -79,3 +81,12 @@ def _without(name: str, part: str) -> str:
     while (shorter := f".{name}.".replace(f".{part}.", ".", 1).strip(".")) != name:
         name = shorter
     return name
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name, or a ``ValueError``."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        parts, hint = dict(model.named_children()), prefix_hint([name], dict(model.named_modules()))
+        raise ValueError(f"The model has no module {name!r}; it has {some(parts)}.{hint}") from error

@@ -82,14 +82,10 @@ def add_penalty_gradient_(
     pulled = [k for k, parameter in enumerate(parameters) if parameter.requires_grad]
     if not pulled:
         return
-    gradients = [_dense_gradient(parameters[k]) for k in pulled]
-    values, targets = [parameters[k].detach() for k in pulled], [anchors[k] for k in pulled]
-    factors = None if importances is None else [importances[k] for k in pulled]
-    if gradients[0].device.type == "cpu":  # a small difference is still in cache when it is added
-        for k, gradient in enumerate(gradients):
-            _add_differences([gradient], [values[k]], [targets[k]], None if factors is None else [factors[k]], strength)
-    else:
-        _add_differences(gradients, values, targets, factors, strength)
+    # On a CPU, one at a time: a small difference is still in cache when it is added.
+    for part in [[k] for k in pulled] if parameters[pulled[0]].device.type == "cpu" else [pulled]:
+        factors = None if importances is None else [importances[k] for k in part]
+        _add_differences([parameters[k] for k in part], [anchors[k] for k in part], factors, strength)
 
 
 @torch.no_grad()
@@ -140,14 +136,11 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
 
 
 def _add_differences(
-    gradients: list[Tensor],
-    values: list[Tensor],
-    targets: list[Tensor],
-    factors: list[Tensor] | None,
-    strength: float,
+    parameters: list[Tensor], anchors: list[Tensor], factors: list[Tensor] | None, strength: float
 ) -> None:
+    gradients = [_dense_gradient(parameter) for parameter in parameters]
     # The difference comes first: added one after the other, θ and θ_ref would round the gradient by parts of θ.
-    differences = torch._foreach_sub(values, targets)
+    differences = torch._foreach_sub([parameter.detach() for parameter in parameters], anchors)
     if factors is None:
         torch._foreach_add_(gradients, differences, alpha=2 * strength)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -89,14 +90,15 @@ class ExpertsFamily(SequenceFamily):
             return super().evaluator(method, user)
         rule, network = MERGE_RULES.find(method.rule), self.workspace.network(self.data.num_classes(0))
         published = self.workspace.importance.reduction == "batch" and rule is WEIGHTED
+        options: dict[str, Any] = {"zero": "reference"} if published else {}
         return MergeModule(
             network,
             [open_expert(self.expert_path(task)) for task in range(self.num_tasks)],
             self._importance_paths(method, user) or None,
             rule=rule.name,
             base=network.state_dict() if rule.needs_base else None,
-            **({"zero": "reference"} if published else {}),
             models=self.workspace.models,  # type: ignore[arg-type]
+            **options,
         )
 
     def importance_path(self, owner: str, kind: str, task: int) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
@@ -29,17 +30,25 @@ class KindImportance(ImportanceCallback):
     Args:
         kind: Name of the kind.
         draws: Labels drawn per sample, or ``"all"``; for kinds that draw labels.
+        generator: Draws the labels.
         options: Options of all importance callbacks.
 
     Raises:
         ValueError: If the kind is not registered.
     """
 
-    def __init__(self, kind: str, *, draws: int | Literal["all"] = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        draws: int | Literal["all"] = 1,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
         self.kind = IMPORTANCE_KINDS.find(kind).name
-        if "draws" in IMPORTANCE_KINDS[kind].options:
-            options["draws"] = draws
         super().__init__(**options)
+        if "draws" in IMPORTANCE_KINDS[kind].options:
+            self._options |= {"draws": draws, "generator": generator}
 
 
 class SequenceFamily(Family):

@@ -21,7 +21,7 @@ _HIDDEN = (100, 100)
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The choice of a network, checked when it is made.
+    """Network chosen by name, with validated options.
 
     Attributes:
         name: ``mlp``, a multi-layer perceptron; ``cnn_bn``, four blocks of convolution and batch norm; the name of a

@@ -148,9 +148,9 @@ class MergeModule(SequenceEvaluator):
         importances = self.importances_of()
         merges: list[StateDict]
         if self.models == "last":
-            merges = [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
+            merges = [*self.bodies[:-1], merge(self.bodies, importances, **self._options)]
         else:
-            merges = [*merge_prefixes(self.bodies, importances, **self._options)]  # type: ignore[arg-type]
+            merges = [*merge_prefixes(self.bodies, importances, **self._options)]
         if statistics_names(self.network.body):
             merges = [{**body, **self._average(t + 1)} for t, body in enumerate(merges)]
         return merges
@@ -185,7 +185,7 @@ class MergeModule(SequenceEvaluator):
         Returns:
             A state dict of :class:`~pl_personalize.models.MultiHeadNetwork`: ``body.…`` and ``heads.{task}.…``.
         """
-        body = merge(self.bodies, self.importances_of(user), **self._options)  # type: ignore[arg-type]
+        body = merge(self.bodies, self.importances_of(user), **self._options)
         keeps_last = self.adaptation is not None and self.adaptation.name in ("last", "reference")
         if statistics_names(self.network.body) and not keeps_last:
             body.update(self._average(self.num_tasks))

@@ -19,7 +19,7 @@ from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import StateDict
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork
-from pl_personalize.per_sample.swapped_weights import call_with_weights
+from pl_personalize.per_sample.module_state import call_with_weights, computing_anew
 
 Cell = tuple[int, int]
 """A model and a task, both from 0."""
@@ -180,7 +180,8 @@ class SequenceEvaluator(LightningModule):
             if adaptation.trains and t not in (i, self.num_tasks - 1):
                 continue
             with torch.inference_mode(False):
-                network = copy.deepcopy(self.network).train()  # in eval mode, some modules keep what they computed
+                with computing_anew(self.network):  # cached values cannot be copied, and belong to other weights
+                    network = copy.deepcopy(self.network).train()
                 _resize_head(network, state)
                 load_entries(network, state)
                 found[t, i] = adaptation.adapt(network, device(i), self.received((t, i), bodies, seed))

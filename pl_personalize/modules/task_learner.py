@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Accuracy
 from typing_extensions import override
 
@@ -186,15 +186,6 @@ class TaskLearner(LightningModule):
 
 
 class _L2Transfer(ParameterPenalty):
-    """The pull of a :class:`TaskLearner`."""
+    """L2-transfer of a :class:`TaskLearner`, by fused additions."""
 
-    @override
-    def add_gradient_(
-        self,
-        parameters: Sequence[nn.Parameter],
-        anchors: Sequence[Tensor],
-        importances: Sequence[Tensor] | None,
-        strength: float,
-    ) -> None:
-        """Add the gradient in two fused steps, without temporary differences."""
-        add_l2_gradient_(parameters, anchors, strength)
+    add_gradient_ = staticmethod(lambda params, anchors, _, strength: add_l2_gradient_(params, anchors, strength))

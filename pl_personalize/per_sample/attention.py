@@ -1,8 +1,4 @@
-"""Multi-head attention with projections as layers, so that closed forms apply to them.
-
-``nn.MultiheadAttention`` computes its projections by functions, with the batch in the second dimension, and never calls
-``out_proj``, so hooks on layers do not see them.
-"""
+"""Multi-head attention with projections as layers; ``nn.MultiheadAttention`` computes them out of sight of hooks."""
 
 from __future__ import annotations
 
@@ -15,10 +11,7 @@ from torch import Tensor, nn
 
 
 class SplitAttention:
-    """Replacement of an attention's ``forward`` that computes batched self-attention by layers.
-
-    Its ``projections``, one for queries, keys and values and one for the output, share the attention's parameters.
-    """
+    """Replacement of an attention's ``forward`` that computes batched self-attention by layers, its ``projections``."""
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:
         self._layer = layer
@@ -30,10 +23,7 @@ class SplitAttention:
     def attach(
         self, is_recording: Callable[[], bool], on_other_use: Callable[[nn.Module], None] = lambda projection: None
     ) -> None:
-        """Replace the ``forward``, which computes by layers whenever ``is_recording()``.
-
-        If that is not possible for a call, ``on_other_use`` is called with each projection.
-        """
+        """Compute by layers whenever ``is_recording()``; where impossible, pass them to ``on_other_use``."""
         self._is_recording, self._on_other_use = is_recording, on_other_use
         self._layer.forward = self._forward  # type: ignore[method-assign]
 

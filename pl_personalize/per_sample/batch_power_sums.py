@@ -13,14 +13,13 @@ from pl_personalize.functional.batches import Forward, as_logits, check_logits
 from pl_personalize.per_sample.gradient_tape import NO_GRADIENT, sum_type
 from pl_personalize.per_sample.layer_rules import raise_to
 from pl_personalize.per_sample.module_state import ForwardState, evaluating
-from pl_personalize.per_sample.norm_gradients import right_norm_gradients
+from pl_personalize.per_sample.norm_calls import right_norm_gradients
 
 
 class BatchPowerSums(ExitStack):
     r"""Accumulates :math:`|\partial \frac1n \sum_i \langle c_i, f(x_i) \rangle / \partial \theta|^p` over batches.
 
-    The counterpart of :class:`~pl_personalize.per_sample.power_sums.PerSamplePowerSums`, with the same arguments, for
-    comparison: it depends on the batch size (De Lange et al., CVPR 2020).
+    Counterpart of :class:`~pl_personalize.per_sample.power_sums.PerSamplePowerSums` (De Lange et al., CVPR 2020).
     """
 
     def __init__(

@@ -25,10 +25,11 @@ from pl_personalize.functional.batches import (
     slice_batch,
 )
 from pl_personalize.functional.moments import MEAN, VARIANCE, channel_moments, in_precision_of, mean_and_variance
-from pl_personalize.per_sample.batchnorm_calls import BatchNormCalls
 from pl_personalize.per_sample.module_state import buffers_kept
+from pl_personalize.per_sample.norm_calls import statistics_replaced
 
 AllReduce = Callable[[Tensor], Tensor]
+Statistics = tuple[Tensor, Tensor]
 
 
 class Batches:
@@ -62,10 +63,7 @@ class Batches:
 
 
 class StatisticsPass(ABC):
-    """Base class for passes in which each batch-norm layer normalizes by moments that a subclass chooses.
-
-    The layers stay in eval mode and their buffers do not change. ``num_samples`` counts those of all processes.
-    """
+    """Base class for passes that choose how each batch-norm layer, in eval mode, normalizes; no buffer changes."""
 
     def __init__(
         self,
@@ -80,11 +78,10 @@ class StatisticsPass(ABC):
         self.num_samples = 0
         self._forward = forward
         self._old: dict[str, tuple[Tensor, Tensor]] = {}
-        self._batch_norm_calls = BatchNormCalls(layers, self._statistics_for)
 
     @abstractmethod
-    def see(self, name: str, x: Tensor) -> Tensor | None:
-        """Moments by which a layer normalizes its input; ``None`` for its present statistics."""
+    def see(self, name: str, x: Tensor) -> Statistics | None:
+        """Mean and variance by which a layer normalizes its input; ``None`` for its present ones."""
 
     @abstractmethod
     def estimate(self, data: Batches, max_bytes: int) -> None:
@@ -92,7 +89,7 @@ class StatisticsPass(ABC):
 
     def forward(self, batch: Any) -> None:
         """Run the model on a batch."""
-        with self._batch_norm_calls.active():
+        with statistics_replaced(self.layers, self._statistics_for):
             self._forward(self.model, batch)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -112,21 +109,18 @@ class StatisticsPass(ABC):
                 )
         return found
 
-    def _statistics_for(self, name: str, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance by which the layer normalizes ``x``, in the precision of its own statistics."""
+    def _statistics_for(self, name: str, x: Tensor, mean: Tensor, variance: Tensor) -> Statistics:
+        """Statistics by which the layer normalizes ``x``, in the precision of its own."""
         if name not in self._old:  # taken from the call, as a forward may run the model with other buffers
             self._old[name] = mean.double().clone(), variance.double().clone()
-        moments = self.see(name, x)
-        found = self._old[name] if moments is None else self.normalize_by(name, moments)
+        found = self.see(name, x) or self._old[name]
         return found[0].to(mean), in_precision_of(variance, found[1], f"{VARIANCE} of the batch-norm layer {name!r}")
 
-    def normalize_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance."""
-        return mean_and_variance(moments, unbiased=False)
-
-    def _blend(self, name: str, moments: Tensor, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+    def _blend(self, name: str, moments: Tensor, *, unbiased: bool) -> Statistics:
+        """Statistics of the data and of the prior."""
         mean, variance = mean_and_variance(moments, unbiased=unbiased)
-        old_mean, old_variance = self._old[name] if name in self._old else _present(self.layers[name])
+        layer: Any = self.layers[name]
+        old_mean, old_variance = self._old.get(name) or (layer.running_mean.double(), layer.running_var.double())
         if moments[0].max() <= 1:
             variance = old_variance  # a single value has none
         if not self.prior_samples and moments[0].max() > 1:
@@ -163,13 +157,12 @@ class BatchwisePass(StatisticsPass):
         self.moments = {name: moments for name, moments in summed.items() if moments[0].max() > 0}
 
     @override
-    def see(self, name: str, x: Tensor) -> Tensor | None:
+    def see(self, name: str, x: Tensor) -> Statistics | None:
         moments = channel_moments(x)
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
-        if moments[0, 0] > 1:
-            return moments
-        # A batch of a single value cannot be normalized by itself, but by all values so far.
-        return self.moments[name] if self.moments[name][0, 0] > 1 else None
+        if moments[0, 0] <= 1:  # a single value cannot be normalized by itself, but by all values so far
+            moments = self.moments[name]
+        return mean_and_variance(moments, unbiased=False) if moments[0, 0] > 1 else None
 
 
 class _Reached(BaseException):
@@ -233,21 +226,16 @@ class ExactPass(StatisticsPass):
         return any(times)
 
     @override
-    def see(self, name: str, x: Tensor) -> Tensor | None:
+    def see(self, name: str, x: Tensor) -> Statistics:
         call = self._calls[name]
         self._calls[name] += 1
-        if call < len(self._known[name]):
-            return self._known[name][call]
-        moments = channel_moments(x)
-        if not self._all_at_once:
-            self._found[name] = self._found[name] + moments if name in self._found else moments
-            raise _Reached
-        self._known[name].append(moments)
-        return moments
-
-    @override
-    def normalize_by(self, name: str, moments: Tensor) -> tuple[Tensor, Tensor]:
-        return self._blend(name, moments, unbiased=False)
+        if call == len(self._known[name]):
+            moments = channel_moments(x)
+            if not self._all_at_once:
+                self._found[name] = self._found[name] + moments if name in self._found else moments
+                raise _Reached
+            self._known[name].append(moments)
+        return self._blend(name, self._known[name][call], unbiased=False)
 
     def _fits(self, batch: Any, num_samples: int, max_bytes: int) -> bool:
         """Whether the activations of everything fit, estimated as three times the largest output of a module."""
@@ -266,12 +254,5 @@ class ExactPass(StatisticsPass):
         return 3 * largest * num_samples <= max_bytes * count
 
 
-def _present(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean.double(), layer.running_var.double()
-
-
-def _no_moments(layer: _BatchNorm) -> Tensor:
-    assert layer.running_mean is not None
+def _no_moments(layer: Any) -> Tensor:
     return torch.zeros_like(channel_moments(layer.running_mean[None]))

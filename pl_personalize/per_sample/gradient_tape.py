@@ -11,8 +11,8 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from pl_personalize.functional.rounding import rounding_of_sums
 from pl_personalize.per_sample.attention import split_attention
+from pl_personalize.per_sample.comparison import rounding_of_sums
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.layer_rules import LayerRule, add_power_sums_, find_layer_rule
 from pl_personalize.per_sample.module_state import ForwardState
@@ -34,9 +34,9 @@ class LayerUse:
 
     def __init__(self, layer: nn.Module, x: Tensor, batch_dim: int) -> None:
         self.layer, self.batch_dim = layer, batch_dim
-        self.x: Tensor | None = x.detach().movedim(batch_dim, 0)
+        self.x: Any = x.detach().movedim(batch_dim, 0)
         self.version = x._version
-        self.grad: Tensor | None = None
+        self.grad: Any = None
 
 
 def sum_type(parameter: Tensor) -> torch.dtype:
@@ -54,16 +54,11 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def is_hookable(module: nn.Module) -> bool:
-    """Whether hooks on a module work; in TorchScript they do not."""
-    return not isinstance(module, torch.jit.ScriptModule)
-
-
 def layers_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
-    """Modules of a model that own at least one of the parameters."""
+    """Modules of a model that own at least one of the parameters, except in TorchScript, where hooks do not work."""
     wanted = {id(p) for p in parameters}
     inside = {m for part in model.modules() if isinstance(part, ParametrizationList) for m in part.modules()}
-    layers = [m for m in model.modules() if m not in inside and is_hookable(m)]
+    layers = [m for m in model.modules() if m not in inside and not isinstance(m, torch.jit.ScriptModule)]
     return [layer for layer in layers if any(id(p) in wanted for p in own_parameters(layer).values())]
 
 
@@ -101,9 +96,8 @@ class _GraphRoot(torch.autograd.Function):
 class GradientTape:
     r"""Sums :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p` over samples, layer by layer.
 
-    The forward pass keeps the layers' inputs; each layer's sum is formed as soon as the backward pass reaches its
-    output. Parameters do not require a gradient, so autograd computes none. If a layer is called several times, or
-    layers share a parameter, per-sample gradients are summed over the uses *before* the power is taken.
+    The forward pass keeps the layers' inputs; a layer's sum is formed as soon as the backward pass reaches its output.
+    Gradients of several uses of a layer or parameter are summed *before* the power is taken.
 
     Args:
         parameters: The parameters, by name. Shared ones appear once.
@@ -111,8 +105,8 @@ class GradientTape:
         power: 1 (absolute values) or 2 (squares).
         max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
 
-    While it is learning, ``bias_rounding`` adds up the rounding errors of biases' gradients, by parameter name;
-    outside, ``reached`` collects the names of parameters that a gradient has reached.
+    ``bias_rounding`` adds up the rounding errors of biases' gradients, by name, while the tape is learning; ``reached``
+    collects names of parameters that a gradient has reached, while it is not.
     """
 
     def __init__(
@@ -148,15 +142,9 @@ class GradientTape:
     def reset(self) -> None:
         """Set all sums to 0."""
         self.bias_rounding: dict[str, float] = {}
+        self.sums.clear()  # frees their memory first
         for name, (shape, dtype, device) in self._shapes.items():
-            if name in self.sums and self.sums[name].shape == shape:
-                self.sums[name].zero_()
-            else:
-                self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
-
-    def release(self) -> None:
-        """Free the memory of the sums until :meth:`reset`."""
-        self.sums.clear()
+            self.sums[name] = torch.zeros(shape, dtype=dtype, device=device)
 
     def attach(self) -> None:
         """Register the forward hooks, which do nothing outside of :meth:`start` and :meth:`stop`."""
@@ -204,7 +192,9 @@ class GradientTape:
         return {
             places[0]: self.names[key]
             for key, places in owners.items()
-            if len(places) == 1 and self.rules[places[0][0]] is VJP_RULE and _is_plain(*places[0])
+            if len(places) == 1
+            and self.rules[layer := places[0][0]] is VJP_RULE
+            and (local := places[0][1]) in layer._parameters.keys() - vars(layer).keys()
         }
 
     def start(self, num_samples: int, device: torch.device, only: Iterable[Place] | None = None) -> None:
@@ -330,8 +320,6 @@ class GradientTape:
 
     def _accumulate(self, uses: list[LayerUse]) -> None:
         first, rule = uses[0], self.rules[uses[0].layer]
-        assert first.x is not None
-        assert first.grad is not None
         num_samples = first.x.shape[0]
         if len(uses) == 1 and rule.power_sum is not None:
             sums = {local: self.sums[name] for local, (_, name) in self.owned(first.layer).items()}
@@ -346,7 +334,7 @@ class GradientTape:
             part = slice(start, start + chunk)
             totals: dict[str, Tensor] = {}
             for use in uses:
-                gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])  # type: ignore[index]
+                gradients = self._apply(self.rules[use.layer].per_sample, use.layer, use.x[part], use.grad[part])
                 for local, (_, name) in self.owned(use.layer).items():
                     totals[name] = totals[name] + gradients[local] if name in totals else gradients[local]
             for name in list(totals):
@@ -362,8 +350,6 @@ class GradientTape:
         elements = sum(p.numel() for p in parameters.values()) * (2 if len(uses) > 1 else 1)
         scratch = 0
         for use in uses:
-            assert use.x is not None
-            assert use.grad is not None
             held = 2 * (use.x.numel() + use.grad.numel()) // use.x.shape[0]
             if (own := self.rules[use.layer].scratch) is not None:
                 held += own(use.layer, use.x, use.grad)
@@ -378,8 +364,3 @@ class GradientTape:
         if isinstance(found, dict) and (missing := self.owned(layer).keys() - found.keys()):
             raise TapeError(layer, f"its rule returns no gradient of {sorted(missing)}")
         return found
-
-
-def _is_plain(layer: nn.Module, local: str) -> bool:
-    """Whether it is a parameter of the layer itself that a copy of another shape can replace."""
-    return local in layer._parameters and local not in vars(layer)

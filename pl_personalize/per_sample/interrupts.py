@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Self
 
@@ -28,9 +29,12 @@ class InterruptsHeld:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def let_through(self) -> LetThrough:
+    def let_through(self) -> ExitStack:
         """A context in which Ctrl-C takes effect at once, including one that came before."""
-        return LetThrough(self)
+        stack = ExitStack()
+        stack.callback(self._hold)
+        self._restore()
+        return stack
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         self._waiting = True
@@ -46,16 +50,3 @@ class InterruptsHeld:
     def _hold(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._wait)
-
-
-class LetThrough:
-    """See :meth:`InterruptsHeld.let_through`."""
-
-    def __init__(self, held: InterruptsHeld) -> None:
-        self._held = held
-
-    def __enter__(self) -> None:
-        self._held._restore()
-
-    def __exit__(self, *error: object) -> None:
-        self._held._hold()

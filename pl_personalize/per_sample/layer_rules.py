@@ -134,10 +134,6 @@ def linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"weight": torch.bmm(grad.transpose(1, 2), x), "bias": grad.sum(1)}
 
 
-def _is_transposed(layer: _ConvNd) -> bool:
-    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-
-
 def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
     """Input and padding with which the layer is a zero-padded convolution."""
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
@@ -150,12 +146,11 @@ def _convolution_inputs(layer: _ConvNd, x: Tensor) -> tuple[Tensor, list[int]]:
 def _convolution_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
     """One sample at a time by the library's weight-gradient kernel, which is faster than unfolding on CPUs."""
     x, padding = _convolution_inputs(layer, x)
-    options = (layer.stride, padding, layer.dilation, _is_transposed(layer), list(layer.output_padding), layer.groups)
-    grad = grad.contiguous()
-    for i in range(x.shape[0]):
-        yield torch.ops.aten.convolution_backward(
-            grad[i : i + 1], x[i : i + 1], layer.weight, None, *options, [False, True, False]
-        )[1]
+    options = (layer.stride, padding, layer.dilation, layer.transposed, list(layer.output_padding), layer.groups)
+    for one_x, one_grad in zip(torch.split(x, 1), torch.split(grad.contiguous(), 1), strict=True):
+        yield torch.ops.aten.convolution_backward(one_grad, one_x, layer.weight, None, *options, [False, True, False])[
+            1
+        ]
 
 
 def _convolution_power_sum(layer: _ConvNd, x: Tensor, grad: Tensor, power: int, sums: Mapping[str, Tensor]) -> bool:
@@ -169,13 +164,13 @@ def _convolution_power_sum(layer: _ConvNd, x: Tensor, grad: Tensor, power: int, 
     return True
 
 
-def _unfolded(layer: _ConvNd, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of a weight's gradient: windows (n, groups, C, kernel, L) and values (n, groups, D, L).
+def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradients (n, *weight.shape) by one batched product over unfolded windows, which is fast on GPUs.
 
     For a convolution, windows of its input and the output's gradient; for a transposed one, the other way round.
     """
     dims, n, groups = x.dim() - 2, x.shape[0], layer.groups
-    if _is_transposed(layer):
+    if layer.transposed:
         assert not isinstance(layer.padding, str)
         padding = [width for side in reversed(layer.padding) for width in (side, side)]
         source, values = F.pad(grad, padding), x
@@ -187,32 +182,20 @@ def _unfolded(layer: _ConvNd, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         source = source.unfold(dim + 2, (size - 1) * gap + 1, step)[..., ::gap]
         source = source.narrow(dim + 2, 0, values.shape[dim + 2])
     source = source.movedim(list(range(2, 2 + dims)), list(range(-dims, 0)))  # (n, C, *kernel, *positions)
-    windows = source.reshape(n, groups, source.shape[1] // groups, -1, values[0, 0].numel())
-    return windows, values.reshape(n, groups, values.shape[1] // groups, -1)
-
-
-def batched_weight_gradients(layer: _ConvNd, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradients (n, *weight.shape) by one batched product over unfolded windows, which is fast on GPUs."""
-    windows, values = _unfolded(layer, x, grad)
-    n, groups, channels, size, length = windows.shape
-    products = torch.matmul(values, windows.reshape(n, groups, channels * size, length).transpose(2, 3))
-    return products.reshape(n, *layer.weight.shape)
+    windows = source.reshape(n, groups, -1, values[0, 0].numel())  # (n, groups, C · kernel, L)
+    values = values.reshape(n, groups, values.shape[1] // groups, -1)
+    return torch.matmul(values, windows.transpose(2, 3)).reshape(n, *layer.weight.shape)
 
 
 def _convolution_scratch(layer: _ConvNd, x: Tensor, grad: Tensor) -> int:
     if not x.is_cuda:
         return 0
-    source, values = (grad, x) if _is_transposed(layer) else (x, grad)
+    source, values = (grad, x) if layer.transposed else (x, grad)
     return source.shape[1] * math.prod(layer.kernel_size) * values[0, 0].numel()
 
 
 @register_layer_rule(
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     power_sum=_convolution_power_sum,
     scratch=_convolution_scratch,
 )
@@ -228,47 +211,31 @@ def convolution(layer: _ConvNd, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 @register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Batch norm in eval mode: an affine map of the input normalized by the running statistics."""
+    assert layer.running_mean is not None  # without running statistics, samples mix and the model is refused
+    assert layer.running_var is not None
     x, grad = _positions_last(x), _positions_last(grad)
-    mean, var = layer.running_mean, layer.running_var
-    assert mean is not None  # without running statistics, samples mix and the model is refused
-    assert var is not None
-    mean, scale = mean[:, None], torch.rsqrt(var + layer.eps)
-    return {"weight": ((x - mean) * grad).sum(2) * scale, "bias": grad.sum(2)}
+    centered, scale = x - layer.running_mean[:, None], torch.rsqrt(layer.running_var + layer.eps)
+    return {"weight": (centered * grad).sum(2) * scale, "bias": grad.sum(2)}
 
 
-@register_layer_rule(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Layer norm: products with the normalized input, summed over the positions of a sample."""
+@register_layer_rule(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(layer: Any, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Layer and RMS norm: products with the normalized input, summed over the positions of a sample."""
     shape: tuple[int, ...] = layer.normalized_shape
-    products = F.layer_norm(x, shape, eps=layer.eps) * grad
-    return {"weight": _sum_positions(products, len(shape)), "bias": _sum_positions(grad, len(shape))}
+    normalized = (F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm)(x, shape, eps=layer.eps)
+    terms = {"weight": normalized * grad, "bias": grad}
+    return {name: term.reshape(len(x), -1, *shape).sum(1) for name, term in terms.items()}
 
 
-@register_layer_rule(nn.GroupNorm)
-def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Group norm: as layer norm, over the positions of each channel."""
-    normalized = F.group_norm(x, layer.num_groups, eps=layer.eps)
+@register_layer_rule(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def channel_norm(layer: nn.GroupNorm | _InstanceNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Group and instance norm: as layer norm, over the positions of each channel."""
+    if isinstance(layer, nn.GroupNorm):
+        normalized = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    else:
+        mean, var = layer.running_mean, layer.running_var
+        normalized = F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=layer.eps)
     return {"weight": _positions_last(normalized * grad).sum(2), "bias": _positions_last(grad).sum(2)}
-
-
-@register_layer_rule(nn.RMSNorm)
-def rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """RMS norm: as layer norm, without a bias."""
-    shape: tuple[int, ...] = layer.normalized_shape
-    return {"weight": _sum_positions(F.rms_norm(x, shape, eps=layer.eps) * grad, len(shape))}
-
-
-@register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def instance_norm(layer: _InstanceNorm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Instance norm: as batch norm, by the statistics of the sample if none are tracked."""
-    mean, var = layer.running_mean, layer.running_var
-    normalized = F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=layer.eps)
-    return {"weight": _positions_last(normalized * grad).sum(2), "bias": _positions_last(grad).sum(2)}
-
-
-def _sum_positions(tensor: Tensor, kept: int) -> Tensor:
-    """(n, *positions, *kept) as (n, *kept): the sum over positions."""
-    return tensor.reshape(tensor.shape[0], -1, *tensor.shape[tensor.dim() - kept :]).sum(1)
 
 
 @register_layer_rule(nn.PReLU)

@@ -1,25 +1,28 @@
-"""Contexts that leave a model and the random number generators as they were."""
+"""Contexts and calls that leave a model and the random number generators as they were."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """Run without inference mode, autocast or compiled code, and restore the random number generators."""
-    with random_state_kept(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False), _eager():
-        yield
+    with random_state_kept(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        compiled = "torch._dynamo" in sys.modules  # the import takes seconds; hooks do not reach into compiled code
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
 
 
 @contextmanager
@@ -34,14 +37,6 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _eager() -> AbstractContextManager[object]:
-    """Run compiled modules eagerly: hooks do not reach into compiled code."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 _CONTAINERS = (dict, list, set, deque)
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}  # parameters, submodules and hooks
 
@@ -50,11 +45,7 @@ class ForwardState:
     """Snapshot of the state that a forward may set in a model; as a context manager, it restores that state on exit.
 
     The state is: attributes of modules, the items of dicts, lists, sets and deques in them (also nested), and which
-    tensors are buffers. Neither the values of tensors nor other objects are included. Taking and comparing a snapshot
-    costs a few microseconds per module.
-
-    Args:
-        model: The model.
+    tensors are buffers. Neither the values of tensors nor other objects are included.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -107,21 +98,15 @@ def _holds_the_same(container: Any, before: Any) -> bool:
     return alike and (not isinstance(container, dict) or all(map(is_, container.values(), before.values())))
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore every buffer on exit: the tensor itself and its values."""
-    with _tensors_kept([module._buffers for module in model.modules()]):
-        yield
+def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Context that restores every buffer on exit: the tensor itself and its values."""
+    return _tensors_kept([module._buffers for module in model.modules()])
 
 
 @contextmanager
 def _tensors_kept(places: Iterable[dict[str, Any]]) -> Iterator[None]:
-    tensors = [
-        (own, name, tensor, tensor.detach().clone())
-        for own in places
-        for name, tensor in own.items()
-        if tensor is not None
-    ]
+    held = [(own, name, tensor) for own in places for name, tensor in own.items() if tensor is not None]
+    tensors = [(own, name, tensor, tensor.detach().clone()) for own, name, tensor in held]
     try:
         yield
     finally:
@@ -174,7 +159,7 @@ def computing_anew(model: nn.Module) -> Iterator[None]:
     as a table computed from parameters.
     """
     modes = {module: module.training for module in model.modules()}
-    own = [module for module in modes if _overrides_train(module)]
+    own = [m for m in modes if not isinstance(m, torch.jit.ScriptModule) and type(m).train is not nn.Module.train]
     with ForwardState(model), _tensors_kept([held for m in own for held in (m._parameters, m._buffers)]):
         try:
             for module in own:
@@ -195,5 +180,21 @@ def _names(module: nn.Module) -> set[str]:
     return vars(module).keys() | module._buffers.keys()
 
 
-def _overrides_train(module: nn.Module) -> bool:
-    return not isinstance(module, torch.jit.ScriptModule) and type(module).train is not nn.Module.train
+def call_with_weights(module: nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:
+    """Call a module with other weights; its own are neither used nor changed.
+
+    Unlike plain ``functional_call``, this also works for modules that cache values computed from their parameters in
+    eval mode: every call starts without cached values and leaves none behind.
+    """
+    entries = {f"module.{name}": value for name, value in state.items()}
+    return functional_call(_WithoutCache(module), entries, (x,), tie_weights=False)
+
+
+class _WithoutCache(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Any) -> Any:
+        with computing_anew(self.module):
+            return self.module(x)

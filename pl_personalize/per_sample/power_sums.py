@@ -23,20 +23,18 @@ from pl_personalize.functional.batches import (
     slice_batch,
     split_batch,
 )
-from pl_personalize.functional.rounding import beyond_rounding
-from pl_personalize.functional.sketches import Sketch
+from pl_personalize.per_sample.comparison import Sketch, beyond_rounding
 from pl_personalize.per_sample.gradient_tape import (
     NO_GRADIENT,
     VJP_RULE,
     GradientTape,
     TapeError,
-    is_hookable,
     layers_with,
 )
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.layer_rules import add_power_sums_
 from pl_personalize.per_sample.module_state import ForwardState, evaluating
-from pl_personalize.per_sample.norm_gradients import right_norm_gradients
+from pl_personalize.per_sample.norm_calls import right_norm_gradients
 from pl_personalize.per_sample.sample_independence import described, logits_of_independent_samples
 
 Route = Literal["closed form", "layer", "model", "loop"]
@@ -67,13 +65,11 @@ class _Network(nn.Module):
 class PerSamplePowerSums:
     r"""Accumulates :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p`, exact per sample.
 
-    A context manager, inside which the model is in eval mode and none of its parameters requires a gradient; on exit,
-    modes and ``requires_grad`` are restored. Use :func:`~pl_personalize.per_sample.module_state.model_kept` to restore
-    other state and to disable hooks on gradients.
-
-    Each parameter takes the fastest route that is right for the first two samples, each compared with plain autograd:
-    ``"closed form"``, a vectorized product of its ``"layer"``, a vectorized gradient of the whole ``"model"``, or a
-    ``"loop"`` over samples. If a later batch uses a layer differently, its parameters take the loop from there on.
+    A context manager, inside which the model is in eval mode and none of its parameters requires a gradient; see also
+    :func:`~pl_personalize.per_sample.module_state.model_kept`. Each parameter takes the fastest route that equals plain
+    autograd on the first two samples: ``"closed form"``, a vectorized product of its ``"layer"``, a vectorized gradient
+    of the whole ``"model"``, or a ``"loop"`` over samples, as do parameters of layers that a later batch uses
+    differently.
 
     Args:
         model: The network. In eval mode, its output for a sample must not depend on the other samples.
@@ -101,7 +97,9 @@ class PerSamplePowerSums:
         layers = layers_with(model, parameters.values())
         self._tape = GradientTape(self._parameters, layers, power, max_scratch_bytes)
         self._layer_names = {
-            module: name or type(module).__name__ for name, module in model.named_modules() if is_hookable(module)
+            module: name or type(module).__name__
+            for name, module in model.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)
         }
         self._vectorized = True
         self._reached: set[str] = set()
@@ -184,11 +182,11 @@ class PerSamplePowerSums:
         self._tape.start(num_samples, self._device)
         try:
             logits: Tensor = self._network(batch)
-            self._tape.stop()
         except BaseException:
-            self._tape.stop()
             self._tape.clear()
             raise
+        finally:
+            self._tape.stop()
         return logits
 
     def _add(self, logits: Tensor, batch: Any, num_samples: int, cotangents: Cotangents) -> None:
@@ -321,7 +319,7 @@ class PerSamplePowerSums:
         )
         for name, total in self.sums.items():
             found[name].add(total)
-        self._tape.release()
+        self._tape.sums.clear()
         sizes = dict.fromkeys(found, 0.0)
 
         def take(name: str, gradient: Tensor) -> None:
@@ -372,7 +370,7 @@ class PerSamplePowerSums:
             try:
                 check_logits(self._network(batch), num_samples)
             except Exception:
-                found += self._tape.copies.names_of(places)
+                found += places.values()
             finally:
                 self._tape.stop()
         return found

@@ -13,16 +13,14 @@ Place = tuple[nn.Module, str]
 class SampleCopies:
     """Replaces parameters in their modules by one copy per sample, so that the copies' gradients are per sample.
 
-    A module that adds a parameter to its input, multiplies the two or concatenates them computes the same from copies
-    with the samples in the dimension of the input. The shape is not known in advance, so :meth:`try_next` goes through
-    several until the gradients are right or none is left. ``places`` are modules and local names of parameters with a
-    single owner, mapped to their full names.
+    Sums, products and concatenations of a parameter and an input are the same with copies that have the samples in the
+    right dimension. It is not known in advance, so :meth:`try_next` goes through several shapes. ``places`` are modules
+    and local names of parameters with a single owner, mapped to their full names.
     """
 
     def __init__(self, places: Mapping[Place, str]) -> None:
-        self._names = dict(places)
-        self._shapes = {place: _shapes(_parameter(place)) for place in places}
-        self._drop_exhausted()
+        self._shapes = {place: shapes for place in places if (shapes := _shapes(_parameter(place)))}
+        self._names = {place: places[place] for place in self._shapes}
 
     @property
     def names(self) -> list[str]:
@@ -57,11 +55,11 @@ class SampleCopies:
         for module, local in self._names:
             vars(module).pop(local, None)
 
-    def alike(self) -> list[list[Place]]:
-        """Groups of places with the same local name in modules of the same type, which use it in the same way."""
-        groups: dict[tuple[type, str], list[Place]] = {}
-        for module, local in self._names:
-            groups.setdefault((type(module), local), []).append((module, local))
+    def alike(self) -> list[dict[Place, str]]:
+        """Groups of places with the same local name in modules of the same type, and their full names."""
+        groups: dict[tuple[type, str], dict[Place, str]] = {}
+        for (module, local), name in self._names.items():
+            groups.setdefault((type(module), local), {})[module, local] = name
         return list(groups.values())
 
     def try_next(self, names: Iterable[str]) -> bool:
@@ -70,16 +68,9 @@ class SampleCopies:
         found = [place for place, name in self._names.items() if name in wanted]
         for place in found:
             del self._shapes[place][0]
-        self._drop_exhausted()
+            if not self._shapes[place]:
+                del self._names[place], self._shapes[place]
         return bool(found)
-
-    def names_of(self, places: Iterable[Place]) -> list[str]:
-        """Full names of the parameters at these places."""
-        return [self._names[place] for place in places]
-
-    def _drop_exhausted(self) -> None:
-        for place in [place for place in self._names if not self._shapes[place]]:
-            del self._names[place], self._shapes[place]
 
 
 def _parameter(place: Place) -> Tensor:

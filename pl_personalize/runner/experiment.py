@@ -21,6 +21,7 @@ from pl_personalize.models.network_options import NetworkOptions
 from pl_personalize.registry import did_you_mean
 from pl_personalize.runner.options import ArtifactName, LoggerName, TestedModels, WandbOptions
 from pl_personalize.runner.paper import PaperResult
+from pl_personalize.runner.quiet import quiet_lightning
 from pl_personalize.runner.results import ALL_USERS
 from pl_personalize.runner.variants import Variant
 from pl_personalize.stages.options import ImportanceOptions, TrainerOptions, TrainingOptions
@@ -72,18 +73,18 @@ class Experiment:
             ``AdaBN``, ``AdaBN-S``, ``FT``; by default ``AdaBN`` for networks with batch norm, else ``none``.
         models: Models of a sequence to test: ``all``, or ``last``: only the one after the last task, which has no
             forgetting and takes a fraction of the time.
-        training: Options of training.
-        importance: Options of importances.
-        method: Options of methods.
-        adaptation: Options of adaptations.
-        trainer: Options of the Lightning Trainers.
+        training: Training options.
+        importance: Importance options.
+        method: Method options.
+        adaptation: Adaptation options.
+        trainer: Trainer options.
         loggers: Where runs are tracked: ``wandb``, ``csv``, ``tensorboard``; one, several or none. Each seed and server
             method is one run.
         wandb: Options of Weights & Biases.
         output_dir: Folder of the run, by default ``runs`` and the name of the benchmark. A finished run may be in a
             read-only folder; then its results are only printed.
         options: Further options that the results depend on.
-        paper: Results of the paper by label, to stand beside the results.
+        paper: Results of the paper by label, shown next to the results.
         paper_note: A note for the comparison with them.
 
     Raises:
@@ -166,7 +167,8 @@ class Experiment:
         untracked = "wandb" not in self.loggers and self.wandb.mode != "disabled"
         if untracked and (self.wandb.artifacts or self.wandb.images_of):
             raise MisconfigurationException("wandb.artifacts and wandb.images_of need 'wandb' among the loggers.")
-        self.trainer.trainer(logger=False, enable_checkpointing=False)
+        with quiet_lightning():
+            self.trainer.trainer(logger=False, enable_checkpointing=False)
         for package in ("matplotlib", "scipy", "pandas", *(["tensorboard"] if "tensorboard" in self.loggers else [])):
             if find_spec(package) is None:  # needed at the end: say so at the start
                 raise MisconfigurationException(
@@ -178,6 +180,11 @@ class Experiment:
         """Folder of the run."""
         assert self.output_dir is not None
         return self.output_dir
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds."""
+        return [self.seeds] if isinstance(self.seeds, int) else list(self.seeds)
 
     @property
     def compared(self) -> list[Method]:

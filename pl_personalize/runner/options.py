@@ -1,4 +1,4 @@
-"""Options of the runner; each checks itself."""
+"""Options of the runner, validated on construction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WandbOptions:
 
     Attributes:
         mode: ``offline`` writes to the run's folder and sends nothing; ``online`` sends; ``disabled`` does neither.
-        project: The project.
+        project: Name of the W&B project.
         entity: User or team; by default your own.
         group: Group of the runs of this call; by default the benchmark and the name of the run's folder.
         artifacts: Files that are uploaded with the run: ``experts``, ``importances``, ``merged``, ``adapted``; by

@@ -227,7 +227,8 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
     if bounds:
         sentences.append(f"Bounds: {'; '.join(bounds)}.")
     if adaptations != ["none"]:
-        texts = [f"{name}: {known.text}" for name, known in ADAPTATIONS.items() if name in adaptations]
+        steps = {step for name in adaptations for step in name.split("+")}
+        texts = [f"{name}: {known.text}" for name, known in ADAPTATIONS.items() if name in steps]
         sentences.append(f"Adaptations (–: not applicable): {'; '.join(texts)}.")
     if marked:
         best = "the best adaptation of a method" if len(adaptations) > 1 else "the best method, bounds excluded"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +20,7 @@ from pl_personalize.runner.check_data import check_data
 from pl_personalize.runner.experiment import Experiment
 from pl_personalize.runner.following import Following, rows_of
 from pl_personalize.runner.progress import Progress
+from pl_personalize.runner.quiet import quiet_lightning
 from pl_personalize.runner.report import report
 from pl_personalize.runner.results import ResultRow, with_means_over_users
 from pl_personalize.runner.server_run import ServerRun
@@ -50,7 +49,7 @@ def run_experiment(experiment: Experiment) -> list[ResultRow]:
     network, variants = _prepare(experiment)
     options = experiment.decisive_options()
     folder = RunFolder(experiment.folder, options)
-    with _explained_interruption(), folder.locked() as writable, folder.explained(), _quiet_lightning():
+    with _explained_interruption(), folder.locked() as writable, folder.explained(), quiet_lightning():
         runs = _runs(experiment, folder, variants)
         works = {run: [work for work in run.stages() if folder.finished(work.name) is None] for run in runs}
         following = {run: Following(run, options) for run in runs}
@@ -79,7 +78,7 @@ def run_experiment(experiment: Experiment) -> list[ResultRow]:
         order = [variant.label for variant in variants]
         rows = [row for run in runs for row in rows_of(run)]
         rows = with_means_over_users(sorted(rows, key=lambda row: order.index(row.label)))
-        report(folder, rows, runs, options | {"seeds": list(experiment.seeds)}, write=writable)
+        report(folder, rows, runs, options | {"seeds": experiment.seed_list}, write=writable)
         if seconds := progress.seconds:
             seconds["the rest"] = time.monotonic() - began - sum(seconds.values())
             print("Time:        " + ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items()))
@@ -90,7 +89,7 @@ def _runs(experiment: Experiment, folder: RunFolder, variants: Sequence[Variant]
     """One run for each seed and family of methods."""
     return [
         ServerRun(experiment, folder, family, [v for v in variants if METHODS[v.method] in methods], seed)
-        for seed in experiment.seeds
+        for seed in experiment.seed_list
         for family, methods in experiment.families.items()
     ]
 
@@ -122,7 +121,7 @@ def _in_a_sweep(experiment: Experiment) -> Experiment:
     """
     if "wandb" not in experiment.loggers or not os.environ.get("WANDB_SWEEP_ID"):
         return experiment
-    runs = len(experiment.families) * len(experiment.seeds)
+    runs = len(experiment.families) * len(experiment.seed_list)
     if runs != 1:
         raise MisconfigurationException(
             f"In a sweep each call must be one run of W&B, but these seeds and methods make {runs}: give one seed, and "
@@ -154,26 +153,3 @@ def _explained_interruption() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         print("\nInterrupted. Run the same command to resume.", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages at the start and end of each of many short stages."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in (
-                ".*does not have many workers.*",
-                ".*smaller than the logging interval.*",
-                ".*exists and is not empty.*",
-                ".*LeafSpec.*",
-                ".*have no `val_dataloader`.*",  # adaptations that train
-            ):
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

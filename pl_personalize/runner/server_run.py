@@ -187,7 +187,7 @@ class ServerRun:
         *before, last = sequence.steps
         evaluator = self._evaluator(method, AdaptationSequence(tuple(before)), user)
         trainer = self.workspace.lightning(stage)
-        evaluator.network = trainer.precision_plugin.convert_module(evaluator.network)
+        trainer.precision_plugin.convert_module(evaluator.network)  # in place
         evaluator.network.to(trainer.strategy.root_device)
         data = self.data.view(user=user)
         found = evaluator.adapt(

@@ -1,4 +1,4 @@
-"""Options of training and of importances; each checks itself."""
+"""Training and importance options, validated on construction."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TrainingOptions:
     Attributes:
         epochs: Epochs for each task.
         lr: Learning rate.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: SGD momentum.
+        weight_decay: SGD weight decay.
         l2_transfer: λ of the L2 penalty to the preceding expert. ``reference``: as in the published code, λ is 1, the
             second task has no penalty, and from the third task on the new head is pulled to its initial values as well.
         lr_patience: Epochs without better validation accuracy before the learning rate drops.
@@ -53,7 +53,7 @@ class ImportanceOptions:
     Attributes:
         reduction: ``sample``: exact, per sample. ``batch``: as in the published code, for comparison: its estimate
             depends on the batch size and the order of the data; ``FIM-IMM`` adds the estimates of train and val;
-            entries that are important to no expert become 0; ``EWC`` uses the scale that its strength belongs to.
+            entries that are important to no expert become 0; ``EWC`` multiplies its strength by the batch size.
         fisher_draws: Labels drawn per sample for the Fisher information, or ``all`` for the exact expectation over the
             classes. Ignored by ``batch``, which draws one.
     """
@@ -71,9 +71,9 @@ class TrainerOptions:
     """Options of the Lightning Trainer of every stage.
 
     Attributes:
-        accelerator: Such as ``cpu``, ``gpu`` or ``auto``.
-        precision: Such as ``32-true`` or ``bf16-mixed``.
-        enable_progress_bar: Show Lightning's own bar in every stage, besides the one over all stages.
+        accelerator: Accelerator, such as ``cpu``, ``gpu`` or ``auto``.
+        precision: Precision, such as ``32-true`` or ``bf16-mixed``.
+        enable_progress_bar: Show Lightning's progress bar in each stage, in addition to the overall one.
         log_every_n_steps: Steps between two logged values of the training loss.
     """
 

@@ -401,3 +401,27 @@ def test_an_average_that_float16_cannot_hold():
     halves = [{name: value.half() for name, value in part.items()} for part in parts]
     with pytest.raises(ValueError, match=r"running_var.* reaches 90001, .*float16.* 65504"):
         BatchNormStatistics.average(halves)
+
+
+class Nested(nn.BatchNorm1d):
+    """Batch norm of what another batch norm returns."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.inner = nn.BatchNorm1d(1)
+
+    def forward(self, x):
+        return super().forward(self.inner(x))
+
+
+@each_way
+def test_a_layer_inside_another_keeps_its_inputs_to_itself(options):
+    # The inner layer normalizes by a mean of 0, which is the running mean of the outer one.
+    x = torch.tensor([[-3.0], [3.0]], dtype=torch.float64)
+    layer = Nested().double().eval()
+    found = estimate_batchnorm(layer, [x], **options)
+    share = 2 / (2 + options.get("prior_samples", 0))
+    scale = share * 9 + 1 - share if options.get("exact") else 9
+    expected = {"inner.running_var": 18.0, "running_var": 18 / (scale + layer.eps)}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].item(), share * value + 1 - share)

@@ -6,7 +6,7 @@ from tiny_benchmark import plain, with_norm
 
 from pl_personalize.adaptations import ADAPTATIONS, Adaptation, find_adaptation
 from pl_personalize.adaptations.fine_tune import FineTune
-from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
+from pl_personalize.adaptations.reestimated_statistics import AdaBNSupervised, Recalibrate
 
 
 def test_the_adaptations_of_the_package():

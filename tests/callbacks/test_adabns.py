@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import quiet_trainer, run_script
+from small_runs import quiet_trainer, run_forked
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -627,13 +627,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Each takes half of the rows in one step: the mean of their gradients is that of all rows."""
     net, data = Net(), Rows()
     torch.save(net.state_dict(), tmp_path / "start.pt")
     torch.save((data.x, data.y), tmp_path / "rows.pt")
-    run_script(tmp_path, DDP_SCRIPT)
+    run_forked(tmp_path, DDP_SCRIPT)
     ends = [torch.load(tmp_path / f"end-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert changed(*ends) == set()
     start = copy.deepcopy(net)

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
-from small_runs import NoTraining, quiet_trainer, run_script
+from small_runs import NoTraining, quiet_trainer, run_forked
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -757,7 +757,7 @@ def of_kind(kind, **options):
         ({"anchor": "missing.ckpt"}, r"anchor missing\.ckpt does not exist; expected a Lightning checkpoint"),
         ({"anchor": "broken.ckpt"}, r"anchor broken\.ckpt cannot be read"),
         ({"anchor": "broken.safetensors"}, r"anchor broken\.safetensors cannot be read"),
-        ({"anchor": "list.pt"}, r"anchor list\.pt holds an object of the class list, and no state dict"),
+        ({"anchor": "list.pt"}, r"anchor list\.pt holds an object of the class list, not a state dict"),
         ({"module": "bodi"}, r"no module 'bodi'"),
         ({"exclude": ["tail"]}, r"exclude='tail' is no parameter or module"),
         ({"exclude": "head"}, r"exclude must be a sequence of names; got the string 'head'"),
@@ -934,7 +934,7 @@ def run(processes):
     omega = {name: p.detach().abs() for name, p in Net().named_parameters()}
     Trainer(
         accelerator="cpu", devices=processes, max_epochs=3, logger=False, enable_checkpointing=False,
-        strategy="ddp_find_unused_parameters_true" if processes == 1 else "ddp_spawn_find_unused_parameters_true",
+        strategy="ddp_find_unused_parameters_true" if processes == 1 else "ddp_fork_find_unused_parameters_true",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=FOLDER, precision="64-true",
         accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[ParameterPenalty(2.0, [omega, omega])],
     ).fit(Net(), DataLoader(TensorDataset(x, torch.arange(16) % 3), batch_size=4 // processes))
@@ -946,9 +946,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    run_script(tmp_path, DDP_SCRIPT)
+    run_forked(tmp_path, DDP_SCRIPT)
     zero, one, alone = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0"))
     assert all(torch.equal(value, one[name]) for name, value in zero.items())
     for name, value in alone.items():

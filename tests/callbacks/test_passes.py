@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_script
+from small_runs import NoTraining, Rows, in_order, quiet_trainer, run_forked
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -172,6 +172,14 @@ def test_a_part_of_the_data_in_order_inside_a_batch_sampler_is_refused_too(tmp_p
     whole = DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(Rows()), 4, False))
     assert len(torch.cat(predicted(tmp_path, whole))) == 23
 
+    class FirstThree(SequentialSampler):
+        def __iter__(self):
+            return iter(range(3))
+
+    some = DataLoader(Rows(), batch_sampler=BatchSampler(FirstThree(Rows()), 2, False))
+    with pytest.raises(MisconfigurationException, match="FirstThree inside a BatchSampler"):
+        quiet_trainer(tmp_path, MASImportance()).predict(Net(), some)
+
 
 def labelled(batch: Any) -> Any:
     return tuple(torch.stack(part) for part in zip(*((x, torch.as_tensor(y)) for x, y in batch), strict=True))
@@ -274,7 +282,7 @@ def test_hooks_of_a_datamodule(tmp_path):
     assert_sees(callback, net, [3 * Rows(8).x])
 
 
-@pytest.mark.parametrize("make", [MASImportance, AdaBN])
+@pytest.mark.parametrize("make", [MASImportance, AdaBN, lambda: MASImportance("train"), AdaBNS])
 def test_hooks_that_see_several_train_loaders_at_once_are_refused(tmp_path, make):
     class Summed(Cameras):
         def training_step(self, batch, batch_idx):
@@ -282,6 +290,27 @@ def test_hooks_that_see_several_train_loaders_at_once_are_refused(tmp_path, make
 
     with pytest.raises(MisconfigurationException, match=r"Summed.on_before_batch_transfer sees .*several.*dataloader="):
         quiet_trainer(tmp_path, make(), NoTraining()).fit(Summed(), [in_order(Rows(8)), in_order(Rows(8))])
+
+
+def test_dataloader_indices_count_within_a_stage(tmp_path):
+    class Told(Net):
+        told: list[Any] = []  # noqa: RUF012
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.told.append((self.trainer.state.stage.value, dataloader_idx))
+            return batch
+
+        def train_dataloader(self):
+            return in_order(Rows(4))
+
+        def val_dataloader(self):
+            return [in_order(Rows(4)), in_order(Rows(4))]
+
+        def test_dataloader(self):
+            return in_order(Rows(4))
+
+    quiet_trainer(tmp_path, MASImportance(["train", "val", "test"])).fit(net := Told())
+    assert net.told[1:] == [("train", 0), ("validate", 0), ("validate", 1), ("test", 0)]
 
 
 class Augments(Net):
@@ -335,6 +364,36 @@ def test_a_named_stage_beside_train_loaders_whose_batches_its_hooks_would_not_fi
     net, callback = Both(), MASImportance("val")
     quiet_trainer(tmp_path, callback).fit(net, {"a": in_order(Rows(8)), "b": in_order(Rows(8))})
     assert_sees(callback, net, [Rows(6, seed=2).x])
+
+
+def test_a_named_stage_of_batches_of_another_form(tmp_path):
+    """A training batch stands in before the training, and cannot show that the estimate will fail."""
+
+    class Other(Net):
+        def predict_dataloader(self):
+            return in_order(Rows(6, labels=False))
+
+    net, callback = Other(), MASImportance("predict", forward=lambda module, batch: module(batch))
+    with pytest.warns(UserWarning, match=r"trial on a training batch failed: MASImportance on Other: .*forward="):
+        quiet_trainer(tmp_path, callback).fit(net, in_order(Rows(8)))
+    assert_sees(callback, net, [Rows(6).x])
+
+
+def test_stages_by_name_are_the_loaders_that_were_passed_to_fit(tmp_path):
+    class Validated(Net):
+        def val_dataloader(self):
+            raise AssertionError("not the loader of this run")
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    net, callback = Validated(), MASImportance(["train", "val"])
+    quiet_trainer(tmp_path, callback).fit(net, in_order(Rows(8)), in_order(Rows(6, seed=2)))
+    assert_sees(callback, net, [Rows(8).x, Rows(6, seed=2).x])
+    with pytest.raises(MisconfigurationException, match="are a list_iterator"):
+        quiet_trainer(tmp_path, callback, NoTraining()).fit(
+            net, in_order(Rows(8)), iter([next(iter(in_order(Rows())))])
+        )
 
 
 # Several loaders
@@ -479,14 +538,16 @@ def test_a_stream_that_refuses_to_say_its_length(tmp_path):
     assert_sees(callback, net, [Rows().x[:10]])
 
 
-@pytest.mark.parametrize("make", [MASImportance, AdaBN, AdaBNS])
+@pytest.mark.parametrize(
+    "make", [MASImportance, AdaBN, AdaBNS, lambda *data: AdaBN(*data or ["train"])], ids=["mas", "bn", "bns", "named"]
+)
 def test_a_run_over_an_iterator_is_refused_before_it_begins(tmp_path, make):
     """A pass would take the batches away from the run, or find none left."""
-    with pytest.raises(MisconfigurationException, match="are a generator, which can be read once"):
+    with pytest.raises(MisconfigurationException, match=r"(MAS|AdaBN).*are a generator, an iterator .* once only"):
         quiet_trainer(tmp_path, make(), seen := Seen()).fit(Net(), (batch for batch in in_order(Rows())))
     assert seen.inputs == []
-    if make is not AdaBNS:
-        with pytest.raises(MisconfigurationException, match="are a generator, which can be read once"):
+    if make in (MASImportance, AdaBN):
+        with pytest.raises(MisconfigurationException, match=r"(MAS|AdaBN).*are a generator, an iterator .* once only"):
             quiet_trainer(tmp_path, make(), seen).predict(Net(), (batch for batch in in_order(Rows())))
         net, callback = Net(), make([Rows().x])  # other data leave them to the run
         quiet_trainer(tmp_path, callback, seen).predict(net, (batch for batch in in_order(Rows())))
@@ -528,6 +589,67 @@ class Turning(Mine):
     def __iter__(self):
         self.indices = self.indices[1:] + self.indices[:1]
         return iter(self.indices)
+
+
+class AroundAnother(DataLoader):
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__(loader.dataset, batch_size=loader.batch_size)
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class CountsEpochs:
+    epoch = 0
+
+    def __iter__(self):
+        self.epoch += 1
+        yield from DataLoader(Rows(), 4, shuffle=True, generator=torch.Generator().manual_seed(self.epoch))
+
+
+@pytest.mark.parametrize(
+    "make_loader",
+    [lambda: Wrapped(own_generator()), lambda: AroundAnother(own_generator()), CountsEpochs],
+    ids=["wrapper", "subclass around another", "count of epochs"],
+)
+@pytest.mark.parametrize("make", [MASImportance, AdaBN])
+def test_loaders_with_a_state_elsewhere_are_not_read_before_training(tmp_path, make_loader, make):
+    plain = order(tmp_path, make_loader)
+    loader = make_loader()
+    for callback in (make(), make(loader)):
+        watched = order(tmp_path, lambda loader=loader: loader, callback)
+        assert all(torch.equal(*pair) for pair in zip(plain, watched, strict=True))
+        loader = make_loader()
+
+
+def test_the_first_training_batch_is_tried_out_unchanged(tmp_path):
+    class InPlace(Net):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    note = Seen()
+    quiet_trainer(tmp_path, AdaBN(), note).fit(InPlace(), Wrapped(in_order(Rows(4))))
+    assert torch.equal(note.inputs[0], Rows(4).x)
+
+
+def test_hooks_that_draw_leave_the_random_state(tmp_path):
+    class Draws(Net):
+        def predict_dataloader(self):
+            return DataLoader(Rows(labels=False), batch_size=4, sampler=torch.randperm(23)[:8].tolist())
+
+        val_dataloader = predict_dataloader
+
+        def predict_step(self, batch, batch_idx):
+            return batch + torch.rand(())
+
+    def drawn(*callbacks: Callback) -> Tensor:
+        torch.manual_seed(1)
+        found = quiet_trainer(tmp_path, *callbacks).predict(Draws())
+        quiet_trainer(tmp_path, *callbacks).fit(Draws(), in_order(Rows(4)))
+        return torch.cat([*found, torch.rand(1, 6)])
+
+    assert torch.equal(drawn(), drawn(MASImportance("val")))
 
 
 @pytest.mark.parametrize(
@@ -670,10 +792,16 @@ class ThreeTimes(DistributedSampler):
         return 3 * super().__len__()
 
 
-def trainer(*callbacks):
+class WithReplacement(DistributedSampler):
+    def __iter__(self):
+        return iter([self.rank] * 6)
+
+
+def trainer(*callbacks, **options):
     return Trainer(
         accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=FOLDER, callbacks=[*callbacks],
+        **options,
     )
 
 
@@ -697,17 +825,19 @@ if __name__ == "__main__":
             return DataLoader(X, 2, sampler=shares[self.global_rank])
 
     trainer(often).fit(Data())
-    (FOLDER / "found.json").write_text(json.dumps([refused, often.importance.num_samples]))
+    drawn, shares = MASImportance(filename="drawn"), [WithReplacement(X[:11], num_replicas=2, rank=r) for r in (0, 1)]
+    trainer(drawn).fit(Data())
+    counts = [callback.importance.num_samples for callback in (often, drawn)]
+    (FOLDER / "found.json").write_text(json.dumps([refused, *counts]))
 """
 
 
-@pytest.mark.slow
 def test_several_processes(tmp_path):
     """Seeds, samplers that Lightning drops, and samplers of a user's own that take samples more than once."""
-    run_script(tmp_path, RANKS)
+    run_forked(tmp_path, RANKS)
     for rank in (0, 1):
         plain, watched = (json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for what in ("plain", "watched"))
         assert plain == watched
-    refused, often = json.loads((tmp_path / "found.json").read_text())
+    refused, often, drawn = json.loads((tmp_path / "found.json").read_text())
     assert "SubsetRandomSampler inside a BatchSampler" in refused
-    assert often == 36
+    assert (often, drawn) == (36, 12)

@@ -1,12 +1,7 @@
-import runpy
-import sys
-from pathlib import Path
-
-import pytest
+from scripts import EXPERIMENTS, refusal, run_script
 
 from pl_personalize.runner.results import ResultRow, write_csv
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 REFERENCE = EXPERIMENTS / "reference" / "numbers_meter_digits_published_code.csv"
 
 
@@ -19,17 +14,12 @@ def table(path, accuracies):
     return write_csv(path, rows)
 
 
-def compare(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-    runpy.run_path(str(EXPERIMENTS / "compare.py"), run_name="__main__")
-
-
-def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
+def test_each_method_gets_its_verdict(tmp_path):
     ours = {"MAS-IMM": [92.0, 93.0, 93.5], "FIM-IMM": [80.0, 80.1, 80.2], "FIM-RACL": [99.0, 99.1, 99.2]}
     ours["EWC"], ours["MAS"], ours["Finetune"] = [95.0, 96.0, 97.0], [80.0, 80.1, 80.2], [99.0, 99.0]
     ours["Joint"] = [99.0]
-    compare(monkeypatch, table(tmp_path / "results.csv", ours), REFERENCE)
-    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    output = run_script("compare.py", table(tmp_path / "results.csv", ours), REFERENCE)
+    lines = {line.split("|")[1].strip(): line for line in output.splitlines() if line.startswith("|")}
     assert "no significant difference" in lines["MAS-IMM"]
     assert "ours below" in lines["FIM-IMM"]
     assert "ours above" in lines["FIM-RACL"]
@@ -40,12 +30,10 @@ def test_each_method_gets_its_verdict(tmp_path, monkeypatch, capsys):
     assert not {"Joint", "Finetune"} & set(lines)
 
 
-def test_tables_without_a_method_in_common_are_refused(tmp_path, monkeypatch):
+def test_tables_without_a_method_in_common_are_refused(tmp_path):
     ours = table(tmp_path / "results.csv", {"Experts": [99.0, 98.0]})
-    with pytest.raises(SystemExit, match="has no method with two seeds or more that is also in"):
-        compare(monkeypatch, ours, REFERENCE)
+    said = refusal("compare.py", ours, REFERENCE)
+    assert "has no method with two seeds or more that is also in" in said
     other = write_csv(tmp_path / "other.csv", [ResultRow("Digits", "MLP", "MAS-IMM", "none", "all", 1, 90.0, 0.5)])
-    with pytest.raises(SystemExit, match=r"other\.csv is of Digits, and .*code\.csv of Numbers"):
-        compare(monkeypatch, other, REFERENCE)
-    with pytest.raises(SystemExit, match=r"none\.csv cannot be read"):
-        compare(monkeypatch, tmp_path / "none.csv", REFERENCE)
+    assert f"{other} is of Digits, and {REFERENCE} of Numbers" in refusal("compare.py", other, REFERENCE)
+    assert "none.csv cannot be read" in refusal("compare.py", tmp_path / "none.csv", REFERENCE)

@@ -1,10 +1,7 @@
 """The script itself, shrunk by its own options: its figures against scipy's, and what it makes of them."""
 
-import csv
 import importlib
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,41 +11,31 @@ import torch
 from digit_files import write_mnist, write_photos
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from scripts import EXPERIMENTS, refusal, run_script
+from scripts import rows_of as table
 
 from pl_personalize import estimate_importance
 from pl_personalize.datamodules import DigitsDataModule
 from pl_personalize.datamodules.digits import IMAGE_SHAPE
 from pl_personalize.models import mlp
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--seeds", "[1, 2]", "--epochs", "1", "--hidden", "[6]"]
-TRAINED = [f"checkpoints/IMM/seed{seed}/task{task}.safetensors" for seed in (1, 2) for task in range(1, 6)]
+TRAINED = [
+    f"checkpoints/{'experts' if task > 1 else 'first'}/seed{seed}/task{task}.safetensors"
+    for seed in (1, 2)
+    for task in range(1, 6)
+]
 
 
-def run_here(monkeypatch, *options, script="importance_analysis.py"):
-    """Run the script in this process, as Python would."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
-
-
-def refusal(monkeypatch, capsys, *options):
-    with pytest.raises(SystemExit) as end:
-        run_here(monkeypatch, *options)
-    assert end.value.code not in (0, None)
-    return f"{end.value.code} {capsys.readouterr().err}"
-
-
-def table(path):
-    return list(csv.DictReader(path.open()))
+def analyse(*options):
+    return run_script("importance_analysis.py", *options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Experts trained on the handwritten digits, and their analysis."""
     folder = tmp_path_factory.mktemp("analysis")
-    with pytest.MonkeyPatch.context() as monkeypatch, torch.random.fork_rng():
-        run_here(monkeypatch, *SMALL, "--output_dir", folder)
+    analyse(*SMALL, "--output_dir", folder)
     return folder
 
 
@@ -62,9 +49,7 @@ def small_data(tmp_path_factory):
 
 def importance(folder, kind, expert, owner, task, **options):
     network = mlp(IMAGE_SHAPE, 2, [6])
-    network.load_state_dict(
-        load_file(folder / "experts" / "checkpoints" / "IMM" / "seed2" / f"task{expert + 1}.safetensors")
-    )
+    network.load_state_dict(load_file(folder / "experts" / TRAINED[5 + expert]))
     data = DigitsDataModule(user=None if owner == "server" else owner, eval_batch_size=20)
     loader = data.server_dataloader(task) if owner == "server" else data.adapt_dataloader(task)
     return estimate_importance(network, loader, kind, module="body", **options)
@@ -145,16 +130,16 @@ def test_it_leaves_tables_and_figures(finished):
         assert float(one["low"]) < difference < float(one["high"])  # a jackknife: two sets are too few for a t-test
 
 
-def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
+def test_a_run_is_analysed_as_it_is(finished, tmp_path):
     experts = finished / "experts"
     before = {name: (experts / name).read_bytes() for name in [*TRAINED, "manifest.json"]}
     options = ["--run_dir", experts, "--output_dir", tmp_path, "--kinds", "[mas]", "--seeds", "[2]"]
-    run_here(monkeypatch, *options, "--fixed_user", "scan", "--fixed_task", "4-5")
+    output = analyse(*options, "--fixed_user", "scan", "--fixed_task", "4-5")
     assert {name: (experts / name).read_bytes() for name in before} == before
     there, here = (table(folder / "correlations.csv") for folder in (finished, tmp_path))
     assert here == [row for row in there if (row["kind"], row["experts"]) == ("mas", "seed2")]
-    assert "two experts, the images scan 4-5" in capsys.readouterr().out
-    run_here(monkeypatch, *options, "--reduction", "batch", "--batch_size", "7")
+    assert "two experts, the images scan 4-5" in output
+    analyse(*options, "--reduction", "batch", "--batch_size", "7")
     batch = table(tmp_path / "correlations.csv")
     (row,) = [
         row
@@ -164,7 +149,7 @@ def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
     ]
     data = DigitsDataModule(eval_batch_size=7)
     network = mlp(IMAGE_SHAPE, 2, [6])
-    network.load_state_dict(load_file(experts / "checkpoints" / "IMM" / "seed2" / "task1.safetensors"))
+    network.load_state_dict(load_file(experts / TRAINED[5]))
     x, y = (
         torch.cat([v.flatten() for v in estimate_importance(
             network, data.view(user=user).adapt_dataloader(0), "mas", module="body", reduction="batch").values()])
@@ -173,35 +158,35 @@ def test_a_run_is_analysed_as_it_is(finished, tmp_path, monkeypatch, capsys):
     assert float(row["pearson"]) == pytest.approx(stats.pearsonr(x.double(), y.double())[0], abs=2e-4)
 
 
-def test_experts_of_numbers_are_trained_for_a_single_user(small_data, tmp_path, monkeypatch, capsys, global_state):
+def test_experts_of_numbers_are_trained_for_a_single_user(small_data, tmp_path):
     options = ["--benchmark", "numbers", *small_data, "--sources", "[mnist]", *SMALL, "--output_dir", tmp_path]
     options += ["--kinds", "[mas]"]
-    run_here(monkeypatch, *options)
+    output = analyse(*options)
     assert all((tmp_path / "experts" / name).is_file() for name in TRAINED)
     assert {one["name"] for one in table(tmp_path / "comparisons.csv")} == {"as defined"}  # there are no two users
     assert {row["relation"] for row in table(tmp_path / "correlations.csv")}.isdisjoint({"two users"})
-    assert "of two users" not in capsys.readouterr().out
+    assert "of two users" not in output
     trained = {name: (tmp_path / "experts" / name).stat().st_mtime_ns for name in TRAINED}
-    run_here(monkeypatch, *options)
+    output = analyse(*options)
     assert {name: (tmp_path / "experts" / name).stat().st_mtime_ns for name in TRAINED} == trained
-    assert "Every stage was finished before." in capsys.readouterr().out
+    assert "Every stage was finished before." in output
 
 
-def test_a_run_with_batch_norm(small_data, tmp_path, monkeypatch, global_state):
-    train = ["--backbone", "cnn_bn", "--methods", "[Experts]", "--adaptations", "[last]", "--training.epochs", "1"]
+def test_a_run_with_batch_norm(small_data, tmp_path):
+    train = ["--network.name", "cnn_bn", "--methods", "[Experts]", "--adaptations", "[last]", "--training.epochs", "1"]
     options = ["--seeds", "[1]", "--loggers", "[]", "--output_dir", tmp_path / "run"]
-    run_here(monkeypatch, *small_data, *train, *options, script="numbers.py")
+    run_script("run_numbers.py", *small_data, *train, *options)
     analysis = ["--output_dir", tmp_path / "analysis", "--kinds", "[fisher]", "--fisher_draws", "2"]
-    run_here(monkeypatch, "--run_dir", tmp_path / "run", *analysis)
+    analyse("--run_dir", tmp_path / "run", *analysis)
     rows = table(tmp_path / "analysis" / "correlations.csv")
-    body = load_file(tmp_path / "run" / "checkpoints" / "IMM" / "seed1" / "task1.safetensors").keys()
+    body = load_file(tmp_path / "run" / "checkpoints" / "first" / "seed1" / "task1.safetensors").keys()
     parameters = {f"body.{row['parameters']}" for row in rows if " " not in row["parameters"]} - {"body.all"}
     assert parameters == {
         name for name in body if name.startswith("body.") and "running" not in name and "num_" not in name
     }
 
 
-def test_experts_of_a_file(small_data, tmp_path, monkeypatch, capsys):
+def test_experts_of_a_file(small_data, tmp_path):
     entries = {}
     for task in range(1, 6):
         with torch.random.fork_rng():
@@ -210,8 +195,7 @@ def test_experts_of_a_file(small_data, tmp_path, monkeypatch, capsys):
         entries |= {f"task{task}.{name.removeprefix('body.')}": value for name, value in network.state_dict().items()}
     save_file(entries, tmp_path / "experts.safetensors")
     given = ["--experts", tmp_path / "experts.safetensors", *small_data, "--output_dir", tmp_path / "analysis"]
-    run_here(monkeypatch, *given, "--kinds", "[mas]")
-    output = capsys.readouterr().out
+    output = analyse(*given, "--kinds", "[mas]")
     assert "two experts, the images mnist 0-1" in output
     assert {row["experts"] for row in table(tmp_path / "analysis" / "correlations.csv")} == {"experts"}
     twins = {"0-1", "2-3"}
@@ -221,12 +205,12 @@ def test_experts_of_a_file(small_data, tmp_path, monkeypatch, capsys):
         assert [row[name] == "1.0000" for name in ("pearson", "spearman")] == [alike, alike]
     entries = {name: value for name, value in entries.items() if not name.startswith("task5")}
     save_file(entries, tmp_path / "experts.safetensors")
-    assert "has 4 experts for 5 tasks" in refusal(monkeypatch, capsys, *given)
+    assert "has 4 experts for 5 tasks" in refusal("importance_analysis.py", *given)
 
 
-def test_what_cannot_be_analysed_is_refused(finished, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_analysed_is_refused(finished, tmp_path):
     def said(*options):
-        return refusal(monkeypatch, capsys, "--output_dir", tmp_path / "analysis", *options)
+        return refusal("importance_analysis.py", "--output_dir", tmp_path / "analysis", *options)
 
     run = finished / "experts"
     assert "Give run_dir or experts, not both" in said("--run_dir", run, "--experts", tmp_path / "experts")
@@ -240,11 +224,11 @@ def test_what_cannot_be_analysed_is_refused(finished, tmp_path, monkeypatch, cap
     assert "kinds" in said("--run_dir", run, "--kinds", "[empirical_fisher]")
     assert f"{run} has no experts of seed 7; it has those of [1, 2]" in said("--run_dir", run, "--seeds", "[1, 7]")
     copy = tmp_path / "copy"
-    (copy / "checkpoints" / "IMM" / "seed3").mkdir(parents=True)
+    (copy / "checkpoints" / "experts" / "seed3").mkdir(parents=True)
     manifest = json.loads((run / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert "seed3 is not finished: there is no" in said("--run_dir", copy)
-    (copy / "checkpoints" / "IMM" / "seed3").rmdir()
+    (copy / "checkpoints" / "experts" / "seed3").rmdir()
     assert "has no experts" in said("--run_dir", copy)
     manifest["options"]["benchmark"] = "Blobs"
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -353,13 +337,13 @@ def test_a_correlation_that_is_not_there_does_not_count(pairs, claim):
 
 
 @pytest.mark.slow
-def test_the_published_experts_correlate_as_was_measured_before(shared_data, tmp_path, monkeypatch):
+def test_the_published_experts_correlate_as_was_measured_before(shared_data, tmp_path):
     """With batch estimates on these images, but another draw of the splits and of the labels."""
     experts = Path(shared_data).parent / "reference" / "numbers-experts.safetensors"
     if not experts.exists():
         pytest.skip(f"no experts at {experts}")
     options = ["--data_dir", shared_data, "--sources", f"[{shared_data}/meter-digits, mnist]", "--reduction", "batch"]
-    run_here(monkeypatch, "--experts", experts, *options, "--max_per_source", "2000", "--output_dir", tmp_path)
+    analyse("--experts", experts, *options, "--max_per_source", "2000", "--output_dir", tmp_path)
     found = {(c["kind"], c["name"], c["coefficient"]): c for c in table(tmp_path / "comparisons.csv")}
     measured = {
         ("mas", "pearson"): (0.69, 0.40),

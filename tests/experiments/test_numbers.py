@@ -1,11 +1,8 @@
-"""Numbers as somebody would run it: every configuration through the script itself, shrunk by its own options."""
+"""Numbers as users run it: every configuration through the script itself, shrunk by its own options."""
 
-import csv
 import hashlib
 import json
-import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +13,12 @@ import torchvision
 import yaml
 from digit_files import write_mnist, write_photos, write_svhn
 from safetensors.torch import load_file
+from scripts import EXPERIMENTS, refusal, rows_of, run_script
 from torchvision.datasets import SVHN
 from wandb_file import read_run
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = sorted(path.name for path in (EXPERIMENTS / "configs").glob("*.yaml"))
-SMALL = ["--training.epochs", "1", "--hidden", "[8]"]
+SMALL = ["--training.epochs", "1", "--network.hidden", "[8]"]
 
 
 @pytest.fixture(scope="module")
@@ -44,65 +41,43 @@ def small_svhn(data_dir, monkeypatch):
     monkeypatch.setattr(SVHN, "split_list", found)
 
 
-def run_here(monkeypatch, script, *options):
-    """Run the script in this process, as Python would."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
-
-
-def run_apart(command, **environment):
-    return subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=EXPERIMENTS.parent,
-    )
-
-
-def results(folder):
-    return list(csv.DictReader((folder / "results.csv").open()))
-
-
-def small_seeds(config):
-    return ["--seeds", str(config["seeds"][:2])]
+def run(folder, *options):
+    return run_script("run_numbers.py", *options, "--output_dir", folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("numbers") and "sweep" not in name])
-def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_path, monkeypatch, capsys, global_state):
+def test_every_configuration_of_numbers_runs(name, data_dir, small_svhn, tmp_path):
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
     sources = [str(data_dir / "meter-digits") if "/" in source else source for source in config["sources"]]
     shrunk = ["--data_dir", data_dir, "--download", "false", "--sources", json.dumps(sources), "--loggers", "[]"]
-    options = [*SMALL, *shrunk, *small_seeds(config), "--hidden", "[100, 100]", "--output_dir", tmp_path / "run"]
-    run_here(monkeypatch, "numbers.py", "--config", EXPERIMENTS / "configs" / name, *options)
-    rows = results(tmp_path / "run")
+    shrunk += ["--training.epochs", "1", "--adaptation.ft.epochs", "1", "--adaptation.adabn_s.epochs", "1"]
+    options = ["--config", EXPERIMENTS / "configs" / name, *shrunk, "--seeds", str(config["seeds"][:1])]
+    output = run(tmp_path / "run", *options)
+    rows = rows_of(tmp_path / "run" / "results.csv")
     assert {row["method"] for row in rows} == set(config["methods"])
     assert {row["user"] for row in rows} == {Path(source).name for source in sources} | {"all"}
-    assert {row["seed"] for row in rows} == {"1", "2"}
-    output = capsys.readouterr().out
+    assert {row["seed"] for row in rows} == {"1"}
     assert "wandb" not in output
-    assert ("| paper " in output) == (config.get("backbone", "mlp") == "mlp")
+    network = config.get("network", {}).get("name", "mlp")
+    assert ("| paper " in output) == (network == "mlp")
     adaptations = set(config.get("adaptations", ["none"]))
     assert {row["adaptation"] for row in rows if row["method"] == "MAS-RACL"} <= adaptations
-    if "backbone" in config:
+    if network != "mlp":
         assert {row["adaptation"] for row in rows} == adaptations
     elif "MAS-RACL" in config["methods"]:
         assert "84.0 (-0.2)" in output
 
 
-def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, global_state):
+def test_how_many_images_it_takes(data_dir, tmp_path):
     sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
     options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1, 2]", "--loggers", "[]"]
-    network = ["--backbone", "cnn_bn", "--methods", "[mean-IMM]", "--adaptations", "[AdaBN]"]
+    network = ["--network.name", "cnn_bn", "--methods", "[mean-IMM]", "--adaptations", "[none]", "--models", "last"]
     folder = tmp_path / "run"
-    run_here(monkeypatch, "numbers.py", *SMALL[:2], *options, *network, "--output_dir", folder)
-    capsys.readouterr()
+    run(folder, *SMALL[:2], *options, *network)
     study = ["--run_dir", folder, "--method", "mean-IMM", "--images", "[2, 1000]", "--batch_sizes", "[3]"]
-    run_here(monkeypatch, "batchnorm_study.py", *study, "--repeats", "2")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    output = run_script("batchnorm_study.py", *study, "--repeats", "2")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
     assert {"2", "all", "3"} <= set(rows)
     assert "1000" not in rows  # no task has so many
@@ -110,23 +85,30 @@ def test_how_many_images_it_takes(data_dir, tmp_path, monkeypatch, capsys, globa
     assert (folder / "figures" / "adabn-images.png").is_file()
 
 
+def test_a_run_without_batch_norm_cannot_be_studied(data_dir, tmp_path):
+    options = ["--data_dir", data_dir, "--sources", "[mnist]", "--seeds", "[1]", "--loggers", "[]"]
+    run(tmp_path / "run", *SMALL, *options, "--methods", "[Experts]")
+    said = refusal("batchnorm_study.py", "--run_dir", tmp_path / "run")
+    assert "is a run of MLP 8, which has no batch norm" in said
+
+
 @pytest.mark.slow
-def test_a_network_of_torchvision(data_dir, tmp_path, monkeypatch, capsys, global_state):
+def test_a_network_of_torchvision(data_dir, tmp_path):
     torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=7).state_dict(), tmp_path / "weights.pth")
-    sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
-    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1]", "--loggers", "[]"]
-    network = ["--backbone", "shufflenet_v2_x0_5", "--weights", tmp_path / "weights.pth", "--image_size", "40"]
-    methods = ["--methods", "[FIM-RACL, Joint]", "--training.epochs", "1"]
-    run_here(monkeypatch, "numbers.py", *options, *network, *methods, "--output_dir", tmp_path / "run")
-    rows = results(tmp_path / "run")
+    options = ["--data_dir", data_dir, "--sources", "[mnist]", "--loggers", "[]", "--training.epochs", "1"]
+    network = ["--network.name", "shufflenet_v2_x0_5", "--network.weights", tmp_path / "weights.pth"]
+    methods = ["--methods", "[FIM-RACL, Joint]"]
+    larger = ["--network.resize_to", "40"]
+    output = run(tmp_path / "run", *options, *network, *methods, *larger, "--seeds", "[1]")
+    rows = rows_of(tmp_path / "run" / "results.csv")
     assert {(row["backbone"], row["adaptation"]) for row in rows} == {("shufflenet_v2_x0_5", "AdaBN")}
     assert {row["method"] for row in rows} == {"FIM-RACL", "Joint"}
-    expert = load_file(tmp_path / "run" / "checkpoints" / "IMM" / "seed1" / "task1.safetensors")
+    expert = load_file(tmp_path / "run" / "checkpoints" / "experts" / "seed1" / "task2.safetensors")
     assert {"body.conv1.0.weight", "head.weight"} <= set(expert)
-    assert "paper" not in capsys.readouterr().out
-    options[options.index("[1]")] = "[2]"  # in the same folder, the same network alone
-    said = refusal(monkeypatch, capsys, *options, *network[:-2], *methods, "--output_dir", tmp_path / "run")
-    assert "image_size" in said
+    assert "paper" not in output
+    # Another seed in the same folder, of the same network alone.
+    again = [*options, *network, *methods, "--seeds", "[2]", "--output_dir", tmp_path / "run"]
+    assert "network.resize_to: 40 there, None now" in refusal("run_numbers.py", *again)
 
 
 def test_a_configuration_is_tested_or_no_configuration():
@@ -136,42 +118,46 @@ def test_a_configuration_is_tested_or_no_configuration():
 
 @pytest.fixture(scope="module")
 def tracked(data_dir, tmp_path_factory):
-    """A run with everything that W&B can have, from a process of its own."""
+    """A run with everything that W&B can have."""
     folder = tmp_path_factory.mktemp("numbers") / "run"
     sources = json.dumps([str(data_dir / "meter-digits"), "mnist"])
-    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1, 2]", "--output_dir", folder]
+    options = ["--data_dir", data_dir, "--sources", sources, "--seeds", "[1, 2]"]
     methods = ["--methods", "[FIM-RACL, MAS-IMM, Joint]", "--wandb.images_of", "[mnist]"]
     artifacts = ["--wandb.artifacts", "[experts, importances, merged]", "--trainer.log_every_n_steps", "1"]
-    done = run_apart([sys.executable, EXPERIMENTS / "numbers.py", *SMALL, *options, *methods, *artifacts])
-    assert done.returncode == 0, done.stderr
+    output = run(folder, *SMALL, *options, *methods, *artifacts)
     runs = [read_run(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
-    return folder, done.stdout, {(run.run.job_type, run.config["seed"]): run for run in runs}
+    return folder, output, {(run.run.job_type, run.config["seed"]): run for run in runs}
 
 
 def test_there_is_a_run_for_each_server_method_and_seed(tracked):
     _, output, runs = tracked
-    assert set(runs) == {("IMM", 1), ("IMM", 2), ("Joint", 1), ("Joint", 2)}
+    assert set(runs) == {("experts", 1), ("experts", 2), ("Joint", 1), ("Joint", 2)}
     assert len({run.run.run_id for run in runs.values()}) == 4
     assert {run.run.run_group for run in runs.values()} == {"Numbers-run"}
-    assert set(runs["IMM", 1].run.tags) == {"Numbers", "MLP 8", "IMM", "FIM-RACL", "MAS-IMM"}
+    assert set(runs["experts", 1].run.tags) == {"Numbers", "MLP 8", "experts", "FIM-RACL", "MAS-IMM"}
     (command,) = [line for line in output.splitlines() if line.startswith("To W&B:")]
-    folders = [str(runs[key].folder) for key in (("IMM", 1), ("Joint", 1), ("IMM", 2), ("Joint", 2))]
+    folders = [str(runs[key].folder) for key in (("experts", 1), ("Joint", 1), ("experts", 2), ("Joint", 2))]
     assert command.removeprefix("To W&B:").split() == ["python", "-m", "wandb", "sync", *folders]
 
 
 def test_a_run_has_its_configuration(tracked):
-    config = tracked[2]["IMM", 2].config
-    assert (config["benchmark"], config["lr"], config["epochs"], config["seed"]) == ("Numbers", 0.001, 1, 2)
+    config = tracked[2]["experts", 2].config
+    assert (config["benchmark"], config["training.lr"], config["training.epochs"], config["seed"]) == (
+        "Numbers",
+        0.001,
+        1,
+        2,
+    )
     assert config["users"] == ["meter-digits", "mnist"]
     assert config["versions"]["torch"].startswith("2")
     in_checkout = subprocess.run(["git", "rev-parse", "HEAD"], cwd=EXPERIMENTS, capture_output=True).returncode == 0
     commit = config.get("git_commit")
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit) if in_checkout else commit is None
-    assert (config["batch_size"], config["max_per_source"]) == (20, 10_000)
+    assert (config["data.batch_size"], config["data.max_per_source"]) == (20, 10_000)
 
 
 def test_the_curves_of_the_tasks_have_their_own_axes(tracked):
-    run = tracked[2]["IMM", 1]
+    run = tracked[2]["experts", 1]
     for task in range(1, 6):
         steps = [step for step, _ in run.curve(f"train/loss/task{task}")]
         assert steps == [0]  # 19 images are a single batch of 20, in every task
@@ -183,35 +169,35 @@ def test_the_curves_of_the_tasks_have_their_own_axes(tracked):
 
 def test_the_tables_are_those_of_the_results(tracked):
     folder, _, runs = tracked
-    written = {(r["method"], r["user"], int(r["seed"])): float(r["avg_acc"]) for r in results(folder)}
+    written = {(r["method"], r["user"], int(r["seed"])): float(r["avg_acc"]) for r in rows_of(folder / "results.csv")}
     logged = {(r["method"], r["user"], r["seed"]): r["avg_acc"] for run in runs.values() for r in run.table("results")}
     assert logged == pytest.approx(written, abs=1e-4)
-    run = runs["IMM", 1]
+    run = runs["experts", 1]
     cells = {(c["method"], c["user"], c["after_task"], c["task"]): c["accuracy"] for c in run.table("accuracy_matrix")}
     last = [cells["MAS-IMM", "mnist", 5, task] for task in range(1, 6)]
     assert 100 * sum(last) / 5 == pytest.approx(run.summary["MAS-IMM/mnist/avg_acc"])
 
 
 def test_artifacts_and_images_are_there_because_they_were_asked_for(tracked):
-    run = tracked[2]["IMM", 1]
+    run = tracked[2]["experts", 1]
     kinds = [artifact.type for artifact in run.artifacts]
     # 5 experts; Fisher of two users and MAS of the server, for each; two methods for two users
     assert (kinds.count("expert"), kinds.count("importance"), kinds.count("merged-model")) == (5, 15, 4)
     assert [key for row in run.history for key in row if key.startswith("images/")] == ["images/mnist"]
 
 
-def test_no_image_of_a_user_is_logged_by_itself(data_dir, tmp_path, monkeypatch, global_state):
+def test_no_image_of_a_user_is_logged_by_itself(data_dir, tmp_path):
     options = ["--data_dir", data_dir, "--sources", "[mnist]", "--seeds", "[1]", "--methods", "[mean-IMM]"]
-    run_here(monkeypatch, "numbers.py", *SMALL, *options, "--output_dir", tmp_path / "run")
+    run(tmp_path / "run", *SMALL, *options, "--models", "last")
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    run = read_run(folder)
-    images = [key for row in run.history for key, value in row.items() if "image" in str(value)]
+    found = read_run(folder)
+    images = [key for row in found.history for key, value in row.items() if "image" in str(value)]
     assert images == ["figures/matrix-mean-IMM"]
-    assert {artifact.type for artifact in run.artifacts} == {"run_table"}
+    assert {artifact.type for artifact in found.artifacts} == {"run_table"}
 
 
 @pytest.mark.slow
-def test_the_sweep_runs_as_its_agent_would_start_it(data_dir, tmp_path):
+def test_the_sweep_runs_as_its_agent_would_start_it(data_dir, tmp_path, monkeypatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
     config = load_sweep_config(str(EXPERIMENTS / "configs" / "numbers-sweep.yaml"))
@@ -223,53 +209,50 @@ def test_the_sweep_runs_as_its_agent_would_start_it(data_dir, tmp_path):
         "${args}": create_sweep_command_args({"args": chosen})["args"],
     }
     command = [word for part in create_sweep_command(config["command"]) for word in macros.get(part, [part])]
+    assert command[:3] == ["/usr/bin/env", sys.executable, "experiments/run_numbers.py"]
     options = ["--download=false", f"--data_dir={data_dir}", "--sources=[mnist]", f"--output_dir={tmp_path}", *SMALL]
-    options += ["--wandb.mode=offline"]
-    done = run_apart([*command, *options], WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="run1")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "run1")
+    run_script(Path(command[2]).name, *command[3:], *options, "--wandb.mode=offline")
     (folder,) = (tmp_path / "run1" / "wandb").glob("offline-run-*")
-    run = read_run(folder)
-    assert (run.run.run_id, run.run.sweep_id) == ("run1", "sweep1")
-    assert (run.config["lr"], run.config["l2_transfer"]) == (0.0003, 0.0001)
-    assert 0 <= run.summary[config["metric"]["name"]] <= 1
+    found = read_run(folder)
+    assert (found.run.run_id, found.run.sweep_id) == ("run1", "sweep1")
+    assert (found.config["training.lr"], found.config["training.l2_transfer"]) == (0.0003, 0.0001)
+    assert 0 <= found.summary[config["metric"]["name"]] <= 1
 
 
-def refusal(monkeypatch, capsys, *options):
-    with pytest.raises(SystemExit) as end:
-        run_here(monkeypatch, "numbers.py", *options)
-    assert end.value.code not in (0, None)
-    return f"{end.value.code} {capsys.readouterr().err}"
-
-
-def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch, capsys, global_state):
+def test_a_sweep_is_of_one_run_a_call(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     options = ["--data_dir", data_dir, "--sources", "[mnist]", "--output_dir", tmp_path / "run"]
-    said = refusal(monkeypatch, capsys, *options, "--seeds", "[1, 2]", "--methods", "[MAS-IMM, Joint]")
-    assert "In a sweep a call is one run of W&B, but these seeds and methods make 4" in said
+    said = refusal("run_numbers.py", *options, "--seeds", "[1, 2]", "--methods", "[MAS-IMM, Joint]")
+    assert "In a sweep each call must be one run of W&B, but these seeds and methods make 4" in said
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sources", "[svhn]"], "The data set 'svhn' is not in"),
-        (["--sources", "[nowhere/photos]"], "The source 'nowhere/photos' has no folder train"),
+        (["--sources", "[svhn]"], "'svhn'"),
+        (["--sources", "[nowhere/photos]"], "'nowhere/photos'"),
         (["--sources", "[mnist]", "--max_per_source", "0"], "max_per_source"),
-        (["--sources", "[]"], "sources must be at least one"),
-        (["--backbone", "cnn-bn"], "Unknown network 'cnn-bn'; did you mean cnn_bn"),
-        (["--backbone", "alexnet"], "alexnet takes no images of 28×28 pixels"),
-        (["--backbone", "resnet18", "--weights", "nowhere.pth"], "weights='nowhere.pth' is neither a file"),
-        (["--backbone", "resnet18", "--hidden", "[8]"], "hidden is for the backbone mlp alone"),
-        (["--image_size", "64"], "weights and image_size are for networks of torchvision and timm; got None and 64"),
+        (["--sources", "[]"], "sources must be"),
+        (["--network.name", "cnn-bn"], "Unknown network 'cnn-bn'; did you mean cnn_bn"),
+        (["--network.name", "alexnet"], "alexnet cannot process images of 28×28 pixels"),
+        (["--network.name", "resnet18", "--network.weights", "nowhere.pth"], "weights='nowhere.pth'"),
+        (["--network.name", "resnet18", "--network.hidden", "[8]"], "applies to mlp only, not to resnet18"),
+        (["--network.resize_to", "64"], "resize_to=64 applies to torchvision and timm models only"),
     ],
 )
-def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch, capsys, global_state, options, message):
-    said = refusal(monkeypatch, capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "run", *options)
+def test_what_is_missing_is_said_at_the_start(tmp_path, data_dir, options, message):
+    where = tmp_path if "sources" in options[0] else data_dir
+    sources = [] if "sources" in options[0] else ["--sources", "[mnist]"]
+    said = refusal(
+        "run_numbers.py", "--data_dir", where, "--output_dir", tmp_path / "run", "--loggers", "[]", *sources, *options
+    )
     assert message in said
     assert not (tmp_path / "run").exists()
 
 
-def test_scripts_of_the_folder_still_find_the_standard_librarys_numbers():
-    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import numbers; print(numbers.Real)"
-    done = run_apart([sys.executable, "-c", code])
-    assert done.stdout.strip() == "<class 'numbers.Real'>", done.stderr
+def test_scripts_of_the_folder_still_find_the_standard_librarys_modules():
+    assert not {path.stem for path in EXPERIMENTS.glob("*.py")} & set(sys.stdlib_module_names)

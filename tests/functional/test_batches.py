@@ -17,6 +17,7 @@ from pl_personalize.functional.batches import (
     batch_tensors,
     call_model,
     concatenate_batches,
+    copy_batch,
     has_listed_samples,
     join_batch,
     slice_batch,
@@ -134,6 +135,20 @@ def test_a_dict_that_is_no_set_of_keyword_arguments_is_explained():
         call_model(nn.Linear(2, 1), {"image": torch.zeros(1, 2), "label": torch.zeros(1)})
 
 
+def test_a_list_of_clips_is_not_read_as_its_first_item():
+    clips = [torch.zeros(16, 3, 4, 4) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"list of 4 tensors, the first of shape \(16, 3, 4, 4\).*Stack samples"):
+        call_model(nn.Identity(), clips)
+    assert call_model(nn.Identity(), clips[:2]) is clips[0]  # an image and its target
+
+
+def test_packed_sequences_are_refused_by_name():
+    batch = (pack_sequence([torch.ones(3), torch.ones(2)]), torch.tensor([3, 2]))
+    for refuse in (lambda: slice_batch(batch, 2, slice(0, 1)), lambda: copy_batch(batch)):
+        with pytest.raises(ValueError, match=r"PackedSequence cannot be divided.*padded"):
+            refuse()
+
+
 # Batches of more than tensors with rows
 
 
@@ -163,6 +178,7 @@ _Pair = namedtuple("_Pair", ["x", "y"])
         pytest.param(UserDict(x=X, y=Y), 4, id="mapping"),
         pytest.param((X, torch.zeros(9, 6)), 4, id="boxes of all"),
         pytest.param({"x": X, "targets": torch.zeros(9, 6)}, 4, id="boxes of all, in a dict"),
+        pytest.param({"positions": torch.zeros(1, 9), "x": X}, 4, id="a constant in front"),
         pytest.param({"text": ["a", "b"]}, 2, id="strings alone"),
         pytest.param((X, X.shape), 4, id="a shape"),
         pytest.param((torch.zeros(1, 3, 8, 8), torch.zeros(5, 4)), 1, id="one image and its boxes"),
@@ -182,6 +198,7 @@ def test_the_size_of_batches_of_all_forms(batch, size):
     ("batch", "message"),
     [
         ({"pixel_values": torch.zeros(1, 3), "boxes": torch.zeros(5, 4)}, "'pixel_values': 1, 'boxes': 5"),
+        ({"boxes": torch.zeros(5, 4), "pixel_values": torch.zeros(1, 3)}, "'pixel_values': 1, 'boxes': 5"),
         ({"edge_index": torch.zeros(2, 7), "x": torch.zeros(10, 3)}, "'edge_index': 2, 'x': 10"),
         ((X, Y, torch.ones(3)), "item 0: 4, item 1: 4, item 2: 3"),
         ((X, Y, [0.5, 0.5]), "item 0: 4, item 1: 4, item 2: 2"),

@@ -190,12 +190,12 @@ def test_l2_is_the_penalty_without_importances():
 def test_all_at_once_as_on_gpus_is_the_same(weighted):
     parameters, anchors = _parameters(torch.float32), [p.detach() for p in _parameters(torch.float32, seed=1)]
     factors = _importances(torch.float32) if weighted else None
-    gradients = [torch.ones_like(p) for p in parameters]
-    for p in parameters:
+    others = [p.detach().clone() for p in parameters]
+    for p in (*parameters, *others):
         p.grad = torch.ones_like(p)
     add_penalty_gradient_(parameters, anchors, factors, 0.3)
-    penalties._add_differences(gradients, [p.detach() for p in parameters], anchors, factors, 0.3)
-    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
+    penalties._add_differences(others, anchors, factors, 0.3)
+    assert all(torch.equal(p.grad, other.grad) for p, other in zip(parameters, others, strict=True))
 
 
 def test_the_penalty_of_nothing():

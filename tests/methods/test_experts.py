@@ -95,7 +95,12 @@ def test_published_l2_transfer(tmp_path, monkeypatch):
 def test_published_merges_have_zero_where_nothing_is_important(tmp_path, monkeypatch, reduction, zero):
     seen = []
     make = MergeModule.__init__
-    monkeypatch.setattr(MergeModule, "__init__", lambda self, *a, **k: (seen.append(k["zero"]), make(self, *a, **k))[1])
+
+    def spy(self, *args, **options):
+        seen.append(options.get("zero", "mean"))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(MergeModule, "__init__", spy)
     call(tmp_path, methods=["MAS-IMM"], importance=ImportanceOptions(reduction=reduction))
     assert set(seen) == {zero}
 

@@ -1,6 +1,8 @@
-"""Where a merged model's batch-norm statistics come from, against models that are put together by hand."""
+"""The sources of a merged model's batch-norm statistics, against models that are put together by hand."""
 
 import copy
+import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from pl_personalize import BatchNormStatistics, MergeModule, adapt_batchnorm, merge
+from pl_personalize.adaptations import Adaptation, AdaptationSequence, find_adaptation
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import LabelledImages
 from pl_personalize.models import TaskNetwork
@@ -81,14 +84,14 @@ def by_hand(policy, t, i, data):
         elif policy == "reference":
             earlier = merge(bodies[: i + 1], IMPORTANCES[: i + 1])
             layer.load_state_dict({"weight": earlier[f"{k}.weight"], "bias": earlier[f"{k}.bias"]}, strict=False)
-    if policy == "adapt":
+    if policy == "AdaBN":
         adapt_batchnorm(network, data.user_split(data.user, i)[0].images.split(16))
     elif policy == "recalibrate":
         adapt_batchnorm(network, data.server_split(i)[1].images.split(16))
     return network
 
 
-@pytest.mark.parametrize("policy", ["last", "average", "expert", "recalibrate", "adapt", "reference"])
+@pytest.mark.parametrize("policy", ["last", "average", "expert", "recalibrate", "AdaBN", "reference"])
 @pytest.mark.parametrize("user", ["ann", "bob"])
 def test_each_policy_is_what_it_says(policy, user, tmp_path):
     data = Images(user)
@@ -101,30 +104,31 @@ def test_each_policy_is_what_it_says(policy, user, tmp_path):
             with torch.no_grad():
                 hits = (network(images).argmax(1) == labels).float().mean()
             assert module.matrix[t, i].item() == pytest.approx(hits.item(), abs=1e-6), (t, i)
-            expected = network.body.state_dict()
-            for name, value in module.statistics[t, i].items():
+            expected = network.state_dict()
+            assert module.adapted[t, i] or policy == "none"
+            for name, value in module.adapted[t, i].items():
                 torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
             seen.append(hits.item())
     assert len(set(seen)) > 2  # the data tell models apart
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("policy", ["adapt", "recalibrate"])
+@pytest.mark.parametrize("policy", ["AdaBN", "recalibrate"])
 def test_statistics_are_re_estimated_in_the_precision_of_the_trainer(policy, exact, tmp_path):
     data = Images("ann")
     options = {"bn_policy": policy, "bn_options": {"exact": exact}}
     single = run(MergeModule(expert(9), STATES, IMPORTANCES, **options), tmp_path, data)
     double = run(MergeModule(expert(9), STATES, IMPORTANCES, **options), tmp_path, data, precision="64-true")
-    for cell, statistics in single.statistics.items():
+    for cell, statistics in single.adapted.items():
         for name, value in statistics.items():
-            assert double.statistics[cell][name].dtype == torch.float64
-            torch.testing.assert_close(double.statistics[cell][name], value.double(), rtol=1e-4, atol=1e-5)
+            assert double.adapted[cell][name].dtype == torch.float64
+            torch.testing.assert_close(double.adapted[cell][name], value.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_by_default_a_merge_adapts_to_the_user_if_it_can(tmp_path):
     chosen = run(MergeModule(expert(9), STATES, IMPORTANCES), tmp_path, Images("bob"))
-    adapted = run(MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="adapt"), tmp_path, Images("bob"))
-    assert torch.equal(chosen.statistics[2, 1]["1.running_mean"], adapted.statistics[2, 1]["1.running_mean"])
+    adapted = run(MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="AdaBN"), tmp_path, Images("bob"))
+    assert torch.equal(chosen.adapted[2, 1]["body.1.running_mean"], adapted.adapted[2, 1]["body.1.running_mean"])
 
     data = Images("bob")
     data.setup("test")
@@ -132,26 +136,26 @@ def test_by_default_a_merge_adapts_to_the_user_if_it_can(tmp_path):
     trainer(tmp_path).test(alone, data.test_dataloader(), verbose=False)  # no datamodule: nothing to adapt to
     averaged = BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS[:2]])
     for name, value in averaged.items():
-        torch.testing.assert_close(alone.statistics[1, 0][name], value)
+        torch.testing.assert_close(alone.adapted[1, 0][f"body.{name}"], value)
 
 
 def test_options_reach_the_estimate(tmp_path):
     options = {"exact": True, "prior_samples": 10}
-    module = MergeModule(expert(9), STATES, bn_policy="adapt", bn_options=options)
+    module = MergeModule(expert(9), STATES, bn_policy="AdaBN", bn_options=options)
     data = Images("ann")
-    found = run(module, tmp_path, data).statistics[1, 1]
+    found = run(module, tmp_path, data).adapted[1, 1]
     network = copy.deepcopy(EXPERTS[1])
     network.body.load_state_dict(merge([one.body.state_dict() for one in EXPERTS[:2]]))
     BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS[:2]]).apply(network.body)
     expected = adapt_batchnorm(network, data.user_split("ann", 1)[0].images.split(5), module="body", **options)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(found[f"body.{name}"], value)
 
 
 def test_the_network_and_the_experts_are_left_as_they_were(tmp_path):
     network = expert(9)
     before = copy.deepcopy([network.state_dict(), *STATES])
-    run(MergeModule(network, STATES, IMPORTANCES, bn_policy="adapt"), tmp_path, Images("ann"))
+    run(MergeModule(network, STATES, IMPORTANCES, bn_policy="AdaBN"), tmp_path, Images("ann"))
     for state, old in zip([network.state_dict(), *STATES], before, strict=True):
         assert all(torch.equal(state[name], old[name]) for name in old)
 
@@ -162,7 +166,7 @@ def test_for_each_task_only_statistics_are_kept(tmp_path):
             super().on_test_epoch_end()
             self.seen = dict(self._states)
 
-    module = run(Spy(expert(9), STATES, IMPORTANCES, bn_policy="adapt"), tmp_path, Images("ann"))
+    module = run(Spy(expert(9), STATES, IMPORTANCES, bn_policy="AdaBN"), tmp_path, Images("ann"))
     first, second = module.seen[2, 0], module.seen[2, 1]
     own = {name for name in first if first[name] is not second[name]}
     assert own == {f"body.{k}.{what}" for k in (1, 5) for what in ("running_mean", "running_var")} | {
@@ -193,13 +197,13 @@ def test_layers_that_share_batch_norm(tmp_path):
     experts = [shared(seed) for seed in range(TASKS)]
     network = shared(9)
     before = copy.deepcopy(network.state_dict())
-    module = MergeModule(network, [one.state_dict() for one in experts], bn_policy="adapt")
+    module = MergeModule(network, [one.state_dict() for one in experts], bn_policy="AdaBN")
     data = Images("ann")
-    found = run(module, tmp_path, data).statistics[1, 0]
+    found = run(module, tmp_path, data).adapted[1, 0]
     merged = copy.deepcopy(experts[0])
     merged.body.load_state_dict(merge([one.body.state_dict() for one in experts[:2]]))
     adapt_batchnorm(merged, data.user_split("ann", 0)[0].images.split(16))
-    torch.testing.assert_close(found["5.running_mean"], merged.body[8].running_mean)
+    torch.testing.assert_close(found["body.5.running_mean"], merged.body[8].running_mean)
     images, labels = data.user_split("ann", 0)[1]
     with torch.no_grad():
         accuracy = (merged.eval()(images).argmax(1) == labels).float().mean().item()
@@ -211,27 +215,28 @@ def test_unmerged_models_adapt_too(tmp_path):
     bodies = [one.body.state_dict() for one in EXPERTS]
     heads = [one.head.state_dict() for one in EXPERTS]
     data = Images("bob")
-    module = run(SequenceEvaluator(expert(9), bodies, heads, bn_policy="adapt"), tmp_path, data)
+    module = run(SequenceEvaluator(expert(9), bodies, heads, bn_policy="AdaBN"), tmp_path, data)
     network = copy.deepcopy(EXPERTS[1])
     adapt_batchnorm(network, data.user_split("bob", 0)[0].images.split(16))
-    torch.testing.assert_close(module.statistics[1, 0]["5.running_var"], network.body[5].running_var)
+    torch.testing.assert_close(module.adapted[1, 0]["body.5.running_var"], network.body[5].running_var)
 
 
 def test_given_entries_are_what_is_tested(tmp_path):
     bodies = [one.body.state_dict() for one in EXPERTS]
     heads = [one.head.state_dict() for one in EXPERTS]
-    given = {(2, 0): {"1.bias": torch.full((6,), 1e4)}, (1, 1): {}}
+    given = {(2, 0): {"body.1.bias": torch.full((6,), 1e4), "head.bias": torch.tensor([5.0, 0.0])}, (1, 1): {}}
     data = Images("ann")
     module = run(SequenceEvaluator(expert(9), bodies, heads, entries=given), tmp_path, data)
     assert [tuple(cell) for cell in (~module.matrix.isnan()).nonzero().tolist()] == [(1, 1), (2, 0)]
     network = copy.deepcopy(EXPERTS[0]).eval()
-    network.body.load_state_dict(bodies[2] | given[2, 0])
+    network.body.load_state_dict(bodies[2])
+    network.load_state_dict(given[2, 0], strict=False)
     images, labels = data.user_split("ann", 0)[1]
     with torch.no_grad():
         assert module.matrix[2, 0].item() == pytest.approx((network(images).argmax(1) == labels).float().mean().item())
 
 
-@pytest.mark.parametrize("policy", ["adapt", "recalibrate"])
+@pytest.mark.parametrize("policy", ["AdaBN", "recalibrate"])
 def test_a_policy_that_needs_data_says_so(policy, tmp_path):
     data = Images("ann")
     data.setup("test")
@@ -243,11 +248,11 @@ def test_a_policy_that_needs_data_says_so(policy, tmp_path):
 
 def test_a_prior_is_the_average_of_the_experts(tmp_path):
     options = {"prior_samples": 1e15}
-    module = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="adapt", bn_options=options)
-    found = run(module, tmp_path, Images("ann")).statistics[2, 0]
+    module = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="AdaBN", bn_options=options)
+    found = run(module, tmp_path, Images("ann")).adapted[2, 0]
     average = BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS])
     for name, value in average.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(found[f"body.{name}"], value)
 
 
 def test_an_average_has_the_parts_of_the_merge():
@@ -260,7 +265,7 @@ def test_an_average_has_the_parts_of_the_merge():
     torch.testing.assert_close(state["body.1.running_var"], variance)
 
 
-@pytest.mark.parametrize("policy", ["last", "average", "expert", "recalibrate", "adapt"])
+@pytest.mark.parametrize("policy", ["last", "average", "expert", "recalibrate", "AdaBN"])
 def test_only_the_last_model(policy, tmp_path):
     every = run(MergeModule(expert(9), STATES, IMPORTANCES, bn_policy=policy), tmp_path, Images("ann"))
     last = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy=policy, models="last")
@@ -272,15 +277,65 @@ def test_the_reference_needs_all_models():
         MergeModule(expert(9), STATES, bn_policy="reference", models="last")
 
 
-@pytest.mark.parametrize("options", [{"exakt": True}, {"prior_samples": -1}])
-def test_unknown_options_are_refused(options):
-    with pytest.raises(MisconfigurationException, match=f"bn_options.*{next(iter(options))}"):
-        MergeModule(expert(9), STATES, bn_policy="adapt", bn_options=options)
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ("mean", None, "Unknown adaptation 'mean'[.] Known: none, last, average, expert"),
+        ("adapt", None, "Unknown adaptation 'adapt'; did you mean 'AdaBN'"),
+        ("AdaBN", {"exakt": True}, "'AdaBN' has no option exakt"),
+        ("AdaBN", {"prior_samples": -1}, "AdaBN: prior_samples must be 0 or more"),
+        ("AdaBN-S", None, "bn_policy='AdaBN-S' trains, which a test cannot do"),
+        ("recalibrate+FT", None, r"bn_policy='recalibrate\+FT' trains, which a test cannot do"),
+    ],
+)
+def test_unknown_policies_and_options_and_those_that_train_are_refused(policy, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        MergeModule(expert(9), STATES, bn_policy=policy, bn_options=options)
 
 
-def test_unknown_policies_are_refused():
-    with pytest.raises(MisconfigurationException, match=r"must be one of last, average, expert.*got 'mean'"):
-        MergeModule(expert(9), STATES, bn_policy="mean")
+@pytest.mark.parametrize("policy", ["average", "expert", "reference", "AdaBN+average"])
+def test_policies_that_need_experts_are_for_merges(policy):
     bodies, heads = [EXPERTS[0].body.state_dict()], [EXPERTS[0].head.state_dict()]
-    with pytest.raises(MisconfigurationException, match="one of last, recalibrate, adapt; got 'expert'"):
-        SequenceEvaluator(expert(9), bodies, heads, bn_policy="expert")
+    with pytest.raises(MisconfigurationException, match=rf"bn_policy='{re.escape(policy)}' is for merges only"):
+        SequenceEvaluator(expert(9), bodies, heads, bn_policy=policy)
+
+
+def test_an_adaptation_may_be_an_object_and_a_sequence(tmp_path):
+    sequence = find_adaptation("recalibrate+AdaBN", {"prior_samples": 5})
+    options = {"bn_policy": "recalibrate+AdaBN", "bn_options": {"prior_samples": 5}}
+    by_object, by_name = (
+        run(MergeModule(expert(9), STATES, IMPORTANCES, **given), tmp_path, Images("ann")).adapted
+        for given in ({"bn_policy": sequence}, options)
+    )
+    data = Images("ann")
+    for (t, i), entries in by_object.items():
+        network = by_hand("average", t, i, data)
+        adapt_batchnorm(network, data.server_split(i)[1].images.split(16), prior_samples=5)
+        adapt_batchnorm(network, data.user_split("ann", i)[0].images.split(16), prior_samples=5)
+        for name, value in entries.items():
+            torch.testing.assert_close(value, network.state_dict()[name])
+            assert torch.equal(value, by_name[t, i][name])
+
+
+@dataclass(frozen=True)
+class FirstClass(Adaptation):
+    """Everything is the first class."""
+
+    name, text = "first", "the bias of the first class is large"
+
+    def adapt(self, network, device, received):
+        assert device.user == "ann"
+        return {"head.bias": torch.tensor([1e6, 0.0])}
+
+
+@pytest.mark.parametrize("before", [(), (find_adaptation("AdaBN").steps)])
+def test_steps_that_need_batch_norm_are_skipped_without_it(tmp_path, before):
+    networks = [TaskNetwork(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), nn.Linear(5, 2)) for _ in range(TASKS)]
+    policy = AdaptationSequence((*before, FirstClass()))
+    module = MergeModule(networks[0], [one.state_dict() for one in networks], bn_policy=policy)
+    data = Images("ann")
+    run(module, tmp_path, data)
+    assert {tuple(entries) for entries in module.adapted.values()} == {("head.bias",)}
+    for i in range(TASKS):
+        share = (data.user_split("ann", i)[1].labels == 0).float().mean().item()
+        assert module.matrix[2, i].item() == pytest.approx(share)

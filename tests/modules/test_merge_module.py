@@ -189,7 +189,7 @@ def test_numbers_must_fit():
         merges(STATES, ANN[:2])
     with pytest.raises(MisconfigurationException, match="3 experts but 1 importances of user 'bob'"):
         merges(STATES, {"ann": ANN, "bob": BOB[:1]})
-    with pytest.raises(MisconfigurationException, match="0 bodies for 0 heads"):
+    with pytest.raises(MisconfigurationException, match="one body and one head per task; got 0 and 0"):
         merges([])
 
 
@@ -428,7 +428,7 @@ class DataToAdapt(Data):
         return tensor_loader(*rows(task), batch_size=9)
 
 
-@pytest.mark.parametrize("bn_policy", ["last", "adapt"])
+@pytest.mark.parametrize("bn_policy", ["last", "AdaBN"])
 def test_each_merge_is_tested_with_its_own_weights_where_modules_keep_tables(tmp_path, bn_policy):
     """The same accuracies as of a network that keeps nothing."""
 
@@ -452,7 +452,7 @@ def test_each_merge_is_tested_with_its_own_weights_where_modules_keep_tables(tmp
         )
         trainer.test(module, datamodule=DataToAdapt(), verbose=False)
         matrices.append(module.matrix)
-        statistics.append(module.statistics)
+        statistics.append(module.adapted)
 
     assert torch.equal(*(matrix.nan_to_num(-1) for matrix in matrices))
     for cell, found in statistics[0].items():

@@ -166,9 +166,9 @@ def test_a_test_loader_for_each_task_is_needed(tmp_path, count):
 
 
 def test_a_body_for_each_head_is_needed():
-    with pytest.raises(MisconfigurationException, match="There are 2 bodies for 3 heads"):
+    with pytest.raises(MisconfigurationException, match="one body and one head per task; got 2 and 3"):
         SequenceEvaluator(network(9), BODIES[:2], HEADS)
-    with pytest.raises(MisconfigurationException, match="There are 0 bodies for 0 heads"):
+    with pytest.raises(MisconfigurationException, match="one body and one head per task; got 0 and 0"):
         SequenceEvaluator(network(9), [], [])
     with pytest.raises(MisconfigurationException, match="'first'"):
         SequenceEvaluator(network(9), BODIES, HEADS, models="first")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_personalize.functional.rounding import rounding_of_sums
+from pl_personalize.per_sample.comparison import rounding_of_sums
 from pl_personalize.per_sample.gradient_tape import GradientTape
 
 

@@ -59,7 +59,7 @@ def test_places_that_are_alike_go_together():
     first, second, other = Holder(1, 3), Holder(1, 3), nn.PReLU()
     copies = SampleCopies({(first, "p"): "a", (second, "p"): "b", (other, "weight"): "c"})
 
-    assert [copies.names_of(places) for places in copies.alike()] == [["a", "b"], ["c"]]
+    assert [list(places.values()) for places in copies.alike()] == [["a", "b"], ["c"]]
     copies.start(2, lambda tensor: tensor, only=copies.alike()[0])
     assert (first.p.shape, second.p.shape, other.weight.shape) == ((2, 3), (2, 3), (1,))
     copies.stop()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pl_personalize.per_sample.swapped_weights import call_with_weights
+from pl_personalize.per_sample.module_state import call_with_weights
 
 
 class CachedInADict(nn.Module):

@@ -1,4 +1,4 @@
-"""What is found in the data before anything is trained."""
+"""Errors in the data that are found before anything is trained."""
 
 import pytest
 import torch
@@ -6,12 +6,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, call, plain, with_norm
 from torch import nn
 
-from pl_personalize.artifacts import ArtifactError
 from pl_personalize.datamodules import LabelledImages
+from pl_personalize.methods import METHODS
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner import TrainerOptions
 from pl_personalize.runner.check_data import check_data
-from pl_personalize.runner.checkpoints import load_checkpoint
 
 
 class Changed(Tiny):
@@ -51,7 +50,7 @@ def test_images_that_the_network_cannot_take_are_named(tmp_path, change, message
 
 def test_images_of_another_type_will_do_where_the_precision_makes_them_fit():
     doubles = Changed(lambda x: x.double())
-    check_data(doubles, plain(2), ["Experts"], TrainerOptions("cpu", precision="64-true"))
+    check_data(doubles, plain(2), [METHODS["Experts"]], TrainerOptions("cpu", precision="64-true"))
 
 
 def test_the_transform_counts(tmp_path):
@@ -62,7 +61,7 @@ def test_the_transform_counts(tmp_path):
         to_nothing = False
 
     data = Bytes(lambda x: (9 * x).clamp(0, 9).to(torch.uint8))
-    check_data(data, plain(2), ["Experts"], TrainerOptions("cpu"))
+    check_data(data, plain(2), [METHODS["Experts"]], TrainerOptions("cpu"))
     data.to_nothing = True
     refused(tmp_path, "transform of the train images of the server for the task 'a' .* makes NaN", data=data)
 
@@ -72,7 +71,7 @@ def test_a_network_that_makes_no_logits_is_named(tmp_path):
         return TaskNetwork(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, classes), nn.Unflatten(1, (classes, 1))))
 
     with pytest.raises(MisconfigurationException, match=r"makes \(2, 2, 1\) of 2 images"):
-        check_data(Tiny(), images_back(2), ["Experts"], TrainerOptions("cpu"))
+        check_data(Tiny(), images_back(2), [METHODS["Experts"]], TrainerOptions("cpu"))
 
 
 def test_images_of_several_shapes_are_refused_for_a_model_of_all_tasks_alone():
@@ -85,11 +84,11 @@ def test_images_of_several_shapes_are_refused_for_a_model_of_all_tasks_alone():
 
     network = TaskNetwork(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), nn.Linear(4, 2))
     pooled = TaskNetwork(nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.AdaptiveMaxPool1d(4), Mean()), nn.Linear(4, 2))
-    check_data(Growing(), pooled, ["Experts"], TrainerOptions("cpu"))
+    check_data(Growing(), pooled, [METHODS["Experts"]], TrainerOptions("cpu"))
     with pytest.raises(MisconfigurationException, match=r"one shape; got \(1, 4\) in 'a', \(2, 4\) in 'b'"):
-        check_data(Growing(), pooled, ["Experts", "Joint"], TrainerOptions("cpu"))
+        check_data(Growing(), pooled, [METHODS["Experts"], METHODS["Joint"]], TrainerOptions("cpu"))
     with pytest.raises(MisconfigurationException, match=r"cannot take .* for the task 'b' \(\(2, 4\), torch.float32\)"):
-        check_data(Growing(), network, ["Experts"], TrainerOptions("cpu"))
+        check_data(Growing(), network, [METHODS["Experts"]], TrainerOptions("cpu"))
 
 
 class Mean(nn.Module):
@@ -105,19 +104,5 @@ def test_a_look_at_the_images_changes_no_result(tmp_path, monkeypatch):
     assert call(tmp_path / "without", network=with_norm) == rows
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\3\4" + bytes(100)])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, content):
-    (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"last\.ckpt cannot be read as a checkpoint .*Remove .*begins anew"):
-        load_checkpoint(tmp_path / "last.ckpt")
-
-
-def test_a_damaged_checkpoint_is_never_replaced_by_a_beginning(tmp_path):
-    stage = tmp_path / "checkpoints" / "IMM" / "seed1" / "task1"
-    stage.mkdir(parents=True)
-    (stage / "last.ckpt").write_bytes(b"cut off")
-    (tmp_path / "checkpoints").rename(tmp_path / "kept")
-    call(tmp_path, methods=["Joint"])
-    (tmp_path / "kept" / "IMM").rename(tmp_path / "checkpoints" / "IMM")
-    with pytest.raises(ArtifactError, match=r"task1/last\.ckpt cannot be read as a checkpoint"):
-        call(tmp_path)
+def test_a_split_without_images_is_named(tmp_path):
+    refused(tmp_path, "no train images of the server for the task 'a'", data=Tiny(images=0))

@@ -7,9 +7,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pl_personalize import Importance
 from pl_personalize.runner import tracking
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.results import result_row
 from pl_personalize.runner.tracking import RunResults, csv_tracker, tensorboard_tracker
+from pl_personalize.stages.metrics_log import Record
 
 MATRIX = torch.tensor([[1.0, float("nan")], [0.5, 0.75]])
 

@@ -6,16 +6,17 @@ import types
 import numpy as np
 import pytest
 import torch
+import wandb
 from wandb_file import read_run
 
 from pl_personalize import Importance
 from pl_personalize.artifacts import file_checksum
-from pl_personalize.runner.metrics_log import Record
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import result_row, with_means_over_users
-from pl_personalize.runner.stages import RunFile
 from pl_personalize.runner.tracking import RunResults
 from pl_personalize.runner.wandb_tracker import WandbTracker
+from pl_personalize.stages.metrics_log import Record
+from pl_personalize.stages.work import RunFile
 
 NAN = float("nan")
 MATRIX = torch.tensor([[1.0, NAN], [0.5, 0.75]])
@@ -157,18 +158,21 @@ def test_artifacts_of_users_with_odd_names_are_told_apart(tmp_path, global_state
 
 def test_online_the_run_uses_what_an_artifact_was_made_of(tmp_path, monkeypatch, global_state):
     """W&B draws a graph of it; a stand-in takes the calls, for nothing is sent here."""
-    follow = tracker(tmp_path)
-    follow._options.mode = "online"
     calls = []
 
-    def log_artifact(artifact):
-        calls.append(("log", artifact.name))
-        return types.SimpleNamespace(wait=lambda: artifact)
+    class Run:
+        def define_metric(self, *args, **options):
+            pass
 
-    monkeypatch.setattr(follow._run, "log_artifact", log_artifact)
-    monkeypatch.setattr(follow._run, "use_artifact", lambda artifact: calls.append(("use", artifact.name)))
-    follow.log_artifacts(files(tmp_path))
-    follow.finish()
+        def log_artifact(self, artifact):
+            calls.append(("log", artifact.name))
+            return types.SimpleNamespace(wait=lambda: artifact)
+
+        def use_artifact(self, artifact):
+            calls.append(("use", artifact.name))
+
+    monkeypatch.setattr(wandb, "init", lambda **options: Run())
+    tracker(tmp_path, mode="online").log_artifacts(files(tmp_path))
     expert, importance, merged = (
         f"Numbers-run-IMM-seed1-{name}"
         for name in ("experts-task1", "importances-mnist-mas-task1", "merged-mnist-MAS-IMM")

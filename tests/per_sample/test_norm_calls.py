@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pl_personalize.per_sample.norm_gradients import right_norm_gradients
+from pl_personalize.per_sample.norm_calls import right_norm_gradients
 
 
 def _layouts(tensor):

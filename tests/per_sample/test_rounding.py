@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pl_personalize.functional.rounding import beyond_rounding, rounding_of_sums
+from pl_personalize.per_sample.comparison import beyond_rounding, rounding_of_sums
 
 EPS = torch.finfo(torch.float32).eps
 

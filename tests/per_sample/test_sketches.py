@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pl_personalize.functional.sketches import Sketch
+from pl_personalize.per_sample.comparison import Sketch
 
 SHAPES = [(), (0,), (7,), (3, 5), (4, 3, 2, 2), (300, 400), (1000, 100), (70_000,), (5, 70_000), (64, 32, 8, 8)]
 
