@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
+from numbers import Real
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -25,7 +27,17 @@ def check_option(option: str, value: float | str, *, least: float = 0, exclusive
         Traceback (most recent call last):
         lightning.fabric.utilities.exceptions.MisconfigurationException: epochs must be 1 or more; got 0.
     """
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -inf
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -inf
     if not ((least < number if exclusive else least <= number) and number < inf):
         range_ = "positive" if exclusive and least == 0 else f"{least:g} or more"
         raise MisconfigurationException(f"{option} must be {range_}; got {value!r}.")
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        MisconfigurationException: With the name of the option, its value and the choices.
+    """
+    if value not in choices:
+        raise MisconfigurationException(f"{option} must be one of {', '.join(choices)}; got {value!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -97,8 +97,9 @@ class Adaptation(ABC):
         name: Name in options, stages, tables and figures.
         text: One line for the legend of a table: what it does.
         reference: Paper or section that describes it.
-        reads: The data it uses: ``"nothing"``, the ``"server"``'s validation images, or the user's ``"unlabelled"`` or
-            ``"labelled"`` images.
+        reads: The data it uses, which has no default: ``"nothing"``, the ``"server"``'s validation images, or the
+            user's ``"unlabelled"`` or ``"labelled"`` images. Other data are refused. Unless it reads a user's images,
+            all users share its result.
         merges_only: Whether it needs the experts of a merge.
         needs_batchnorm: Whether it does nothing to a network without batch norm.
         needs_earlier_models: Whether it reads the models after earlier tasks.
@@ -108,7 +109,7 @@ class Adaptation(ABC):
     name: ClassVar[str]
     text: ClassVar[str]
     reference: ClassVar[str] = ""
-    reads: ClassVar[Reads] = "nothing"
+    reads: ClassVar[Reads]
     merges_only: ClassVar[bool] = False
     needs_batchnorm: ClassVar[bool] = False
     needs_earlier_models: ClassVar[bool] = False
@@ -188,14 +189,46 @@ class AdaptationSequence:
         for step in self.steps:
             try:
                 with torch.inference_mode(False):
-                    entries = step.adapt(network, device, received)
-                    load_entries(network, entries)
+                    before = {name: value.clone() for name, value in network.state_dict().items() if _is_tensor(value)}
+                    entries = step.adapt(network, cast("Device", _Guarded(device, step)), received)
+                    entries = {name: value.detach().clone() for name, value in entries.items()}
+                    load_entries(network, before | entries)  # what a step changed besides does not count
             except ValueError as error:
                 raise MisconfigurationException(
                     f"The adaptation {step.name!r} failed on task {received.task + 1}: {error}"
                 ) from error
-            found |= {name: value.detach().clone() for name, value in entries.items()}
+            found |= entries
         return found
+
+
+_READERS: dict[str, tuple[Reads, ...]] = {
+    "user": ("unlabelled", "labelled"),
+    "images": ("unlabelled", "labelled"),
+    "labelled_images": ("labelled",),
+    "train": ("labelled",),
+    "server_images": ("server",),
+}
+"""The values of ``reads`` that allow each part of a device."""
+
+
+class _Guarded:
+    """A device that gives an adaptation only the data that it declares."""
+
+    def __init__(self, device: Device, step: Adaptation) -> None:
+        self._device, self._step = device, step
+
+    def __getattr__(self, name: str) -> Any:
+        allowed = _READERS.get(name)
+        if allowed is not None and self._step.reads not in allowed:
+            raise MisconfigurationException(
+                f"The adaptation {self._step.name!r} has reads={self._step.reads!r}, but uses {name} of its device: "
+                f"set reads to {' or '.join(map(repr, allowed))}."
+            )
+        return getattr(self._device, name)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def load_entries(network: nn.Module, entries: Mapping[str, Tensor]) -> None:

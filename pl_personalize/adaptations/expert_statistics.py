@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pl_personalize.adaptations.adaptation import Adaptation, Device, Entries, Received
+from pl_personalize.adaptations.adaptation import Adaptation, Device, Entries, Reads, Received
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.functional.moments import MEAN, VARIANCE
 from pl_personalize.models import TaskNetwork
@@ -45,6 +45,7 @@ class Unchanged(Adaptation):
 
     name: ClassVar[str] = "none"
     text: ClassVar[str] = "the model as the server sends it"
+    reads: ClassVar[Reads] = "nothing"
 
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
@@ -54,6 +55,7 @@ class Unchanged(Adaptation):
 class _OfExperts(Adaptation):
     """Base class for adaptations that copy entries of the body from what the server has."""
 
+    reads: ClassVar[Reads] = "nothing"
     needs_batchnorm: ClassVar[bool] = True
 
     @override

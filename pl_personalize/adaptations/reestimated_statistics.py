@@ -1,4 +1,4 @@
-"""Batch-norm statistics estimated anew: on the server's images (recalibration) or on the user's (AdaBN)."""
+"""Re-estimated batch-norm statistics: on the server's images (recalibration) or on the user's (AdaBN)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,9 @@ from pl_personalize.models import TaskNetwork
 
 
 @dataclass(frozen=True)
-class Recalibrate(Adaptation):
-    """Batch-norm statistics estimated anew on the server's validation images of the task.
+class _Reestimated(Adaptation):
+    """Base class for adaptations that re-estimate batch-norm statistics."""
 
-    Attributes:
-        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
-        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
-    """
-
-    name: ClassVar[str] = "recalibrate"
-    text: ClassVar[str] = "batch-norm statistics re-estimated on the server's images of the task"
-    reads: ClassVar[Reads] = "server"
     needs_batchnorm: ClassVar[bool] = True
 
     exact: bool = False
@@ -43,10 +34,6 @@ class Recalibrate(Adaptation):
             check_adaptation(self.prior_samples, self.max_scratch_mb)
         except ValueError as error:
             raise MisconfigurationException(f"{self.name}: {error}") from error
-
-    @override
-    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
-        return self._estimate(network, device.server_images(), device)
 
     def _estimate(self, network: TaskNetwork, images: Iterable[Any], device: Device) -> Entries:
         def forward(model: nn.Module, batch: Any) -> Any:
@@ -65,8 +52,27 @@ class Recalibrate(Adaptation):
 
 
 @dataclass(frozen=True)
-class AdaBN(Recalibrate):
-    """Batch-norm statistics estimated anew on the user's unlabelled images of the task (AdaBN).
+class Recalibrate(_Reestimated):
+    """Batch-norm statistics re-estimated on the server's validation images of the task.
+
+    Attributes:
+        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
+        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
+        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
+    """
+
+    name: ClassVar[str] = "recalibrate"
+    text: ClassVar[str] = "batch-norm statistics re-estimated on the server's images of the task"
+    reads: ClassVar[Reads] = "server"
+
+    @override
+    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
+        return self._estimate(network, device.server_images(), device)
+
+
+@dataclass(frozen=True)
+class AdaBN(_Reestimated):
+    """Batch-norm statistics re-estimated on the user's unlabelled images of the task (AdaBN).
 
     Attributes:
         exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
@@ -85,7 +91,7 @@ class AdaBN(Recalibrate):
 
 
 @dataclass(frozen=True)
-class AdaBNSupervised(AdaBN):
+class AdaBNSupervised(_Reestimated):
     """AdaBN, and then the scales and shifts (γ and β) trained on the user's labelled images (AdaBN-S).
 
     Attributes:
@@ -112,7 +118,7 @@ class AdaBNSupervised(AdaBN):
 
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
-        statistics = super().adapt(network, device, received)
+        statistics = self._estimate(network, device.images(), device)
         load_entries(network, statistics)
         seed = derive_seed(received.seed, "AdaBN-S", received.model, received.task)
         device.train(

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from pl_personalize.callbacks import ParameterPenalty
 from pl_personalize.estimation import estimate_importance
+from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS
 from pl_personalize.functional.merging import WEIGHTED
 from pl_personalize.functional.seeding import derive_seed
 from pl_personalize.functional.state_dicts import PrefixView
@@ -42,11 +43,17 @@ class Merge(Method):
     kind: str | None = None
     rule: str = "weighted"
 
+    def __post_init__(self) -> None:
+        MERGE_RULES.find(self.rule)
+        if self.kind is not None:
+            IMPORTANCE_KINDS.find(self.kind)
+
 
 class ExpertsFamily(SequenceFamily):
     """One expert after the other, each pulled to the one before; then the importances of their parameters."""
 
     name = "experts"
+    shares_first = True
 
     @override
     def learner(self, task: int, network: TaskNetwork, before: Mapping[str, Tensor] | None) -> TaskLearner:

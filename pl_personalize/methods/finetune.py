@@ -10,6 +10,7 @@ class FinetuneFamily(SequenceFamily):
     """One model, trained on one task after the other."""
 
     name = "Finetune"
+    shares_first = True
 
 
 FINETUNE = Method(

@@ -37,6 +37,7 @@ class LwFFamily(SequenceFamily):
     """Learning without Forgetting (Li and Hoiem, ECCV 2016): all heads so far are trained with each task."""
 
     name, Options = "LwF", LwFOptions
+    shares_first = True
 
     @override
     def learner(self, task: int, network: TaskNetwork, before: Mapping[str, Tensor] | None) -> TaskLearner:

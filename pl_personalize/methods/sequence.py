@@ -21,7 +21,7 @@ from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import SequenceEvaluator, TaskLearner
 from pl_personalize.stages.run_folder import Stage
 from pl_personalize.stages.work import RunFile, Work
-from pl_personalize.stages.workspace import load_expert
+from pl_personalize.stages.workspace import Workspace, load_expert
 
 
 class KindImportance(ImportanceCallback):
@@ -52,10 +52,10 @@ class KindImportance(ImportanceCallback):
 
 
 class SequenceFamily(Family):
-    """Base class for families of one model after the other; a subclass says how each is trained.
+    """Base class for families of one model after the other; a subclass says how each is trained."""
 
-    The model of the first task is the same for all of them, so its stage is shared.
-    """
+    shares_first: ClassVar[bool] = False
+    """Whether the model of the first task is that of plain training, so that families share its stage."""
 
     @override
     def stages(self) -> Iterator[Work]:
@@ -64,9 +64,8 @@ class SequenceFamily(Family):
 
     def train_work(self, task: int) -> Work:
         """The stage that trains the model of a task (from 0)."""
-        place = self.workspace if task else self.workspace.shared("first")
         checkpoints = self.expert_path(task).with_suffix("")
-        return place.work(f"train/task{task + 1}", self._train_task, task, checkpoints=checkpoints)
+        return self._place(task).work(f"train/task{task + 1}", self._train_task, task, checkpoints=checkpoints)
 
     @override
     def models(self) -> list[RunFile]:
@@ -75,8 +74,10 @@ class SequenceFamily(Family):
 
     def expert_path(self, task: int) -> Path:
         """The file of the model after a task (from 0)."""
-        place = self.workspace if task else self.workspace.shared("first")
-        return place.path("checkpoints", f"task{task + 1}")
+        return self._place(task).path("checkpoints", f"task{task + 1}")
+
+    def _place(self, task: int) -> Workspace:
+        return self.workspace.shared("first") if task == 0 and self.shares_first else self.workspace
 
     @override
     def evaluator(self, method: Method, user: str) -> SequenceEvaluator:
@@ -124,6 +125,7 @@ class PenaltyFamily(SequenceFamily):
 
     kind: ClassVar[str]
     """The kind of importances."""
+    shares_first = True
 
     @property
     @abstractmethod

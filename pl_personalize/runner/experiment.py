@@ -158,8 +158,13 @@ class Experiment:
             if unknown := [one for one in chosen if one not in there]:
                 hint = did_you_mean(unknown[0], there)
                 raise MisconfigurationException(
-                    f"{option}: there is no {unknown[0]!r}{hint} There are {', '.join(there)}."
+                    f"{option}: there is no {unknown[0]!r}{hint} Known: {', '.join(there)}."
                 )
+        names = [family.name for family in self.families]
+        if len(set(names)) != len(names):
+            raise MisconfigurationException(
+                f"Two families of the chosen methods have one name, so they would share stages: {', '.join(names)}."
+            )
         if reserved := [user for user in self.data.users if user in _RESERVED_USERS or Path(user).name != user]:
             raise MisconfigurationException(
                 f"A user cannot be called {reserved[0]!r}: that name has another meaning in results or file names."
@@ -208,7 +213,8 @@ class Experiment:
 
     def family_options(self, family: type[Family]) -> Any:
         """The options of a family of methods."""
-        return getattr(self.method, _key(family.name), None) or family.Options()
+        found = getattr(self.method, _key(family.name), None)
+        return found if isinstance(found, family.Options) else family.Options()
 
     def sequence(self, variant: Variant) -> AdaptationSequence:
         """The adaptations of a variant, with their options; those that belong to the method come first."""
@@ -217,8 +223,8 @@ class Experiment:
         return AdaptationSequence(tuple(self._adaptation(name) for name in names))
 
     def _adaptation(self, name: str) -> Adaptation:
-        adaptation: Adaptation = getattr(self.adaptation, _key(name), None) or ADAPTATIONS[name]()
-        return adaptation
+        found = getattr(self.adaptation, _key(name), None)
+        return found if isinstance(found, Adaptation) and found.name == name else ADAPTATIONS[name]()
 
     def variants(self, network: TaskNetwork) -> list[Variant]:
         """The rows of the tables: each method under each adaptation that applies to it.

@@ -129,6 +129,8 @@ class Following:
 
     def _conclude(self, tracker: Tracker, run: ServerRun) -> None:
         for owner, task, file in run.family.importances():
+            if not file.path.exists():  # of a method that is not asked for now, and removed since
+                continue
             tracker.log_importance(owner, task + 1, Importance.load(file.path))
         matrices: dict[tuple[str, str], Tensor] = {}
         matrices |= {(v.label, user): run.matrix(v, user) for v in run.variants for user in run.data.users}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pl_personalize.checks import check_choice
+
 LoggerName = Literal["wandb", "csv", "tensorboard"]
 TestedModels = Literal["all", "last"]
 ArtifactName = Literal["experts", "importances", "merged", "adapted"]
@@ -31,3 +33,6 @@ class WandbOptions:
     group: str | None = None
     artifacts: Sequence[ArtifactName] = ()
     images_of: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("wandb.mode", self.mode, ("offline", "online", "disabled"))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pl_personalize.checks import check_option
+from pl_personalize.checks import check_choice, check_option
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class ImportanceOptions:
     fisher_draws: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
+        check_choice("importance.reduction", self.reduction, ("sample", "batch"))
         if self.fisher_draws != "all":
             check_option("importance.fisher_draws (a number, or 'all')", self.fisher_draws, least=1)
 

@@ -126,7 +126,7 @@ def test_a_folder_of_another_run_is_refused(finished):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--methods", "ewc", "methods: there is no 'ewc'; did you mean 'EWC'? There are MAS-RACL, "),
+        ("--methods", "ewc", "methods: there is no 'ewc'; did you mean 'EWC'? Known: MAS-RACL, "),
         ("--methods", "[EWC, fisher-racl]", "methods: there is no 'fisher-racl'; did you mean 'FIM-RACL'? There are"),
         ("--training.epochs", "many", "many"),
         ("--training.epochs", "0", "training.epochs must be 1 or more; got 0"),

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, call, experiment, loaded, matrix, model, plain
 
 from pl_personalize.adaptations import ADAPTATIONS, Adaptation
 from pl_personalize.adaptations.fine_tune import FineTune
 from pl_personalize.methods import METHODS, Method
+from pl_personalize.methods.experts import ExpertsFamily, Merge
 from pl_personalize.methods.sequence import SequenceFamily
 from pl_personalize.modules import TaskLearner
 from pl_personalize.runner import AdaptationOptions, MethodOptions
@@ -40,10 +42,12 @@ class ShrunkFamily(SequenceFamily):
     """One model through all tasks, with shrunk learning rates after the first."""
 
     name, Options = "Shrunk", ShrunkOptions
+    shares_first = True
 
     def learner(self, task, network, before):
         options = self.workspace.learner_options(task)
-        return TaskLearner(network, l2_transfer=0.0, **(options | {"lr": options["lr"] * self.options.factor}))
+        factor = self.options.factor if task or not self.shares_first else 1.0
+        return TaskLearner(network, l2_transfer=0.0, **(options | {"lr": options["lr"] * factor}))
 
 
 @dataclass(frozen=True)
@@ -122,3 +126,59 @@ def test_results_of_what_is_no_longer_registered_are_passed_over(tmp_path):
     (results,) = csv.DictReader((tmp_path / "csv" / "Finetune-seed1" / "results" / "metrics.csv").open())
     assert set(results) >= {"Finetune/ann/avg_acc"}
     assert not [name for name in results if "bias" in name]
+
+
+@dataclass(frozen=True)
+class Curious(BiasOfTheHead):
+    """Says that it reads nothing, and counts the user's images."""
+
+    name = "curious"
+
+    def adapt(self, network, device, received):
+        return super().adapt(network, device, received) if list(device.images()) else {}
+
+
+@pytest.fixture
+def curious():
+    ADAPTATIONS.register(Curious)
+    yield
+    ADAPTATIONS.unregister("curious")
+
+
+@pytest.mark.usefixtures("curious")
+def test_data_that_an_adaptation_does_not_declare_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="'curious' has reads='nothing', but uses images"):
+        call(tmp_path, methods=["mean-IMM"], adaptations=["curious"])
+
+
+def test_a_family_shares_its_first_model_only_if_it_says_so(tmp_path):
+    class Apart(ShrunkFamily):
+        name, shares_first = "Apart", False
+
+    METHODS.register(Method("Apart", Apart, "shrunk steps from the beginning"))
+    try:
+        together = call(tmp_path / "together", methods=["Finetune", "Apart"])
+        alone = call(tmp_path / "alone", methods=["Apart"])
+    finally:
+        METHODS.unregister("Apart")
+    assert [row for row in together if row.method == "Apart"] == alone
+    assert (tmp_path / "together" / "checkpoints" / "Apart" / "seed1" / "task1.safetensors").is_file()
+    assert (tmp_path / "together" / "checkpoints" / "first" / "seed1" / "task1.safetensors").is_file()
+
+
+def test_two_families_of_one_name_are_refused(tmp_path):
+    class Namesake(ShrunkFamily):
+        name = "Finetune"
+
+    METHODS.register(Method("Namesake", Namesake, "another family of that name"))
+    try:
+        with pytest.raises(MisconfigurationException, match=r"Two families .* Finetune, Finetune"):
+            experiment(tmp_path, methods=["Finetune", "Namesake"])
+    finally:
+        METHODS.unregister("Namesake")
+
+
+@pytest.mark.parametrize("wrong", [{"rule": "weigted"}, {"kind": "mass"}])
+def test_a_merge_of_an_unknown_rule_or_kind_is_refused_when_it_is_made(wrong):
+    with pytest.raises(ValueError, match="did you mean"):
+        Merge("merge", ExpertsFamily, "a merge", merges=True, **wrong)
