@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 from numbers import Real
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
-def check_option(option: str, value: float | str, *, least: float = 0, exclusive: bool = False) -> None:
+def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool = False) -> None:
     """Refuse a value that is no finite number in a range.
 
     Args:
