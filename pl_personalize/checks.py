@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf
-from numbers import Real
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,7 +28,10 @@ def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool =
         Traceback (most recent call last):
         lightning.fabric.utilities.exceptions.MisconfigurationException: epochs must be 1 or more; got 0.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -inf
+    number = -inf
+    if not isinstance(value, bool | str):
+        with suppress(TypeError):
+            number = float(value)
     if not ((least < number if exclusive else least <= number) and number < inf):
         range_ = "positive" if exclusive and least == 0 else f"{least:g} or more"
         raise MisconfigurationException(f"{option} must be {range_}; got {value!r}.")
