@@ -127,7 +127,7 @@ def test_a_folder_of_another_run_is_refused(finished):
     ("option", "value", "message"),
     [
         ("--methods", "ewc", "methods: there is no 'ewc'; did you mean 'EWC'? Known: MAS-RACL, "),
-        ("--methods", "[EWC, fisher-racl]", "methods: there is no 'fisher-racl'; did you mean 'FIM-RACL'? There are"),
+        ("--methods", "[EWC, fisher-racl]", "methods: there is no 'fisher-racl'; did you mean 'FIM-RACL'? Known:"),
         ("--training.epochs", "many", "many"),
         ("--training.epochs", "0", "training.epochs must be 1 or more; got 0"),
         ("--sedes", "[1]", "--sedes"),
@@ -137,7 +137,7 @@ def test_a_folder_of_another_run_is_refused(finished):
         ("--num_threads", "0", "num_threads"),
         ("--loggers", "[mlflow]", "mlflow"),
         ("--importance.fisher_draws", "0", "fisher_draws"),
-        ("--wandb.images_of", "[everybody]", "wandb.images_of: there is no 'everybody'. There are scan, camera"),
+        ("--wandb.images_of", "[everybody]", "wandb.images_of: there is no 'everybody'. Known: scan, camera"),
     ],
 )
 def test_a_wrong_option_is_refused_at_once(tmp_path, option, value, message):

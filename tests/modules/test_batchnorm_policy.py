@@ -321,7 +321,7 @@ def test_an_adaptation_may_be_an_object_and_a_sequence(tmp_path):
 class FirstClass(Adaptation):
     """Everything is the first class."""
 
-    name, text = "first", "the bias of the first class is large"
+    name, text, reads = "first", "the bias of the first class is large", "unlabelled"
 
     def adapt(self, network, device, received):
         assert device.user == "ann"
