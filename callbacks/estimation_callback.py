@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from pl_personalize.callbacks.requirements import check_trainer, naming_errors
 from pl_personalize.callbacks.result_slot import ResultSlot
 
 
-class EstimationCallback(Callback):
+class EstimationCallback(Callback, ABC):
     """Reads data, estimates something and writes the result to a file that other processes can find.
 
     Subclasses define :attr:`folder`, :attr:`default_filename`, :meth:`check_module` and :meth:`estimate`.
@@ -72,15 +73,15 @@ class EstimationCallback(Callback):
         """Whether to estimate now. Override to decide otherwise."""
         return True
 
+    @abstractmethod
     def check_module(self, pl_module: LightningModule) -> bool:
         """Whether there is anything to estimate; raises ``MisconfigurationException`` for options that do not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def estimate(
         self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], *, trial: bool = False
     ) -> Any:
         """Estimate over batches on this process; ``trial``: over two samples, whose result is discarded."""
-        raise NotImplementedError
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

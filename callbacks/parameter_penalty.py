@@ -160,7 +160,7 @@ class ParameterPenalty(Callback):
         self._total, self._given = None, {}
         optimised = {id(p) for optimizer in trainer.optimizers for p in _parameters(optimizer)}
         if self._pulled and not any(id(p) in optimised for p in self._pulled):
-            rank_zero_warn(f"No optimizer has any of the parameters that {type(self).__name__} pulls.")
+            rank_zero_warn("No optimizer has any of the parameters that the penalty pulls.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

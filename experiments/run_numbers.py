@@ -16,7 +16,7 @@ DEFAULTS = {"eval_batch_size": 1000, "seeds": [1, 2, 3, 4, 5], "trainer.accelera
 
 
 def paper_note(data: NumbersDataModule) -> str:
-    """What differs from the paper's setting."""
+    """Difference from the paper's setting."""
     same = set(data.sources) == {"svhn", "mnist"}
     different = "" if same else f", here {', '.join(data.users)}: compare methods, not levels"
     return f"In the paper, the users are svhn and mnist{different}."

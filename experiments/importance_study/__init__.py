@@ -1,1 +1,1 @@
-"""What ``importance_analysis.py`` is made of."""
+"""Parts of ``importance_analysis.py``."""

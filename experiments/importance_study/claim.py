@@ -83,7 +83,7 @@ def share_above(chosen: Sequence[pd.DataFrame], coefficient: str) -> float:
 
 
 def verdict(comparisons: pd.DataFrame, pairs: pd.DataFrame, known: dict[str, Group]) -> str:
-    """What the numbers say about the claim, in words."""
+    """Verdict on the claim, in words."""
     sentences = []
     for kind, here in comparisons[comparisons["name"] == "as defined"].groupby("kind", sort=False):
         pearson, spearman = here.itertuples()

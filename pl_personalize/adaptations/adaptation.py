@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, cast
@@ -66,7 +66,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Received:
-    """What the server sent along with the model after task t, for its use on task i.
+    """Data that the server sent along with the model after task t, for its use on task i.
 
     Attributes:
         model: t, from 0.
@@ -86,7 +86,7 @@ class Received:
 
 
 @dataclass(frozen=True)
-class Adaptation(ABC):
+class Adaptation(metaclass=ABCMeta):
     """Base class for adaptations: what a device does with a model before it uses the model on a task.
 
     A subclass is a frozen dataclass whose fields are its options. It implements :meth:`adapt` and sets the class
@@ -152,7 +152,7 @@ class AdaptationSequence:
 
     @property
     def text(self) -> str:
-        """What the steps do."""
+        """Description of the steps."""
         return ", then ".join(step.text for step in self.steps)
 
     @property

@@ -21,7 +21,13 @@ from pl_personalize.models import TaskNetwork
 
 @dataclass(frozen=True)
 class _Reestimated(Adaptation):
-    """Base class for adaptations that re-estimate batch-norm statistics."""
+    """Base class for adaptations that re-estimate batch-norm statistics.
+
+    Attributes:
+        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
+        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
+        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
+    """
 
     needs_batchnorm: ClassVar[bool] = True
 
@@ -53,13 +59,7 @@ class _Reestimated(Adaptation):
 
 @dataclass(frozen=True)
 class Recalibrate(_Reestimated):
-    """Batch-norm statistics re-estimated on the server's validation images of the task.
-
-    Attributes:
-        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
-        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
-    """
+    """Batch-norm statistics re-estimated on the server's validation images of the task."""
 
     name: ClassVar[str] = "recalibrate"
     text: ClassVar[str] = "batch-norm statistics re-estimated on the server's images of the task"
@@ -72,13 +72,7 @@ class Recalibrate(_Reestimated):
 
 @dataclass(frozen=True)
 class AdaBN(_Reestimated):
-    """Batch-norm statistics re-estimated on the user's unlabelled images of the task (AdaBN).
-
-    Attributes:
-        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
-        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
-    """
+    """Batch-norm statistics re-estimated on the user's unlabelled images of the task (AdaBN)."""
 
     name: ClassVar[str] = "AdaBN"
     text: ClassVar[str] = "batch-norm statistics re-estimated on the user's unlabelled images of the task"
@@ -95,9 +89,6 @@ class AdaBNSupervised(_Reestimated):
     """AdaBN, and then the scales and shifts (γ and β) trained on the user's labelled images (AdaBN-S).
 
     Attributes:
-        exact: Make the statistics independent of the batch size, see :func:`~pl_personalize.adapt_batchnorm`.
-        prior_samples: Number of images that the present statistics count as; a merge has the average of its experts.
-        max_scratch_mb: Memory for ``exact``, in 2**20 bytes.
         epochs: Epochs over the user's labelled images.
         lr: Learning rate of SGD with momentum 0.9.
     """

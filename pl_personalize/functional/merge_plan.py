@@ -27,7 +27,7 @@ _BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class MergePlan:
-    """What a merge does with which entries, checked before anything is computed.
+    """Plan of a merge: the treatment of each entry, checked before anything is computed.
 
     Arguments are those of :func:`~pl_personalize.merge`, and the chosen rule with its options by name.
     """

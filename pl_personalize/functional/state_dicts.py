@@ -12,7 +12,7 @@ from torch import Tensor
 StateDict = Mapping[str, Tensor]
 """Tensors by name: a dict, or an object that reads each tensor from a file on access."""
 Versions = dict[str, dict[str, Any]]
-"""What PyTorch keeps of each module in a state dict's ``_metadata``, by module name, such as ``{"version": 2}``."""
+"""Entries of a state dict's ``_metadata`` by module name, such as ``{"version": 2}``."""
 Bounds = tuple[float, float]
 """The smallest and the largest entry of a tensor."""
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pl_personalize.adaptations import AdaptationSequence, Received, find_adaptation
+from pl_personalize.adaptations import AdaptationSequence, Received
 from pl_personalize.adaptations.expert_statistics import average_statistics, statistics_names
 from pl_personalize.artifacts import TensorFile, open_state_dict
 from pl_personalize.functional.names import some
@@ -64,8 +64,8 @@ class MergeModule(SequenceEvaluator):
             * ``"last"``: those of expert t;
             * ``"reference"``: as the published code: γ and β of the merge of 1..i, statistics of expert t.
 
-            By default ``"AdaBN"`` where the Trainer's datamodule has such images (``adapt_dataloader(task)``), else
-            ``"average"``. For each model and task only the replaced entries are kept, not a copy of the model.
+            By default AdaBN where the Trainer's datamodule has a user's images (``adapt_dataloader(task)``), else none,
+            which leaves the average. Only the replaced entries are kept per model and task, not a copy of the model.
         bn_options: See :class:`SequenceEvaluator`. With ``prior_samples``, the prior is the average of the experts.
         rule_options: Options of the merge rule, such as ``zero`` of ``"weighted"``.
 
@@ -160,12 +160,6 @@ class MergeModule(SequenceEvaluator):
         count = cell[0] + 1
         weights = None if self._weights is None else self._weights[:count]
         return Received(*cell, seed=seed, experts=self.bodies[:count], weights=weights, bodies=bodies)
-
-    @override
-    def default_adaptation(self) -> AdaptationSequence:
-        """AdaBN if the Trainer's datamodule has a user's data, else the average of the experts."""
-        datamodule = getattr(self._trainer, "datamodule", None)
-        return find_adaptation("AdaBN" if hasattr(datamodule, "adapt_dataloader") else "average")
 
     def _average(self, count: int) -> StateDict:
         """Statistics of the mixture of the first experts, weighted as in the merge."""

@@ -12,7 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from pl_personalize.adaptations import AdaptationSequence, Device, Entries, Received, find_adaptation
+from pl_personalize.adaptations import (
+    AdaptationSequence,
+    Device,
+    Entries,
+    Received,
+    default_adaptation,
+    find_adaptation,
+)
 from pl_personalize.adaptations.adaptation import load_entries
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.names import prefix_hint, some
@@ -143,7 +150,7 @@ class SequenceEvaluator(LightningModule):
         return self.bodies
 
     def received(self, cell: Cell, bodies: Sequence[StateDict], seed: int = 0) -> Received:
-        """What the server sends along with a model for a task."""
+        """The server's part of an adaptation of a model to a task."""
         return Received(*cell, seed=seed, bodies=bodies)
 
     def adapt(
@@ -206,9 +213,9 @@ class SequenceEvaluator(LightningModule):
         self.accuracy.reset()
 
     def default_adaptation(self) -> AdaptationSequence:
-        """The adaptation where none was chosen: AdaBN if the Trainer's datamodule has a user's data."""
+        """The adaptation if none was chosen: the network's default if the Trainer's datamodule has a user's data."""
         datamodule = getattr(self._trainer, "datamodule", None)
-        return find_adaptation("AdaBN" if hasattr(datamodule, "adapt_dataloader") else "none")
+        return find_adaptation(default_adaptation(self.network) if hasattr(datamodule, "adapt_dataloader") else "none")
 
     def _assembled(self, bodies: Sequence[StateDict]) -> dict[Cell, dict[str, Tensor]]:
         """For each model and task, the entries of the whole network."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -222,6 +222,12 @@ class Experiment:
         names = [name for name in names if name != "none"] or ["none"]
         return AdaptationSequence(tuple(self._adaptation(name) for name in names))
 
+    def _steps(self, method: Method) -> Iterator[Adaptation]:
+        """Every adaptation that was chosen for a method."""
+        pinned = [name.partition("+")[2] for name in self.methods if name.partition("+")[0] == method.name]
+        for adaptation in (*filter(None, pinned), *(self.adaptations or ())):
+            yield from self.sequence(Variant(method.name, adaptation)).steps
+
     def _adaptation(self, name: str) -> Adaptation:
         found = getattr(self.adaptation, _key(name), None)
         return found if isinstance(found, Adaptation) and found.name == name else ADAPTATIONS[name]()
@@ -242,7 +248,7 @@ class Experiment:
             if not fitting:
                 raise MisconfigurationException(
                     f"None of the adaptations {[v.adaptation for v in wanted]} applies to {method}, which is no merge; "
-                    "add 'last', or leave the method out."
+                    "add one that does, or leave the method out."
                 )
             found += [variant for variant in fitting if variant not in found]
         for variant in found:
@@ -257,14 +263,21 @@ class Experiment:
         return found
 
     def decisive_options(self) -> dict[str, Any]:
-        """The options that results depend on, as plain JSON values, whichever methods and adaptations are chosen."""
+        """The options that results depend on, as plain JSON values by dotted names.
+
+        Those of the package's methods and adaptations are always among them, so that more of them can be run in the
+        same folder later.
+        """
         network = {"network": asdict(self.network)} if isinstance(self.network, NetworkOptions) else {}
         trainer = asdict(self.trainer)
         del trainer["enable_progress_bar"], trainer["log_every_n_steps"]
         found: dict[str, Any] = {"benchmark": self.benchmark, "backbone": self.backbone, "models": self.models}
         found |= {"data": self.data.decisive_options()} | network | dict(self.options)
         found |= {"training": asdict(self.training), "importance": asdict(self.importance), "trainer": trainer}
-        found |= {"method": asdict(self.method), "adaptation": asdict(self.adaptation)}
+        families = {_key(family.name): asdict(self.family_options(family)) for family in self.families}
+        steps = {step.name: step for method in self.compared for step in self._steps(method)}
+        found["method"] = asdict(self.method) | families  # also of entries that were registered later
+        found["adaptation"] = asdict(self.adaptation) | {_key(name): asdict(step) for name, step in steps.items()}
         plain: dict[str, Any] = json.loads(json.dumps(_flat(found)))
         return plain
 

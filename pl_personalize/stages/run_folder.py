@@ -19,6 +19,7 @@ from pl_personalize.artifacts import ArtifactError, file_checksum, read_json, wr
 # Of what stages do: it goes up when the same options come to another result, so that no old stage passes for a new one.
 _VERSION = 3
 _MANIFEST = "manifest.json"
+_GROUPS = ("method.", "adaptation.")  # beginnings of the options of methods and adaptations
 # What a run writes, and another program's files must not be replaced by: loggers' folders have names of their own.
 _WRITTEN = (
     *("results.csv", "results.md", "comparisons.csv", "metrics.jsonl", "figures"),
@@ -46,8 +47,8 @@ def refuse_folder(path: Path) -> None:
             raise ArtifactError(f"The folder {path} of a run cannot be made or written: {there} {what}. {_WAY_OUT}")
         if path.exists() and (foreign := sorted({entry.name for entry in path.iterdir()} & {*_WRITTEN})):
             raise ArtifactError(
-                f"{path} has {' and '.join(foreign)}, and no {_MANIFEST} of a run: they are of another program, and "
-                "would be replaced. Choose another folder with output_dir, or remove them."
+                f"{path} has {' and '.join(foreign)}, and no {_MANIFEST} of a run: another program wrote them. They "
+                "would be replaced: choose another folder with output_dir, or remove them."
             )
     except OSError as error:
         raise ArtifactError(f"The folder {path} of a run cannot be read: {error}. {_WAY_OUT}") from error
@@ -84,7 +85,7 @@ class Stage:
 
 
 class RunFolder:
-    """Finished stages of an experiment, on disk, so that the same command run again goes on where it was.
+    """Finished stages of an experiment, on disk, so that the same command run again resumes.
 
     Args:
         path: The folder; it is made if it is missing.
@@ -205,7 +206,9 @@ class RunFolder:
                 f"{self.path} holds a run of version {version}; stages of this release, version {_VERSION}, come to "
                 "other results. Choose another folder, or remove this one."
             )
-        keys = sorted(options.keys() | self.options.keys())
+        # Those of methods and adaptations that are new to the folder are added.
+        later = {key for key in options.keys() ^ self.options.keys() if key.startswith(_GROUPS)}
+        keys = sorted((options.keys() | self.options.keys()) - later)
         if different := [key for key in keys if options.get(key) != self.options.get(key)]:
             changes = ", ".join(
                 f"{key}: {options.get(key)!r} there, {self.options.get(key)!r} now" for key in different
@@ -213,6 +216,7 @@ class RunFolder:
             raise ArtifactError(
                 f"{self.path} holds a run with other options ({changes}). Choose another folder, or remove this one."
             )
+        self.options = {**options, **self.options}
 
     def _write(self) -> None:
         stages = {name: {"artifacts": stage.artifacts, "result": stage.result} for name, stage in self._stages.items()}

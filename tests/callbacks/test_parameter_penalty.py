@@ -142,7 +142,7 @@ def test_a_parameter_that_no_optimiser_has_is_left_alone(tmp_path):
         pull = 10 * p.detach() if name.startswith("head") else 0
         torch.testing.assert_close(gradients.steps[0][name], p.grad + pull)
 
-    with pytest.warns(UserWarning, match=r"No optimizer has any of the parameters that ParameterPenalty pulls"):
+    with pytest.warns(UserWarning, match=r"No optimizer has any of the parameters that the penalty pulls"):
         trained(tmp_path, HeadOnly(), ParameterPenalty(5.0, module="body"))
 
 

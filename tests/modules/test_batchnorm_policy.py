@@ -134,9 +134,13 @@ def test_by_default_a_merge_adapts_to_the_user_if_it_can(tmp_path):
     data.setup("test")
     alone = MergeModule(expert(9), STATES, IMPORTANCES)
     trainer(tmp_path).test(alone, data.test_dataloader(), verbose=False)  # no datamodule: nothing to adapt to
-    averaged = BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS[:2]])
-    for name, value in averaged.items():
-        torch.testing.assert_close(alone.adapted[1, 0][f"body.{name}"], value)
+    averaged = MergeModule(expert(9), STATES, IMPORTANCES, bn_policy="average")
+    trainer(tmp_path).test(averaged, data.test_dataloader(), verbose=False)
+    assert alone.adapted == {}
+    assert torch.equal(alone.matrix.nan_to_num(), averaged.matrix.nan_to_num())
+    expected = BatchNormStatistics.average([BatchNormStatistics.of(one.body) for one in EXPERTS[:2]])
+    for name, value in expected.items():
+        torch.testing.assert_close(alone.load_bodies()[1][name], value)
 
 
 def test_options_reach_the_estimate(tmp_path):

@@ -1,13 +1,15 @@
 """What an experiment refuses before anything is read or written, and what it makes of its options."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, experiment, plain, with_norm
 
-from pl_personalize.adaptations import AdaptationSequence
+from pl_personalize.adaptations import ADAPTATIONS, AdaptationSequence
 from pl_personalize.adaptations.fine_tune import FineTune
 from pl_personalize.adaptations.reestimated_statistics import AdaBN, Recalibrate
 from pl_personalize.methods import METHODS
@@ -204,3 +206,14 @@ def test_each_option_that_results_depend_on_is_decisive(tmp_path, option, name):
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert name in changed
     assert name == "network.name" or changed == {name}
+
+
+def test_every_option_of_a_method_and_an_adaptation_is_on_the_command_line():
+    parser = ArgumentParser()
+    parser.add_class_arguments(Experiment, skip={"data", "network"})
+    shown = parser.format_help()
+    families = {method.family.name: method.family.Options for method in METHODS.values()}
+    for group, kinds in (("method", families), ("adaptation", ADAPTATIONS)):
+        for name, kind in kinds.items():
+            for option in fields(kind):
+                assert f"--{group}.{name.lower().replace('-', '_')}.{option.name} " in shown

@@ -12,6 +12,7 @@ from tiny_benchmark import Tiny, call, experiment, loaded, matrix, model, plain
 
 from pl_personalize.adaptations import ADAPTATIONS, Adaptation
 from pl_personalize.adaptations.fine_tune import FineTune
+from pl_personalize.artifacts import ArtifactError
 from pl_personalize.methods import METHODS, Method
 from pl_personalize.methods.experts import ExpertsFamily, Merge
 from pl_personalize.methods.sequence import SequenceFamily
@@ -182,3 +183,21 @@ def test_two_families_of_one_name_are_refused(tmp_path):
 def test_a_merge_of_an_unknown_rule_or_kind_is_refused_when_it_is_made(wrong):
     with pytest.raises(ValueError, match="did you mean"):
         Merge("merge", ExpertsFamily, "a merge", merges=True, **wrong)
+
+
+def test_options_of_a_late_registration_are_decisive_once_it_is_used(tmp_path):
+    with registration():
+        call(tmp_path, methods=["mean-IMM"])  # the folder knows nothing of it
+        call(tmp_path, methods=["mean-IMM"], adaptations=["bias"])
+
+    @dataclass(frozen=True)
+    class Stronger(BiasOfTheHead):
+        constant: float = 200.0
+
+    ADAPTATIONS.register(Stronger)
+    try:
+        call(tmp_path, methods=["mean-IMM"])
+        with pytest.raises(ArtifactError, match=r"constant: 100[.]0 there, 200[.]0 now"):
+            call(tmp_path, methods=["mean-IMM"], adaptations=["bias"])
+    finally:
+        ADAPTATIONS.unregister("bias")
