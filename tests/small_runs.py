@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -124,3 +125,13 @@ def _execute(script: Path, *arguments: str) -> None:
     except BaseException:
         (script.parent / "errors.txt").write_text(traceback.format_exc())
         os._exit(1)
+
+
+def cli_of(folder: Path, module: type[LightningModule], data: type[LightningDataModule], rest: str) -> LightningCLI:
+    """A LightningCLI with a quiet Trainer of one epoch; ``rest`` is the YAML of its callbacks, and what follows."""
+    config = folder / "config.yaml"
+    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
+    options = ["accelerator: cpu", "max_epochs: 1", f"default_root_dir: {folder}", *(f"{one}: false" for one in quiet)]
+    lines = ["seed_everything: false", "trainer:", *(f"  {option}" for option in options), "  callbacks:"]
+    config.write_text("\n".join(lines) + rest)
+    return LightningCLI(module, data, args=["--config", str(config)], run=False, save_config_callback=None)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from adabn_runs import Net, assert_identical, assert_same, clone, differ, fitted, running, wanted, with_state
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from small_runs import ROWS, Rows, in_order
+from small_runs import ROWS, Rows, cli_of, in_order
 from small_runs import quiet_trainer as trainer
 from torch.utils.data import IterableDataset, SubsetRandomSampler
 
@@ -142,19 +141,7 @@ class CLIData(LightningDataModule):
 
 
 def test_lightning_cli_yaml(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-seed_everything: false
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
-  callbacks:
+    rest = f"""
     - class_path: pl_personalize.callbacks.AdaBN
     - class_path: pl_personalize.callbacks.AdaBN
       init_args:
@@ -169,8 +156,7 @@ trainer:
 model:
   norm: true
 """
-    )
-    cli = LightningCLI(Net, CLIData, args=["--config", str(config)], run=False, save_config_callback=None)
+    cli = cli_of(tmp_path, Net, CLIData, rest)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     first, second = (c for c in cli.trainer.callbacks if isinstance(c, AdaBN))
     assert_same(first.statistics, wanted(cli.model, Rows()))

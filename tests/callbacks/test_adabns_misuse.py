@@ -22,10 +22,9 @@ from adabns_runs import (
     wanted,
 )
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_runs import run_forked
+from small_runs import cli_of, run_forked
 from torch import nn
 
 from pl_personalize.callbacks import AdaBNS
@@ -79,19 +78,7 @@ class CLIData(LightningDataModule):
 
 
 def test_lightning_cli_yaml(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-seed_everything: false
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
-  callbacks:
+    rest = """
     - class_path: pl_personalize.callbacks.AdaBNS
       init_args:
         statistics: adapt
@@ -101,8 +88,7 @@ trainer:
 model:
   dropout: 0.1
 """
-    )
-    cli = LightningCLI(Net, CLIData, args=["--config", str(config)], run=False, save_config_callback=None)
+    cli = cli_of(tmp_path, Net, CLIData, rest)
     before, expected = clone(cli.model), wanted(cli.model, module="head", exact=True, prior_samples=8)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     head = clone(cli.model.head)

@@ -5,7 +5,7 @@ from pathlib import Path
 from importance_runs import Net, assert_same, wanted
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
-from small_runs import Rows, in_order
+from small_runs import Rows, cli_of, in_order
 from torch.utils.data import DataLoader
 
 from pl_personalize import estimate_importance
@@ -21,19 +21,7 @@ class CLIData(LightningDataModule):
 
 
 def test_lightning_cli_yaml(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-seed_everything: false
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
-  callbacks:
+    rest = f"""
     - class_path: pl_personalize.callbacks.MASImportance
       init_args:
         dataloader: val
@@ -60,8 +48,7 @@ trainer:
 model:
   norm: true
 """
-    )
-    cli = LightningCLI(Net, CLIData, args=["--config", str(config)], run=False, save_config_callback=None)
+    cli = cli_of(tmp_path, Net, CLIData, rest)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     mas, fisher, both = (c for c in cli.trainer.callbacks if isinstance(c, ImportanceCallback))
 

@@ -3,50 +3,12 @@
 import pytest
 import torch
 from networks import NETWORKS, Shift, TimeFirst, make_network
+from power_sums import directions, engine_of, naive_sums, sums_of
 from reference import relative_error
 from torch import nn
 
-from pl_personalize.functional.batches import call_model
 from pl_personalize.per_sample import layer_rules
 from pl_personalize.per_sample.layer_rules import register_layer_rule
-from pl_personalize.per_sample.power_sums import PerSamplePowerSums
-
-
-def _engine(model, power=1, forward=call_model, max_scratch_bytes=2**20, parameters=None):
-    return PerSamplePowerSums(
-        model,
-        parameters or dict(model.named_parameters()),
-        power=power,
-        forward=forward,
-        max_scratch_bytes=max_scratch_bytes,
-    )
-
-
-def _directions(logits, count=1):
-    """Fixed gradients of an objective with respect to the logits, different for each entry."""
-    return [(logits + k).sin() + 0.5 for k in range(count)]
-
-
-def _naive_sums(model, x, power, count=1):
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for i in range(x.shape[0]):
-        logits = model.eval()(x[i : i + 1])
-        for direction in _directions(logits.detach(), count):
-            gradients = torch.autograd.grad(
-                logits, list(parameters.values()), direction, retain_graph=True, materialize_grads=True
-            )
-            for name, gradient in zip(parameters, gradients, strict=True):
-                total[name] += gradient.abs() ** power
-    return total
-
-
-def _sums(model, batches, power=1, count=1, **options):
-    with _engine(model, power, **options) as engine:
-        for batch in batches:
-            engine.add(batch, batch.shape[0], lambda logits: _directions(logits, count))
-    return engine.sums, engine.routes
-
 
 # What is not "closed form", by the beginning of the names of the parameters that have it.
 SLOWER = {
@@ -65,9 +27,9 @@ def test_each_parameter_takes_the_fastest_path_that_is_right(name):
     model, x = make_network(name, 5)
     slower = SLOWER.get(name, {})
 
-    sums, paths = _sums(model, [x])
+    sums, paths = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     for parameter, path in paths.items():
         path = "loop" if parameter.startswith("recurrent") and path == "model" else path
         expected = {found for prefix, found in slower.items() if parameter.startswith(prefix)} or {"closed form"}
@@ -79,20 +41,20 @@ def test_each_parameter_takes_the_fastest_path_that_is_right(name):
 @pytest.mark.parametrize("name", ["mlp", "twice_used", "residual", "attention", "data_dependent", "logit_shift"])
 def test_several_directions_add_up_over_batches_and_chunks(name, power):
     model, x = make_network(name, 7)
-    right = _naive_sums(model, x, power, count=3)
+    right = naive_sums(model, x, power, count=3)
 
     for batches, scratch in (((x,), 2**20), (x.split([1, 4, 2]), 2**20), ((x,), 1), ((x,), 2000)):
-        sums, _ = _sums(model, batches, power, count=3, max_scratch_bytes=scratch)
+        sums, _ = sums_of(model, batches, power, count=3, max_scratch_bytes=scratch)
         assert relative_error(sums, right) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "summed_in"), [("float64",) * 2, ("float32",) * 2, ("bfloat16", "float32")])
 def test_sums_are_float32_or_better(dtype, summed_in):
     model, x = make_network("mlp", 6)
-    right = _naive_sums(model, x, 1)
+    right = naive_sums(model, x, 1)
     tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-2}[dtype]
 
-    sums, _ = _sums(model.to(getattr(torch, dtype)), [x.to(getattr(torch, dtype))])
+    sums, _ = sums_of(model.to(getattr(torch, dtype)), [x.to(getattr(torch, dtype))])
 
     assert {value.dtype for value in sums.values()} == {getattr(torch, summed_in)}
     assert relative_error(sums, right) < tolerance
@@ -103,9 +65,9 @@ def test_a_first_batch_of_one_sample_does_not_decide_for_larger_ones():
     torch.manual_seed(0)
     model, x = TimeFirst().double(), torch.randn(6, 1, 4, dtype=torch.float64)
 
-    sums, paths = _sums(model, x.split([1, 5]))
+    sums, paths = sums_of(model, x.split([1, 5]))
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert paths["embed.weight"] == "closed form"
 
 
@@ -114,17 +76,17 @@ def test_as_many_steps_as_samples(steps):
     torch.manual_seed(0)
     model, x = TimeFirst().double(), torch.randn(5, steps, 4, dtype=torch.float64)
 
-    assert relative_error(_sums(model, [x])[0], _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums_of(model, [x])[0], naive_sums(model, x, 1)) < 1e-12
 
 
 def test_inputs_that_need_a_gradient():
     model, x = make_network("mlp", 5)
     x.requires_grad_()
 
-    sums, _ = _sums(model, [x])
+    sums, _ = sums_of(model, [x])
 
     assert not any(value.requires_grad for value in sums.values())
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert x.grad is None
 
 
@@ -137,11 +99,11 @@ def test_a_gradient_that_is_the_direction_itself_leaves_it_alone(power, size):
     nn.init.zeros_(model[1].bias)
     model[2].shift.data[:] = torch.tensor([1.0, -1.5])
     x = torch.randn(12, 6, dtype=torch.float64)
-    assert _directions(model(x))[0].sign().mean(0).tolist() == [1.0, -1.0]
+    assert directions(model(x))[0].sign().mean(0).tolist() == [1.0, -1.0]
 
-    sums, _ = _sums(model, x.split(size), power)
+    sums, _ = sums_of(model, x.split(size), power)
 
-    assert relative_error(sums, _naive_sums(model, x, power)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, power)) < 1e-12
 
 
 class _TwoShifts(nn.Module):
@@ -166,9 +128,9 @@ def test_parameters_whose_gradients_are_one_tensor(layer, power):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 3), layer()).double(), torch.randn(5, 6, dtype=torch.float64)
 
-    sums, _ = _sums(model, [x], power, count=2)
+    sums, _ = sums_of(model, [x], power, count=2)
 
-    assert relative_error(sums, _naive_sums(model, x, power, count=2)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, power, count=2)) < 1e-12
 
 
 def test_maps_as_outputs():
@@ -176,7 +138,7 @@ def test_maps_as_outputs():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.ConvTranspose2d(4, 3, 2)).double()
     x = torch.randn(4, 2, 5, 6, dtype=torch.float64)
 
-    assert relative_error(_sums(model, [x])[0], _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums_of(model, [x])[0], naive_sums(model, x, 1)) < 1e-12
 
 
 def test_a_hook_of_the_user_is_respected():
@@ -184,9 +146,9 @@ def test_a_hook_of_the_user_is_respected():
     model[1].register_forward_hook(lambda module, args, output: output.square())
     model[3].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
 
-    sums, paths = _sums(model, [x])
+    sums, paths = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert (paths["1.weight"], paths["3.weight"]) == ("layer", "closed form")
 
 
@@ -205,9 +167,9 @@ def test_a_part_under_no_grad_or_detached_gets_what_autograd_gives():
     torch.manual_seed(0)
     model, x = Partly().double(), torch.randn(5, 6, dtype=torch.float64)
 
-    sums, _ = _sums(model, [x])
+    sums, _ = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert {name for name, value in sums.items() if not value.any()} == {
         f"{layer}.{parameter}" for layer in ("stem", "unused") for parameter in ("weight", "bias")
     }
@@ -223,9 +185,9 @@ def test_an_input_without_influence_beside_one_with(first):
     x = x if first == "silent" else x.flip(0)
     x[-3:] *= 20
 
-    sums, _ = _sums(model, [x])
+    sums, _ = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
 
 
 class _Gain(nn.Module):
@@ -256,9 +218,9 @@ def test_a_rule_is_checked_before_it_is_believed(monkeypatch, rule, path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), _Gain()).double(), torch.randn(5, 4, dtype=torch.float64)
 
-    sums, paths = _sums(model, [x])
+    sums, paths = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert paths == {"0.weight": "closed form", "0.bias": "closed form", "1.weight": path}
 
 
@@ -273,9 +235,9 @@ def test_a_wrong_shortcut_is_noticed(monkeypatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), _Gain()).double(), torch.randn(5, 4, dtype=torch.float64)
 
-    sums, paths = _sums(model, [x])
+    sums, paths = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert paths["1.weight"] == "layer"
 
 
@@ -297,8 +259,8 @@ def test_samples_that_are_rounded_otherwise_alone_take_no_slower_path(power):
     torch.manual_seed(0)
     model, x = Kinked(), torch.randn(5, 4)
 
-    with _engine(model, power) as engine:
-        engine.add(x, 5, _directions)
+    with engine_of(model, power) as engine:
+        engine.add(x, 5, directions)
 
     assert set(engine.routes.values()) == {"closed form"}
 
@@ -331,10 +293,10 @@ class DividesByBatchSize(nn.Module):
 def test_a_backward_pass_that_knows_the_size_of_the_batch_takes_a_slower_path(power, slope):
     torch.manual_seed(0)
     model, x = DividesByBatchSize(slope), torch.randn(5, 4)
-    right = _naive_sums(model, x, power)
+    right = naive_sums(model, x, power)
 
-    with _engine(model, power) as engine:
-        engine.add(x, 5, _directions)
+    with engine_of(model, power) as engine:
+        engine.add(x, 5, directions)
 
     assert relative_error(engine.sums, right) < 1e-5
 
@@ -351,9 +313,9 @@ def test_parameters_without_entries():
     torch.manual_seed(0)
     model, x = WithEmpty().double(), torch.randn(5, 6, dtype=torch.float64)
 
-    sums, _ = _sums(model, [x])
+    sums, _ = sums_of(model, [x])
 
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
 
 
 class Repeated(nn.Module):
@@ -382,8 +344,8 @@ class UsedTwice(nn.Module):
 def test_tokens_that_cannot_be_copied_take_a_slower_path(make):
     torch.manual_seed(0)
     model, x = make().double().eval(), torch.randn(5, 2, 4, dtype=torch.float64)
-    sums, paths = _sums(model, [x])
-    assert relative_error(sums, _naive_sums(model, x, 1)) < 1e-12
+    sums, paths = sums_of(model, [x])
+    assert relative_error(sums, naive_sums(model, x, 1)) < 1e-12
     assert paths["token"] in ("layer", "model")
     assert paths["last.weight"] == "closed form"
     assert "token" not in vars(model)

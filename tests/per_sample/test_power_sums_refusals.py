@@ -3,47 +3,9 @@
 import pytest
 import torch
 from networks import MixesSamples, make_network, mlp
+from power_sums import directions, engine_of, naive_sums, sums_of
 from reference import relative_error
 from torch import nn
-
-from pl_personalize.functional.batches import call_model
-from pl_personalize.per_sample.power_sums import PerSamplePowerSums
-
-
-def _engine(model, power=1, forward=call_model, max_scratch_bytes=2**20, parameters=None):
-    return PerSamplePowerSums(
-        model,
-        parameters or dict(model.named_parameters()),
-        power=power,
-        forward=forward,
-        max_scratch_bytes=max_scratch_bytes,
-    )
-
-
-def _directions(logits, count=1):
-    """Fixed gradients of an objective with respect to the logits, different for each entry."""
-    return [(logits + k).sin() + 0.5 for k in range(count)]
-
-
-def _naive_sums(model, x, power, count=1):
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for i in range(x.shape[0]):
-        logits = model.eval()(x[i : i + 1])
-        for direction in _directions(logits.detach(), count):
-            gradients = torch.autograd.grad(
-                logits, list(parameters.values()), direction, retain_graph=True, materialize_grads=True
-            )
-            for name, gradient in zip(parameters, gradients, strict=True):
-                total[name] += gradient.abs() ** power
-    return total
-
-
-def _sums(model, batches, power=1, count=1, **options):
-    with _engine(model, power, **options) as engine:
-        for batch in batches:
-            engine.add(batch, batch.shape[0], lambda logits: _directions(logits, count))
-    return engine.sums, engine.routes
 
 
 class _Returns(nn.Module):
@@ -86,8 +48,8 @@ def test_what_has_no_per_sample_gradient_is_refused(model, message, power):
     torch.manual_seed(0)
     x = torch.randn(5, 6)
 
-    with pytest.raises(ValueError, match=message), _engine(model, power) as engine:
-        engine.add(x, 5, _directions)
+    with pytest.raises(ValueError, match=message), engine_of(model, power) as engine:
+        engine.add(x, 5, directions)
 
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
@@ -96,12 +58,12 @@ def test_what_has_no_per_sample_gradient_is_refused(model, message, power):
 
 def test_an_output_that_is_not_finite_in_a_later_batch_is_refused():
     model, x = make_network("mlp", 4)
-    with _engine(model) as engine:
-        engine.add(x, 4, _directions)
+    with engine_of(model) as engine:
+        engine.add(x, 4, directions)
         before = {name: value.clone() for name, value in engine.sums.items()}
         x[2, 0] = float("inf")
         with pytest.raises(ValueError, match="NaN or infinite"):
-            engine.add(x, 4, _directions)
+            engine.add(x, 4, directions)
 
     assert all(torch.equal(value, before[name]) for name, value in engine.sums.items())
 
@@ -109,8 +71,8 @@ def test_an_output_that_is_not_finite_in_a_later_batch_is_refused():
 def test_wrong_number_of_samples_is_refused():
     model, x = make_network("mlp", 4)
 
-    with pytest.raises(ValueError, match="rows"), _engine(model) as engine:
-        engine.add(x, 3, _directions)
+    with pytest.raises(ValueError, match="rows"), engine_of(model) as engine:
+        engine.add(x, 3, directions)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -129,9 +91,9 @@ def test_a_layer_that_is_used_otherwise_in_a_later_batch_takes_the_loop(sizes, p
     torch.manual_seed(0)
     model, x = Routed().double(), torch.randn(6, 6, dtype=torch.float64)
     x[:, 0] = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
-    right = _naive_sums(model, x, power, count=2)
+    right = naive_sums(model, x, power, count=2)
 
-    sums, paths = _sums(model, x.split(sizes), power, count=2)
+    sums, paths = sums_of(model, x.split(sizes), power, count=2)
 
     assert relative_error(sums, right) < 1e-12
     assert paths["right.weight"] == paths["right.bias"] == "loop"
@@ -157,21 +119,21 @@ def test_what_shows_in_the_backward_pass_of_a_later_batch_is_refused_by_name():
     torch.manual_seed(0)
     x = torch.randn(5, 6)
     with pytest.raises(ValueError, match=r"'last' \(Linear\) was used differently.*in place.*exclude"):
-        _sums(RoutesInBackward(), [x])
+        sums_of(RoutesInBackward(), [x])
 
 
 def test_a_wrong_direction_does_not_leave_the_engine_broken():
     """An error in one batch must not leave recorded tensors behind for the next one."""
     model, x = make_network("residual", 4)
-    right = _naive_sums(model, x, 1)
+    right = naive_sums(model, x, 1)
 
     def fail(logits):
         raise KeyError("labels")
 
-    with _engine(model) as engine:
+    with engine_of(model) as engine:
         with pytest.raises(KeyError):
             engine.add(x, 4, fail)
-        engine.add(x, 4, _directions)
+        engine.add(x, 4, directions)
 
     assert relative_error(engine.sums, right) < 1e-12
 
@@ -182,7 +144,7 @@ def test_inside_only_the_engine_needs_gradients_and_outside_all_is_as_before():
     model[0][1].bias.requires_grad_(False)
     modes = [m.training for m in model.modules()]
 
-    with _engine(model, parameters={"0.3.weight": model[0][3].weight}) as engine:
+    with engine_of(model, parameters={"0.3.weight": model[0][3].weight}) as engine:
         assert not any(m.training for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert set(engine.sums) == set(engine.routes) == {"0.3.weight"}
