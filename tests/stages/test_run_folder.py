@@ -43,6 +43,15 @@ def test_it_knows_the_checksums_of_what_stages_made(tmp_path):
         folder.checksums([tmp_path / "other.bin"])
 
 
+@pytest.mark.parametrize("first", [{"data": 1}, {"data": 1, "turns": 2}])
+def test_an_option_that_one_call_lacks_is_refused_but_for_methods_and_adaptations(tmp_path, first):
+    RunFolder(tmp_path, first | {"method.a.strength": 1.0})
+    other = RunFolder(tmp_path, first | {"adaptation.b.lr": 0.1})
+    assert other.options == first | {"method.a.strength": 1.0, "adaptation.b.lr": 0.1}
+    with pytest.raises(ArtifactError, match=r"with other options \(turns: "):
+        RunFolder(tmp_path, {"data": 1} if "turns" in first else {"data": 1, "turns": 2})
+
+
 def test_other_options_are_refused_and_named(tmp_path):
     RunFolder(tmp_path, {"lr": 0.1, "epochs": 3})
     with pytest.raises(ArtifactError, match=r"lr: 0\.1 there, 0\.2 now"):
