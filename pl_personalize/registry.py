@@ -26,7 +26,7 @@ class Registry(Mapping[str, T]):
         entries: Initial entries.
 
     Raises:
-        ValueError: If two entries have the same name.
+        ValueError: If two entries have the same name, or a name is not valid.
 
     Example:
         >>> from pathlib import Path
@@ -50,8 +50,10 @@ class Registry(Mapping[str, T]):
         """Add an entry and return it, so that this also serves as a class decorator.
 
         Raises:
-            ValueError: If its name is taken.
+            ValueError: If its name is taken, empty, or has a ``+`` (which joins names) or a path separator.
         """
+        if not entry.name or set(entry.name) & set("+/\\"):
+            raise ValueError(f"A {self.kind} cannot be called {entry.name!r}: a name has no '+', '/' or '\\'.")
         if entry.name in self._entries:
             raise ValueError(f"There is already a {self.kind} called {entry.name!r}.")
         self._entries[entry.name] = entry

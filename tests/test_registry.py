@@ -29,6 +29,13 @@ def test_a_name_is_taken_once(registry):
     assert len(registry) == 2
 
 
+@pytest.mark.parametrize("name", ["", "apple+pear", "apple/pear", "apple\\pear"])
+def test_a_name_must_fit_into_sequences_and_files(registry, name):
+    with pytest.raises(ValueError, match="cannot be called"):
+        registry.register(Entry(name))
+    assert len(registry) == 2
+
+
 def test_registering_is_a_decorator():
     kinds = Registry("class")
 

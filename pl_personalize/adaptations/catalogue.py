@@ -37,7 +37,7 @@ def find_adaptation(name: str, options: Mapping[str, Any] | None = None) -> Adap
         (AdaBN(exact=True, prior_samples=0.0, max_scratch_mb=256),)
     """
     try:
-        kinds = [ADAPTATIONS.find(part) for part in name.split("+")]
+        kinds = [ADAPTATIONS.find(part) for part in split_steps(name)]
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
     options = dict(options or {})
@@ -50,6 +50,18 @@ def find_adaptation(name: str, options: Mapping[str, Any] | None = None) -> Adap
     return AdaptationSequence(
         tuple(kind(**{k: v for k, v in options.items() if k in option_names(kind)}) for kind in kinds)
     )
+
+
+def split_steps(name: str) -> list[str]:
+    """The names in a sequence.
+
+    Raises:
+        ValueError: If ``none`` is one of several.
+    """
+    steps = name.split("+")
+    if len(steps) > 1 and Unchanged.name in steps:
+        raise ValueError(f"{name!r}: {Unchanged.name!r} does nothing in a sequence; leave it out.")
+    return steps
 
 
 def default_adaptation(network: TaskNetwork) -> str:

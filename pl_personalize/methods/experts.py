@@ -38,6 +38,9 @@ class Merge(Method):
     Attributes:
         kind: Kind of the importances that weight the experts, or ``None`` for equal weights.
         rule: The merge rule, see :func:`~pl_personalize.merge`.
+
+    Raises:
+        ValueError: If the rule or the kind is unknown, or the importances need labels that users do not have.
     """
 
     kind: str | None = None
@@ -45,8 +48,11 @@ class Merge(Method):
 
     def __post_init__(self) -> None:
         MERGE_RULES.find(self.rule)
-        if self.kind is not None:
-            IMPORTANCE_KINDS.find(self.kind)
+        if self.kind is not None and "labels" in IMPORTANCE_KINDS.find(self.kind).options and self.personal:
+            raise ValueError(
+                f"{self.name}: {self.kind} importances need labels, and users' images have none. Use personal=False, "
+                "or another kind."
+            )
 
 
 class ExpertsFamily(SequenceFamily):

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.adaptations import ADAPTATIONS, Adaptation, AdaptationSequence, default_adaptation
+from pl_personalize.adaptations.catalogue import split_steps
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.datamodules.base import whole
 from pl_personalize.methods import METHODS, Family, Method
@@ -144,12 +145,16 @@ class Experiment:
             if len(listed) < least or len(set(listed)) != len(listed):
                 what = "at least one, and each once" if least else "each once"
                 raise MisconfigurationException(f"{name} must be {what}; got {listed}.")
-        methods = [name.split("+") for name in self.methods]
+        try:
+            pinned = [split_steps(name.partition("+")[2]) for name in self.methods if "+" in name]
+            sequences = [split_steps(name) for name in self.adaptations or ()]
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         known: list[tuple[str, Sequence[str], Sequence[str]]] = [
             ("models", [self.models], get_args(TestedModels)),
-            ("methods", [method for method, *_ in methods], list(METHODS)),
-            ("methods", [pinned for _, *adaptations in methods for pinned in adaptations], list(ADAPTATIONS)),
-            ("adaptations", [part for name in self.adaptations or () for part in name.split("+")], list(ADAPTATIONS)),
+            ("methods", [name.partition("+")[0] for name in self.methods], list(METHODS)),
+            ("methods", [step for steps in pinned for step in steps], list(ADAPTATIONS)),
+            ("adaptations", [step for steps in sequences for step in steps], list(ADAPTATIONS)),
             ("loggers", self.loggers, get_args(LoggerName)),
             ("wandb.artifacts", self.wandb.artifacts, get_args(ArtifactName)),
             ("wandb.images_of", self.wandb.images_of, self.data.users),

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pl_personalize.artifacts import ArtifactError
+from pl_personalize.functional.names import some
 from pl_personalize.methods import METHODS
 from pl_personalize.models import TaskNetwork
 from pl_personalize.models.network_options import NetworkOptions
@@ -104,6 +105,11 @@ def _prepare(experiment: Experiment) -> tuple[TaskNetwork, list[Variant]]:
         experiment.network.check(experiment.data.image_shape)
     with torch.random.fork_rng(devices=[]):
         network = experiment.make_network(2)
+    if others := [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        raise MisconfigurationException(
+            f"The network's state has entries that are no tensors and cannot be kept in a run: {some(others)}. "
+            "Make them tensors, or leave them out of the state dict."
+        )
     weighing = [method.name for method in experiment.compared if method.needs_importances]
     if weighing and not any(parameter.requires_grad for parameter in network.body.parameters()):
         raise MisconfigurationException(

@@ -82,7 +82,7 @@ def test_a_sequence_says_which_step_does_not_apply():
     for name in ("last", "average", "expert", "reference", "recalibrate", "AdaBN", "AdaBN-S"):
         assert find_adaptation(f"FT+{name}").why_not(plain(2)) == f"'{name}' needs a network with batch norm"
         assert find_adaptation(f"FT+{name}").why_not(with_norm(2)) is None
-    assert find_adaptation("none+FT").why_not(plain(2)) is None
+    assert find_adaptation("FT").why_not(plain(2)) is None
 
 
 def test_an_adaptation_must_say_what_it_replaces():

@@ -42,6 +42,8 @@ from pl_personalize.runner.variants import Variant
         ({"adaptations": ["last", "last"]}, "adaptations must be at least one, and each once"),
         ({"adaptations": "adapt"}, "adaptations: there is no 'adapt'"),
         ({"adaptations": ["recalibrate+adabn"]}, "adaptations: there is no 'adabn'; did you mean 'AdaBN'[?]"),
+        ({"adaptations": ["none+AdaBN"]}, "'none[+]AdaBN': 'none' does nothing in a sequence"),
+        ({"methods": ["Experts+none+none"]}, "'none[+]none': 'none' does nothing in a sequence"),
         ({"seeds": []}, "seeds must be at least one"),
         ({"seeds": [1, 1]}, "seeds must be at least one, and each once"),
         ({"seeds": "12"}, "A seed must be an integer; got '1'"),
@@ -156,7 +158,6 @@ def test_options_reach_the_steps_of_a_sequence_and_those_of_the_method_come_firs
         Variant("FT"): [FineTune(epochs=3)],
         Variant("FT", "AdaBN"): [FineTune(epochs=3), AdaBN(exact=True)],
         Variant("Experts", "recalibrate+AdaBN"): [Recalibrate(), AdaBN(exact=True)],
-        Variant("Experts", "none+FT"): [FineTune(epochs=3)],
     }
     for variant, steps in sequences.items():
         sequence = made.sequence(variant)

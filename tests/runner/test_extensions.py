@@ -185,6 +185,11 @@ def test_a_merge_of_an_unknown_rule_or_kind_is_refused_when_it_is_made(wrong):
         Merge("merge", ExpertsFamily, "a merge", merges=True, **wrong)
 
 
+def test_a_personal_merge_by_importances_that_need_labels_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match="empirical_fisher importances need labels"):
+        Merge("merge", ExpertsFamily, "a merge", merges=True, kind="empirical_fisher", personal=True)
+
+
 def test_options_of_a_late_registration_are_decisive_once_it_is_used(tmp_path):
     with registration():
         call(tmp_path, methods=["mean-IMM"])  # the folder knows nothing of it

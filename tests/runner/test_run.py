@@ -10,12 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, call, plain, with_norm
+from torch import nn
 
 from pl_personalize import ArtifactError
 from pl_personalize.adaptations.fine_tune import FineTune
 from pl_personalize.adaptations.reestimated_statistics import AdaBNSupervised
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.methods import METHODS
+from pl_personalize.models import TaskNetwork
 from pl_personalize.runner import AdaptationOptions, TrainerOptions, TrainingOptions
 from pl_personalize.runner.server_run import load_adapted
 
@@ -140,6 +142,19 @@ def test_a_frozen_body_has_no_importances_which_is_said_before_anything_is_done(
     with pytest.raises(MisconfigurationException, match=rf"no importances for {method}\. "):
         call(tmp_path, network=frozen, methods=[method, "Experts"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_whose_state_is_more_than_tensors_is_refused_before_anything_is_done(tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(MisconfigurationException, match=r"no tensors .* body\.0\._extra_state"):
+        call(tmp_path, network=lambda classes: TaskNetwork(nn.Sequential(Counting(4, 5)), nn.Linear(5, classes)))
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_frozen_body_is_no_obstacle_for_other_methods(tmp_path):
