@@ -24,17 +24,9 @@ class _Split(NamedTuple):
 def check_data(
     datamodule: TaskIncrementalDataModule, network: TaskNetwork, methods: Sequence[Method], trainer: TrainerOptions
 ) -> None:
-    """Read all data, so that what is missing, broken or of no use to the network is found before any training.
+    """Read all data, and refuse what is missing, broken or of no use to the network before any training.
 
-    Args:
-        datamodule: The benchmark.
-        network: One for any number of classes, to try the images on; it is not used any further.
-        methods: What is compared.
-        trainer: For the Lightning Trainers, whose device and precision the network is tried in.
-
-    Raises:
-        MisconfigurationException: If there is a split without images or that cannot be read, images that the network
-            cannot take, or images of several shapes for a model of all tasks.
+    The network may be one for any number of classes; it is tried on the device and in the precision of the trainer.
     """
     splits = _read_all(datamodule)
     if any(method.family.needs_one_shape for method in methods):

@@ -47,14 +47,9 @@ def lowest_accuracy(matrices: Iterable[Tensor]) -> float:
 def draw_matrices(
     path: Path, title: str, matrices: Mapping[str, Tensor], tasks: Sequence[str], low: float | None = None
 ) -> Path:
-    """Draw accuracy matrices as heat maps, five in a row; for many users, only their mean.
+    """Draw accuracy matrices (in [0, 1], model × task, by user) as heat maps; for many users, only their mean.
 
-    Args:
-        path: The PNG to write.
-        title: Title of the figure.
-        matrices: Accuracies in [0, 1], model × task, by user.
-        tasks: Names of the tasks.
-        low: Lower end of the color scale, in percent; defaults to :func:`lowest_accuracy` of the matrices.
+    The color scale starts at ``low`` percent, by default the :func:`lowest_accuracy` of the matrices.
     """
     if len(matrices) >= MANY_USERS:
         matrices = {ALL_USERS: torch.stack(list(matrices.values())).mean(0)}
@@ -90,11 +85,6 @@ def draw_methods(path: Path, title: str, rows: Sequence[ResultRow]) -> Path:
 
     For many users there is a single bar, for their mean, with one dot per user; for several adaptations there is one
     bar per adaptation, for the mean over users.
-
-    Args:
-        path: The PNG to write.
-        title: Title of the figure.
-        rows: The results.
     """
     frame = result_frame(rows)
     methods, adaptations = list(frame["method"].unique()), list(frame["adaptation"].unique())

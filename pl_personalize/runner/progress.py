@@ -18,12 +18,8 @@ class Progress:
     """Shows which stage runs, its epoch, and the time left.
 
     The time left is estimated from the mean duration of each kind of stage, as a training takes much longer than a
-    test; it is shown once every kind that is still to come has been seen.
-
-    Args:
-        works: The stages to do.
-        finished: Number of stages that were finished before.
-        interval: Seconds between two lines, if standard error is no terminal.
+    test; it is shown once every kind that is still to come has been seen. If standard error is no terminal, a line is
+    written every ``interval`` seconds.
     """
 
     def __init__(self, works: Sequence[Work], finished: int, *, interval: float = 30) -> None:

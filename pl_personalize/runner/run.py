@@ -96,11 +96,7 @@ def _runs(experiment: Experiment, folder: RunFolder, variants: Sequence[Variant]
 
 
 def _prepare(experiment: Experiment) -> tuple[TaskNetwork, list[Variant]]:
-    """A network for checks, and the rows of the tables.
-
-    Raises:
-        MisconfigurationException: If the network does not fit the images, the methods or the adaptations.
-    """
+    """A network for checks, and the rows of the tables; refuses a network that does not fit them."""
     if isinstance(experiment.network, NetworkOptions):
         experiment.network.check(experiment.data.image_shape)
     with torch.random.fork_rng(devices=[]):
@@ -120,11 +116,7 @@ def _prepare(experiment: Experiment) -> tuple[TaskNetwork, list[Variant]]:
 
 
 def _in_a_sweep(experiment: Experiment) -> Experiment:
-    """The experiment in a folder of its own, if a sweep's agent starts the same command with other options.
-
-    Raises:
-        MisconfigurationException: If it would be several runs of W&B.
-    """
+    """The experiment in a folder of its own, if a sweep's agent starts the same command with other options."""
     if "wandb" not in experiment.loggers or not os.environ.get("WANDB_SWEEP_ID"):
         return experiment
     runs = len(experiment.families) * len(experiment.seed_list)
@@ -137,11 +129,7 @@ def _in_a_sweep(experiment: Experiment) -> Experiment:
 
 
 def _refuse_work(folder: RunFolder, stages: int, untold: Sequence[str]) -> None:
-    """Refuse to write to a read-only folder.
-
-    Raises:
-        ArtifactError: If stages are unfinished, or loggers have not received everything.
-    """
+    """Refuse to write to a read-only folder."""
     left = [f"{stages} stages are unfinished"] if stages else []
     left += [f"the loggers {', '.join(untold)} are incomplete (loggers=[] leaves them out)"] if untold else []
     if left:

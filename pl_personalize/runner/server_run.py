@@ -30,15 +30,7 @@ ADAPTED_KIND = "adapted"
 
 
 class ServerRun:
-    """All stages of one family of methods with one seed; finished ones are not repeated.
-
-    Args:
-        experiment: The experiment.
-        folder: Its folder.
-        family: The family.
-        variants: The methods of the family and their adaptations.
-        seed: Seed of initial parameters, order of the data, and sampled labels.
-    """
+    """All stages of one family of methods with one seed; finished ones are not repeated."""
 
     def __init__(
         self,
@@ -115,11 +107,7 @@ class ServerRun:
     # Results
 
     def matrix(self, variant: Variant, user: str) -> Tensor:
-        """The accuracies, model by task, in [0, 1]; NaN where there is none.
-
-        Raises:
-            KeyError: If that stage is not finished.
-        """
+        """The accuracies, model by task, in [0, 1]; NaN where there is none."""
         rows = self.workspace.result(f"test/{variant.label}/{user}")["matrix"]
         return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
 
@@ -227,11 +215,7 @@ class ServerRun:
 
 
 def load_adapted(path: Path) -> Mapping[Cell, Entries]:
-    """The entries that an ``adapt`` stage wrote, by model and task, both from 0.
-
-    Raises:
-        ArtifactError: If the file is missing, damaged, or of another kind.
-    """
+    """The entries that an ``adapt`` stage wrote, by model and task, both from 0."""
     file = TensorFile(path, kind=ADAPTED_KIND)
     found: dict[Cell, Entries] = {(t, i): {} for t, i in file.metadata["cells"]}
     for name, value in file.load().items():

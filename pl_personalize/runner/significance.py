@@ -18,16 +18,10 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired t-test of two methods.
+    """A paired t-test of two methods, by their labels.
 
-    Attributes:
-        user: Name of the user, or ``all``.
-        method: Label of the first method (with its adaptation, if any).
-        other: Label of the second.
-        pairs: Number of pairs (seeds).
-        difference: Mean of (first − second), in percentage points of accuracy.
-        p: Two-sided p-value.
-        p_adjusted: The p-value after Holm's correction, see :func:`compare`.
+    ``difference`` is the mean of (first − second) over ``pairs`` seeds, in percentage points of accuracy; ``p`` is
+    two-sided, and ``p_adjusted`` has Holm's correction, see :func:`compare`.
     """
 
     user: str
@@ -48,15 +42,10 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
     """Compare methods under the same adaptation, and adaptations of the same method, paired by seed.
 
     For ``all`` users, the means over users are compared. Pairs of seed and user would not be independent: the users of
-    a seed share its experts, and differences between users would be mistaken for noise.
-
-    Args:
-        rows: The results; rows of user ``all`` are ignored. Bounds are compared only with themselves under other
-            adaptations.
-
-    Returns:
-        The comparisons; none for fewer than three seeds. Holm's correction covers the pairs of one user that answer one
-        question: which method is best under an adaptation, or which adaptation is best for a method.
+    a seed share its experts, and differences between users would be mistaken for noise. Bounds are compared only with
+    themselves under other adaptations. Holm's correction covers the pairs of one user that answer one question: which
+    method is best under an adaptation, or which adaptation is best for a method. With fewer than three seeds, nothing
+    is compared.
     """
     frame = result_frame(row for row in rows if row.user != ALL_USERS)
     users, seeds = list(frame["user"].unique()), sorted(frame["seed"].unique())
@@ -143,18 +132,10 @@ def holm(values: Sequence[float]) -> list[float]:
 def marks(
     rows: Sequence[ResultRow], comparisons: Sequence[Comparison], labels: Sequence[str]
 ) -> dict[tuple[str, str], str]:
-    """Mark, for each user, the best method (``*``) and those significantly below it (``↓``).
+    """Marks by label and user: the best of the competing labels (``*``), and those significantly below it (``↓``).
 
     Nothing is marked for a user if all are equal. An unmarked method may be as good as the best or worse: the seeds are
     too few to tell.
-
-    Args:
-        rows: The results, including those of user ``all``.
-        comparisons: The result of :func:`compare`.
-        labels: Labels of the competitors.
-
-    Returns:
-        Marks by label and user; none for users without comparisons.
     """
     found: dict[tuple[str, str], str] = {}
     competing = [one for one in comparisons if one.method in labels and one.other in labels]
