@@ -19,20 +19,16 @@ from pl_personalize.importance import Importance
 from pl_personalize.runner.figures import draw_matrices, lowest_accuracy
 from pl_personalize.runner.results import ResultRow, result_row, with_means_over_users
 from pl_personalize.runner.server_run import ServerRun
-from pl_personalize.runner.tracking import RunResults, Tracker, csv_tracker, tensorboard_tracker
+from pl_personalize.runner.tracking import LoggerTracker, RunResults, csv_tracker, tensorboard_tracker
 from pl_personalize.runner.wandb_tracker import WandbTracker
 from pl_personalize.stages.metrics_log import Record
 
+Tracker = LoggerTracker | WandbTracker
 _PACKAGES = ("pl-personalize", "lightning", "torch", "torchvision", "torchmetrics", "wandb", "numpy")
 
 
 class Following:
-    """Loggers of a run: they receive its earlier metrics, then new ones, and the results at the end.
-
-    Args:
-        run: The run.
-        options: Options that the results depend on.
-    """
+    """Loggers of a run: they receive its earlier metrics, then new ones, and the results at the end."""
 
     def __init__(self, run: ServerRun, options: Mapping[str, Any]) -> None:
         self._run, self._options, self._wandb = run, options, run.experiment.wandb

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,35 +43,16 @@ class RunResults:
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Tracker(Protocol):
-    """Tracks a run, that is, one server method with one seed."""
-
-    def log(self, record: Record) -> None:
-        """Log the metrics of a step; the name of its stage is relative to the run, such as ``train/task1``."""
-
-    def log_importance(self, owner: str, task: int, importance: Importance) -> None:
-        """Log an owner's importances for the expert of a task (counted from 1)."""
-
-    def log_results(self, results: RunResults) -> None:
-        """Log the results."""
-
-    def finish(self) -> None:
-        """Close the tracker after the run has finished or was interrupted."""
-
-
 def log10_of_positive(values: Tensor) -> Tensor:
     """Decimal logarithms of the positive entries, flat, on the CPU and in float64."""
     return values[values > 0].double().log10().cpu()
 
 
 class LoggerTracker:
-    """Tracks a run with one Lightning logger per stage, so that every stage has its own step axis.
+    """Tracks a server method and seed with one Lightning logger per stage, so that every stage has its own step axis.
 
-    A resumed run is logged again from its beginning, so the folder is emptied first.
-
-    Args:
-        folder: Folder that the loggers write to; emptied.
-        make_logger: Function that creates the logger from a folder and a name.
+    A resumed run is logged again from its beginning, so the folder is emptied first. ``make_logger`` creates a logger
+    from the folder and a name.
     """
 
     def __init__(self, folder: Path, make_logger: Callable[[Path, str], Logger]) -> None:
@@ -82,7 +62,7 @@ class LoggerTracker:
             shutil.rmtree(folder)
 
     def log(self, record: Record) -> None:
-        """Log the metrics of a step."""
+        """Log the metrics of a step; the name of its stage is relative to the run, such as ``train/task1``."""
         self._logger(record.stage).log_metrics(record.metrics, record.step)
 
     def log_importance(self, owner: str, task: int, importance: Importance) -> None:
@@ -107,15 +87,23 @@ class LoggerTracker:
 
     def _logger(self, stage: str) -> Logger:
         if stage not in self._loggers:
-            self._loggers[stage] = self._make_logger(self._folder, _as_name(stage))
+            self._loggers[stage] = self._make_logger(self._folder, clean_name(stage.replace("/", "-"), r"\w.+-"))
         return self._loggers[stage]
 
 
-def _as_name(stage: str) -> str:
-    """Folder name of a stage, with a hash if characters had to be replaced, so that it stays unique."""
-    name = stage.replace("/", "-")
-    plain = re.sub(r"[^\w.+-]+", "-", name)
-    return plain if plain == name else f"{plain}-{hashlib.sha256(stage.encode()).hexdigest()[:6]}"
+def clean_name(name: str, kept: str = "a-zA-Z0-9_.-", limit: int = 128) -> str:
+    """The name if it is short and has only the kept characters, else cleaned, shortened and with a hash added.
+
+    Defaults are those of W&B's artifacts.
+
+    Example:
+        >>> clean_name("a b"), clean_name("a-b")
+        ('a-b-c8687a08', 'a-b')
+    """
+    plain = re.sub(f"[^{kept}]+", "-", name)
+    if plain == name and len(name) <= limit:
+        return name
+    return f"{plain[9 - limit :]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def csv_tracker(folder: Path) -> LoggerTracker:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -19,11 +17,10 @@ from pl_personalize.artifacts import file_checksum
 from pl_personalize.importance import Importance
 from pl_personalize.runner.options import WandbOptions
 from pl_personalize.runner.results import ResultRow
-from pl_personalize.runner.tracking import RunResults, log10_of_positive
+from pl_personalize.runner.tracking import RunResults, clean_name, log10_of_positive
 from pl_personalize.stages.metrics_log import Record
 from pl_personalize.stages.work import RunFile
 
-_MAX_NAME = 128  # W&B's limit
 ARTIFACT_TYPES = {"experts": "expert", "importances": "importance", "merged": "merged-model", "adapted": "adaptation"}
 _IMPORTANCE_COLUMNS = ["kind", "owner", "task", "parameter", "norm", "zeros", "num_samples"]
 
@@ -39,15 +36,8 @@ class WandbTracker:
     * Tables ``results``, ``accuracy_matrix`` and ``importances``, heat maps of the accuracy matrices, and the results
       as summary.
 
-    Args:
-        options: Project, entity, mode and contents.
-        folder: Folder of the experiment; W&B writes to its subfolder ``wandb``.
-        name: Name of the run.
-        run_id: Identifier; a resumed run has the same one.
-        **arguments: Further arguments of ``wandb.init``, such as ``group``, ``job_type``, ``tags`` and ``config``.
-
-    Raises:
-        MisconfigurationException: If W&B cannot start the run.
+    W&B writes to the subfolder ``wandb`` of the experiment's folder. A resumed run has the same ``run_id``; further
+    arguments are those of ``wandb.init``. A :class:`MisconfigurationException` is raised if it cannot start the run.
     """
 
     def __init__(self, options: WandbOptions, folder: Path, *, name: str, run_id: str, **arguments: Any) -> None:
@@ -111,12 +101,7 @@ class WandbTracker:
         ]
 
     def log_images(self, user: str, images: Tensor) -> None:
-        """Log images of a user.
-
-        Args:
-            user: Name of the user.
-            images: Images of any value range, ``(N, C, H, W)``.
-        """
+        """Log images of a user, of any value range, ``(N, C, H, W)``."""
         from torchvision.utils import make_grid
 
         grid = make_grid(images, nrow=8, normalize=True, scale_each=True)
@@ -148,19 +133,15 @@ class WandbTracker:
         self._run.log(logged | {f"figures/{path.stem}": self._wandb.Image(str(path)) for path in results.figures})
 
     def log_artifacts(self, files: Iterable[RunFile]) -> None:
-        """Log files as artifacts.
+        """Log files, each after those it was made from, as artifacts with the SHA-256 of both.
 
-        The metadata of an artifact hold its SHA-256 and those of the files it was made from. Online, the run also
-        declares these as inputs, for W&B's lineage graph; W&B does not support this offline.
-
-        Args:
-            files: The files, each after those it was made from.
+        Online, the run also declares the latter as inputs, for W&B's lineage graph; offline, W&B does not support it.
         """
         logged: dict[Path, Any] = {}
         for what, path, sources in files:
             made_of = {source.name: file_checksum(source) for source in sources}
             artifact = self._wandb.Artifact(
-                artifact_name(f"{self._name}-{what}-{path.stem}"),
+                clean_name(f"{self._name}-{what}-{path.stem}"),
                 type=ARTIFACT_TYPES[what],
                 metadata={"sha256": file_checksum(path), "made_of": made_of},
             )
@@ -174,18 +155,3 @@ class WandbTracker:
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
-
-
-def artifact_name(name: str) -> str:
-    """Name of an artifact that W&B accepts: unchanged if possible, else cleaned, shortened and with a hash added.
-
-    Example:
-        >>> artifact_name("Numbers-IMM-seed1-experts-task1")
-        'Numbers-IMM-seed1-experts-task1'
-        >>> artifact_name("a b"), artifact_name("a-b")
-        ('a-b-c8687a08', 'a-b')
-    """
-    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
-    if plain == name and len(name) <= _MAX_NAME:
-        return name
-    return f"{plain[9 - _MAX_NAME :]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
