@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from finished_run import FinishedRun
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -23,7 +22,7 @@ from pl_personalize import BatchNormStatistics, adapt_batchnorm
 from pl_personalize.adaptations.expert_statistics import statistics_names
 from pl_personalize.artifacts import TensorFile
 from pl_personalize.models import MultiHeadNetwork
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 from pl_personalize.runner.figures import new_figure, save_figure
 from pl_personalize.runner.results import markdown_table, mean_and_std
 from pl_personalize.stages.run_folder import check_writable
@@ -74,14 +73,7 @@ def main(
 
 
 class Study:
-    """A merged model of one seed and user.
-
-    Args:
-        run: The run.
-        seed: The seed.
-        user: Name of the user.
-        method: Method that merged the model.
-    """
+    """The model that a method merged for a seed and user."""
 
     def __init__(self, run: FinishedRun, seed: int, user: str, method: str) -> None:
         self.data, self.user, self.seed = run.data, user, seed
@@ -96,7 +88,7 @@ class Study:
     def adapt(self, images: Tensor, batch_size: int, **options: Any) -> BatchNormStatistics:
         """Adapt the statistics, starting from those of the mixture of the experts."""
         self.average.apply(self.model.body)
-        return adapt_batchnorm(self.model, images.split(batch_size), forward=body, **options)
+        return adapt_batchnorm(self.model, images.split(batch_size), forward=lambda model, x: model.body(x), **options)
 
     @torch.no_grad()
     def accuracy(self, task: int) -> float:
@@ -133,12 +125,6 @@ class Study:
     def record(self, row: str, column: str, value: float) -> dict[str, Any]:
         """An entry of the tables, still of one task."""
         return {"row": row, "user": self.user, "column": column, "seed": self.seed, "value": value}
-
-
-def body(model: MultiHeadNetwork, x: Tensor) -> Tensor:
-    """The part of the network with batch norm."""
-    features: Tensor = model.body(x)
-    return features
 
 
 def selections(available: int, count: int, repeats: int) -> Iterator[Tensor]:
@@ -178,11 +164,9 @@ def draw(path: Path, cells: pd.DataFrame, method: str) -> Path:
     for axis, user in zip(axes, users, strict=True):
         for way in [*WAYS, "not adapted"]:
             values = cells.xs((user, way), level=("user", "column")).loc[rows]
-            means, spreads = values.mean(axis=1).to_numpy(), values.std(axis=1).fillna(0.0).to_numpy()
-            (line,) = axis.plot(range(len(rows)), means, "--" if way == "not adapted" else "o-", label=way)
-            band = {"color": line.get_color(), "alpha": 0.12, "linewidth": 0}
-            axis.fill_between(range(len(rows)), means - spreads, means + spreads, **band)
-        axis.set_xticks(range(len(rows)), rows)
+            means, spreads = values.mean(axis=1), values.std(axis=1).fillna(0.0)
+            axis.plot(rows, means, "--" if way == "not adapted" else "o-", label=way)
+            axis.fill_between(rows, means - spreads, means + spreads, alpha=0.12, linewidth=0)
         axis.set_xlabel("unlabelled images per task")
         axis.set_title(f"{method}, user {user}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -192,5 +176,4 @@ def draw(path: Path, cells: pd.DataFrame, method: str) -> Path:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

@@ -10,14 +10,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from bench_tools import TITLES, Table, image_shape, machine, make_network, prepare, timed
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -25,7 +23,7 @@ from torch.func import functional_call, grad, vmap
 from pl_personalize.functional.batches import call_model
 from pl_personalize.functional.objectives import fisher_cotangents, mas_cotangent
 from pl_personalize.per_sample.power_sums import PerSamplePowerSums
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 
 BATCH_SIZES = {"mlp": 256, "alexnet": 16, "vgg11": 8, "vgg11_bn": 8, "resnet18": 16, "vit_b_16": 4}
 TOO_LONG = {("vit_b_16", "vmap(grad)"), ("vit_b_16", "BackPACK")}
@@ -67,10 +65,8 @@ def main(
             line.append("-" if too_long else ratio(known[alternative], model, x, slow_rounds, plain))
             gc.collect()
         table.add(*line)
-    where = machine(device, num_threads)
-    table.write(
-        output_dir, "importance", f"Ratios to the batched forward+backward of the same batch, medians, {where}."
-    )
+    note = "Ratios to the batched forward+backward of the same batch, medians"
+    table.write(output_dir, "importance", f"{note}, {machine(device, num_threads)}.")
 
 
 def time_ours(model: nn.Module, x: Tensor, rounds: int, device: str) -> dict[str, list[float]]:
@@ -87,20 +83,19 @@ def time_ours(model: nn.Module, x: Tensor, rounds: int, device: str) -> dict[str
     def fisher(engine: PerSamplePowerSums) -> None:
         engine.add(x, len(x), lambda logits: fisher_cotangents(logits, 1, None))
 
-    kinds = {"mas": (1, mas), "fisher": (2, fisher)}
-    engines = {}
-    for kind, (power, _) in kinds.items():
+    kinds = {}
+    for kind, power, add in (("mas", 1, mas), ("fisher", 2, fisher)):
         engine = PerSamplePowerSums(model, parameters, power=power, forward=call_model, max_scratch_bytes=2**28)
         with engine:
             mas(engine)  # its self-check runs on the first batch
-        engines[kind] = engine
+        kinds[kind] = engine, add
     plain()
     found: dict[str, list[float]] = {"plain": [], "mas": [], "fisher": []}
     for _ in range(max(rounds, int(1 / timed(plain, device)))):
         found["plain"].append(timed(plain, device))
         model.zero_grad(set_to_none=True)
-        for kind, (_, add) in kinds.items():
-            with engines[kind] as engine:
+        for kind, (engine, add) in kinds.items():
+            with engine:
                 found[kind].append(timed(partial(add, engine), device))
     return found
 
@@ -120,8 +115,6 @@ def ratio(
 
 def backpack(model: nn.Module, x: Tensor) -> Callable[[], object]:
     """Sum over samples of squared gradients, by BackPACK."""
-    if find_spec("backpack") is None:
-        raise ImportError("backpack-for-pytorch is not installed")
     from backpack import backpack as extension
     from backpack import extend
     from backpack.extensions import SumGradSquared
@@ -171,5 +164,4 @@ def one_by_one(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

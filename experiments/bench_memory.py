@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 from bench_tools import TITLES, Table, image_shape, machine, make_network, prepare
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from pl_personalize import estimate_importance
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 
 MIB = 2**20
 
@@ -85,5 +84,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--in-a-process"]:
         print(_measure(*json.loads(sys.argv[2])))
     else:
-        with errors_in_one_line():
-            auto_cli(main, as_positional=False)
+        run_script(main)

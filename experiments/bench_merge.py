@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from bench_tools import TITLES, Table, machine, make_network, prepare, take_turns
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from pl_personalize import Importance, merge
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 
 MIB = 2**20
 
@@ -122,5 +121,4 @@ def resident(key: str) -> int:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

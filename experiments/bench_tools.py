@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+import pandas as pd
 import torch
 import torchvision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from pl_personalize.models import mlp
-from pl_personalize.runner.results import markdown_table
+from pl_personalize.runner.results import markdown_table, write_csv
 from pl_personalize.stages.run_folder import check_writable
 
 TITLES = {
@@ -28,11 +28,7 @@ TITLES = {
 
 
 def prepare(networks: Sequence[str], output_dir: Path, num_threads: int) -> None:
-    """Check the options that all benchmarks have, and set the number of threads.
-
-    Raises:
-        MisconfigurationException: If a network is unknown.
-    """
+    """Check the options that all benchmarks have, and set the number of threads."""
     if unknown := [name for name in networks if name not in TITLES]:
         raise MisconfigurationException(f"networks must be of {', '.join(TITLES)}; got {unknown[0]!r}.")
     check_writable(output_dir, "output_dir")
@@ -74,11 +70,7 @@ def machine(device: str, num_threads: int) -> str:
 
 
 class Table:
-    """Table that grows line by line and is printed as it does.
-
-    Args:
-        columns: Titles of the columns.
-    """
+    """Table that grows line by line and is printed as it does."""
 
     def __init__(self, *columns: str) -> None:
         self.lines = [list(columns)]
@@ -91,8 +83,6 @@ class Table:
     def write(self, folder: Path, name: str, note: str) -> None:
         """Write the table as CSV and Markdown, and print it with a note."""
         table = markdown_table(self.lines)
-        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / f"{name}.csv", pd.DataFrame(self.lines[1:], columns=self.lines[0]))
         (folder / f"{name}.md").write_text(table + "\n")
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(self.lines)
         print(f"\n{table}\n\n{note}")

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_tools import take_turns
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -24,7 +23,7 @@ from pl_personalize import TaskLearner
 from pl_personalize.datamodules.loader import tensor_loader
 from pl_personalize.datamodules.numbers import IMAGE_SHAPE
 from pl_personalize.models import mlp
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 from pl_personalize.runner.results import markdown_table
 from pl_personalize.stages.checkpoints import Checkpoints
 from pl_personalize.stages.metrics_log import MetricsLog, StageLogger
@@ -108,5 +107,4 @@ def main(rounds: PositiveInt = 7, steps: PositiveInt = 400, num_threads: Positiv
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

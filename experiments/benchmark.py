@@ -32,12 +32,8 @@ def run(
 ) -> None:
     """Run an experiment on a benchmark with the options of the command line.
 
-    Args:
-        benchmark: Name of the benchmark.
-        datamodule: Class of the benchmark.
-        description: Text for ``--help``.
-        defaults: Defaults of options that differ from the library's.
-        paper_note: A note for the comparison with the paper, for an instance of the datamodule.
+    ``defaults`` are those that differ from the library's; ``paper_note`` makes a note for the comparison with the paper
+    from an instance of the datamodule.
     """
     parser = ArgumentParser(description=description.partition("\n\n    python")[0])  # which would lose its line breaks
     parser.add_argument("--config", action="config", help="Path to a configuration file.")

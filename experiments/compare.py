@@ -10,10 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
-from pl_personalize import ArtifactError
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 from pl_personalize.runner.results import ALL_USERS, ResultRow, cell, markdown_table, read_csv, result_frame
 from pl_personalize.runner.significance import LEVEL, one_more_test, welch_test
 
@@ -41,10 +38,7 @@ def main(ours: Path, theirs: Path, user: str = ALL_USERS) -> None:
         theirs: Another one.
         user: User whose results to compare.
     """
-    try:
-        tables = read_csv(ours), read_csv(theirs)
-    except ArtifactError as error:
-        sys.exit(f"error: {error}")
+    tables = read_csv(ours), read_csv(theirs)
     benchmarks = [sorted({row.benchmark for row in rows}) for rows in tables]
     if not set(benchmarks[0]) & set(benchmarks[1]):
         found = [", ".join(names) or "nothing" for names in benchmarks]
@@ -60,5 +54,4 @@ def main(ours: Path, theirs: Path, user: str = ALL_USERS) -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main)
+    run_script(main, as_positional=True)

@@ -23,14 +23,7 @@ DATAMODULES: dict[str, type[DigitsDataModule | NumbersDataModule]] = {
 
 
 class FinishedRun:
-    """A run of Digits or Numbers.
-
-    Args:
-        path: Folder of the run.
-
-    Raises:
-        MisconfigurationException: If it is a run of another benchmark.
-    """
+    """A run of Digits or Numbers in a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._options = path, read_json(path / "manifest.json")["options"]
@@ -51,16 +44,11 @@ class FinishedRun:
 
     def network(self, task: int) -> TaskNetwork:
         """A new network for a task (from 0), with random parameters."""
-        options = replace(self.network_options, weights=None)
-        return options.make(self.data.image_shape, self.data.num_classes(task))
+        return replace(self.network_options, weights=None).make(self.data.image_shape, self.data.num_classes(task))
 
     def expert(self, seed: int, task: int) -> Mapping[str, Tensor]:
-        """The state dict of the expert of a task (from 0); methods share the one of the first task.
-
-        Raises:
-            MisconfigurationException: If it has not been trained.
-        """
-        owner = "experts" if task else "first"
+        """The state dict of the expert of a task (from 0)."""
+        owner = "experts" if task else "first"  # methods share the expert of the first task
         path = self.path / "checkpoints" / owner / f"seed{seed}" / f"task{task + 1}.safetensors"
         if not path.is_file():
             raise MisconfigurationException(f"seed{seed} is not finished: there is no {path}.")

@@ -14,15 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pandas as pd
 import torch
 from finished_run import FinishedRun
 from importance_study.pairs import ALL, KINDS, Images, ImportanceName, correlate, estimate_all, groups, title
-from importance_study.plots import draw_correlations, draw_scatter
-from importance_study.report import plain, report, summed, typical
-from jsonargparse import auto_cli
+from importance_study.report import draw_scatter, report, typical
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from merge_reference import load_experts
@@ -39,19 +37,11 @@ from pl_personalize.runner import (
     TrainingOptions,
     run_experiment,
 )
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 from pl_personalize.stages.run_folder import check_writable
 
 PAPER_SOURCES = ("svhn", "mnist")
 SEEDS = (1, 2, 3, 4, 5)
-
-
-class ExpertSet(NamedTuple):
-    """The experts of a sequence of tasks."""
-
-    name: str
-    seed: int
-    experts: list[TaskNetwork]
 
 
 def main(
@@ -113,7 +103,7 @@ def main(
         networks = load_experts(experts)
         if len(networks) != len(data.tasks):
             raise MisconfigurationException(f"{experts} has {len(networks)} experts for {len(data.tasks)} tasks.")
-        where, sets = str(experts), iter([ExpertSet(experts.stem, split_seed, networks)])
+        where, sets = str(experts), iter([(experts.stem, split_seed, networks)])
     else:
         if run_dir is None:
             run_dir, seeds = output_dir / "experts", SEEDS if seeds is None else seeds
@@ -133,17 +123,17 @@ def main(
     check_writable(output_dir / "figures", "output_dir")
     known = groups(title(fixed, data), data.users)
     frames, scatter, names = [], {}, []
-    for one in sets:
-        names.append(one.name)
+    for name, seed, networks in sets:
+        names.append(name)
         for kind in kinds:
             start = time.perf_counter()
-            found = estimate_all(one.experts, data, kind, importance, one.seed)
+            found = estimate_all(networks, data, kind, importance, seed)
             estimated = time.perf_counter()
-            frames.append(correlate(found, data, one.name, kind, reduction))
+            frames.append(correlate(found, data, name, kind, reduction))
             if kind not in scatter:
                 scatter[kind] = typical(frames[-1][frames[-1]["parameters"] == ALL], known, found, data)
             spent = f"{estimated - start:.1f} s, correlations {time.perf_counter() - estimated:.1f} s"
-            print(f"{one.name}: {len(found)} {KINDS[kind]} importances {spent}", flush=True)
+            print(f"{name}: {len(found)} {KINDS[kind]} importances {spent}", flush=True)
     pairs = pd.concat(frames, ignore_index=True)
     settings = {
         "experts": f"{where}: {', '.join(names)}",
@@ -152,10 +142,7 @@ def main(
         "fisher_draws": fisher_draws if reduction == "sample" else 1,
         "split_seed": getattr(data, "split_seed", split_seed),
     }
-    report(output_dir, pairs, known, settings)
-    figures = [draw_correlations(output_dir / "figures" / "layers.png", pairs, known, plain(pairs))]
-    if summed(pairs):
-        figures.append(draw_correlations(output_dir / "figures" / "units-and-inputs.png", pairs, known, summed(pairs)))
+    figures = report(output_dir, pairs, known, settings)
     for kind, chosen in scatter.items():
         figures.append(draw_scatter(output_dir / "figures" / f"scatter-{kind}.png", KINDS[kind], chosen))
     print("Figures:     " + ", ".join(map(str, figures)))
@@ -169,16 +156,7 @@ def train(
     seeds: Sequence[int],
     folder: Path,
 ) -> None:
-    """Train experts as the benchmark's own script does, unless they are already in the folder.
-
-    Args:
-        benchmark: ``digits`` or ``numbers``.
-        data: The benchmark.
-        network: The network.
-        epochs: Epochs per task; by default the benchmark's.
-        seeds: Seeds.
-        folder: Folder of the run.
-    """
+    """Train experts as the benchmark's own script does, unless they are already in the folder."""
     own = DIGITS_DEFAULTS if benchmark == "digits" else {}
     chosen = {name: own[f"training.{name}"] for name in ("epochs", "lr") if f"training.{name}" in own}
     if epochs is not None:
@@ -199,25 +177,18 @@ def train(
     print()
 
 
-def expert_sets(run: FinishedRun, seeds: Sequence[int] | None = None) -> Iterator[ExpertSet]:
-    """The experts of a run with some seeds, by default all.
-
-    Raises:
-        MisconfigurationException: If there are no experts, or some are missing.
-    """
+def expert_sets(run: FinishedRun, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, int, list[TaskNetwork]]]:
+    """Name, seed and experts for some seeds of a run, by default all."""
     if not (there := run.seeds("checkpoints")):
         raise MisconfigurationException(f"{run.path} has no experts.")
     if missing := [seed for seed in seeds or () if seed not in there]:
         raise MisconfigurationException(f"{run.path} has no experts of seed {missing[0]}; it has those of {there}.")
     for seed in there if seeds is None else seeds:
-        networks = []
-        for task in range(len(run.data.tasks)):
-            network = run.network(task)
+        networks = [run.network(task) for task in range(len(run.data.tasks))]
+        for task, network in enumerate(networks):
             network.load_state_dict(run.expert(seed, task))
-            networks.append(network)
-        yield ExpertSet(f"seed{seed}", seed, networks)
+        yield f"seed{seed}", seed, networks
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

@@ -7,14 +7,13 @@ The experts are a safetensors file with ``task{1..5}.{hidden1,hidden2,head}.{wei
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 import torch
-from jsonargparse import auto_cli
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from pl_personalize.methods import METHODS
 from pl_personalize.methods.experts import Merge
 from pl_personalize.metrics import TaskAccuracyMatrix, average_accuracy, forgetting
 from pl_personalize.models import TaskNetwork, mlp
-from pl_personalize.runner.command_line import errors_in_one_line
+from pl_personalize.runner.command_line import run_script
 from pl_personalize.runner.results import mean_and_std
 
 MERGES = {name: method for name, method in METHODS.items() if isinstance(method, Merge)}
@@ -99,9 +98,9 @@ def main(
         num_threads: Threads for PyTorch.
     """
     if not experts.is_file():
-        sys.exit(f"error: no file of experts at {experts}; say where it is with --experts.")
+        raise MisconfigurationException(f"no file of experts at {experts}; say where it is with --experts.")
     if unknown := [method for method in methods if method not in MERGES]:
-        sys.exit(f"error: methods must be of {', '.join(MERGES)}; got {unknown[0]!r}.")
+        raise MisconfigurationException(f"methods must be of {', '.join(MERGES)}; got {unknown[0]!r}.")
     torch.set_num_threads(num_threads)
     networks = load_experts(experts)
     results = pd.DataFrame(columns=["method", "accuracy", "forgetting"])
@@ -126,5 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        auto_cli(main, as_positional=False)
+    run_script(main)

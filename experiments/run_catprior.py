@@ -12,12 +12,7 @@ from benchmark import run
 from pl_personalize.datamodules import CatPriorDataModule
 
 DEFAULTS = {"training.epochs": 50, "network.name": "vgg11", "network.weights": "DEFAULT"}
+PAPER_NOTE = "In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses."
 
 if __name__ == "__main__":
-    run(
-        "CatPrior",
-        CatPriorDataModule,
-        __doc__,
-        DEFAULTS,
-        lambda data: "In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
-    )
+    run("CatPrior", CatPriorDataModule, __doc__, DEFAULTS, lambda data: PAPER_NOTE)

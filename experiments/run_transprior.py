@@ -8,16 +8,9 @@ scenes in this layout needs a table of supercategories (``--supercategories``).
 """
 
 from benchmark import run
+from run_catprior import DEFAULTS, PAPER_NOTE
 
 from pl_personalize.datamodules import TransPriorDataModule
 
-DEFAULTS = {"training.epochs": 50, "network.name": "vgg11", "network.weights": "DEFAULT"}
-
 if __name__ == "__main__":
-    run(
-        "TransPrior",
-        TransPriorDataModule,
-        __doc__,
-        DEFAULTS,
-        lambda data: "In the paper, the scenes are MIT Indoor's, and forgetting stands in parentheses.",
-    )
+    run("TransPrior", TransPriorDataModule, __doc__, DEFAULTS, lambda data: PAPER_NOTE)

@@ -18,18 +18,8 @@ COMPARED = {"as defined": ("model", "fixed"), "users alone, any images": ("users
 def compare(pairs: pd.DataFrame, known: dict[str, Group]) -> pd.DataFrame:
     """Compare one expert on different images with different experts on the same images, for all parameters.
 
-    The pairs are not independent: pairs of one expert share it, and pairs of one seed share everything. With three sets
-    of experts or more, the interval is therefore that of a paired t-test over sets; with fewer, that of a jackknife
-    over experts, each left out with all its pairs. Neither accounts for the choice of users.
-
-    Args:
-        pairs: Correlations with one reduction.
-        known: The groups, see :func:`groups`.
-
-    Returns:
-        For each kind, comparison (``name``) and coefficient: the means ``same_model`` and ``same_images``, their
-        ``difference``, the ends ``low`` and ``high`` of its 95 % interval (NaN for too few experts), and ``above``, the
-        probability that a random pair of one expert correlates more than a random pair on the same images.
+    ``low`` and ``high`` are the ends of the 95 % interval of the difference between means, ``above`` is the probability
+    that a random pair of one expert correlates more than a random pair on the same images.
     """
     found = []
     for kind, here in pairs[pairs["parameters"] == ALL].groupby("kind", sort=False):
@@ -53,7 +43,11 @@ def conclusion(low: float, high: float) -> str:
 
 
 def interval(chosen: Sequence[pd.DataFrame], coefficient: str) -> tuple[float, float]:
-    """95 % interval of the difference between the means of two groups of pairs, see :func:`compare`."""
+    """95 % interval of the difference between the means of two groups of pairs; NaN for too few experts.
+
+    Pairs of one expert share it, and pairs of one seed share everything. The interval is therefore that of a paired
+    t-test over sets of experts, or for fewer than three sets, that of a jackknife over experts.
+    """
     by_set = [group.groupby("experts")[coefficient].mean() for group in chosen]
     differences = by_set[0] - by_set[1]
     middle, error, count = differences.mean(), differences.sem(), len(differences)

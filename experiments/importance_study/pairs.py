@@ -49,14 +49,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Selection of pairs.
-
-    Attributes:
-        title: Description.
-        relations: How the two importances are related, see :func:`related`.
-        images: Only pairs on these images.
-        user: Only pairs whose second images are this user's.
-    """
+    """Pairs of some relations (see :func:`related`), on some images only or with a user's second images only."""
 
     title: str
     relations: tuple[str, ...]
@@ -79,12 +72,7 @@ class Group:
 
 
 def groups(fixed: str, users: Sequence[str]) -> dict[str, Group]:
-    """The groups of pairs in the tables, by a short name.
-
-    Args:
-        fixed: Images for the second half of the claim, such as ``mnist 0-1``.
-        users: Names of the users.
-    """
+    """The groups of pairs in the tables, by a short name; ``fixed`` are images such as ``mnist 0-1``."""
     return {
         "model": Group("same expert, images of server and users", ("server and user", "two users")),
         **{f"server {u}": Group(f"– of the server and {u}", ("server and user",), user=u) for u in users},
@@ -133,30 +121,17 @@ def estimate_all(
     draws = options.fisher_draws if options.reduction == "sample" else 1
     for k, expert in enumerate(experts):
         for images in [Images(SERVER, k), *(Images(user, task) for user in data.users for task in range(len(experts)))]:
-            loader = (
-                data.view(user=None).server_dataloader(images.task)
-                if images.owner == SERVER
-                else data.view(user=images.owner).adapt_dataloader(images.task)
-            )
+            view = data.view(user=None if images.owner == SERVER else images.owner)
+            loader = (view.adapt_dataloader if view.user else view.server_dataloader)(images.task)
             generator = torch.Generator().manual_seed(derive_seed(seed, kind, k, *images))
             drawn = {"draws": draws, "generator": generator} if kind == "fisher" else {}
-            found[Estimate(k, images)] = estimate_importance(
-                expert,
-                loader,
-                kind,
-                module="body",
-                reduction=options.reduction,
-                **drawn,  # type: ignore[arg-type]
-            )
+            given = {"module": "body", "reduction": options.reduction, **drawn}
+            found[Estimate(k, images)] = estimate_importance(expert, loader, kind, **given)  # type: ignore[arg-type]
     return found
 
 
 def views(importances: Sequence[Importance]) -> Iterator[tuple[str, Tensor]]:
-    """The vectors to correlate, one row for each importance.
-
-    These are all parameters, each parameter, and each matrix summed over its inputs (the importance of its units) and
-    over its units (the importance of its inputs).
-    """
+    """Rows to correlate: all parameters, each, and each matrix summed over its inputs and over its units."""
     yield ALL, torch.stack([torch.cat([value.flatten() for value in one.values()]) for one in importances])
     for name, value in importances[0].items():
         stacked = torch.stack([one[name] for one in importances])

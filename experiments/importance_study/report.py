@@ -1,35 +1,45 @@
-"""Tables of ``importance_analysis.py``."""
+"""Tables and figures of ``importance_analysis.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import LogNorm
+from torch import Tensor
 
 from importance_study.claim import compare, conclusion, verdict
 from importance_study.pairs import ALL, COEFFICIENTS, KINDS, Estimate, Group, related
 from pl_personalize import Importance
 from pl_personalize.datamodules import TaskIncrementalDataModule
+from pl_personalize.runner.figures import new_figure, save_figure
 from pl_personalize.runner.results import markdown_table, mean_and_std, write_csv, write_markdown
 
 DIFFERENCE = "same expert − same images"
+COLORS = {"model": "#1f5fa8", "users": "#7fb2e5", "fixed": "#c8501e", "images": "#f0a878", "nothing": "#9a9a9a"}
+LOWEST_QUANTILE = 0.01  # where axes start, because importances come arbitrarily close to zero
 
 
-def report(folder: Path, pairs: pd.DataFrame, known: dict[str, Group], settings: dict[str, Any]) -> None:
-    """Print and write the tables and the verdict."""
-    comparisons = compare(pairs, known)
+def report(folder: Path, pairs: pd.DataFrame, known: dict[str, Group], settings: dict[str, Any]) -> list[Path]:
+    """Print and write the tables and the verdict; draw the correlations and return the figures."""
+    comparisons, names = compare(pairs, known), pairs["parameters"].unique()
     tables = {
         "All parameters": overall_table(pairs, known),
         DIFFERENCE[0].upper() + DIFFERENCE[1:]: comparison_table(comparisons),
-        "Layer by layer": layer_table(pairs, known, plain(pairs)),
     }
-    if summed(pairs):
-        heading = "Summed over inputs (by unit) or over units (by input)"
-        tables[heading] = layer_table(pairs, known, summed(pairs))
+    figures = []
+    for heading, file, is_summed in (
+        ("Layer by layer", "layers", False),
+        ("Summed over inputs (by unit) or over units (by input)", "units-and-inputs", True),
+    ):
+        if chosen := [name for name in names if (" " in name) == is_summed]:
+            tables[heading] = layer_table(pairs, known, chosen)
+            figures.append(draw_correlations(folder / "figures" / f"{file}.png", pairs, known, chosen))
     text = "\n\n".join(f"{heading}:\n\n{table}" for heading, table in tables.items())
     said = f"{verdict(comparisons, pairs, known)}\n\n{legend(pairs)}"
     print(f"\n{text}\n\n{said}\n")
@@ -39,16 +49,7 @@ def report(folder: Path, pairs: pd.DataFrame, known: dict[str, Group], settings:
         write_csv(folder / "comparisons.csv", comparisons),
     ]
     print("Tables:      " + ", ".join(map(str, paths)))
-
-
-def plain(pairs: pd.DataFrame) -> list[str]:
-    """``all`` and the names of the parameters."""
-    return [name for name in pairs["parameters"].unique() if " " not in name]
-
-
-def summed(pairs: pd.DataFrame) -> list[str]:
-    """Names of the summed matrices."""
-    return [name for name in pairs["parameters"].unique() if " " in name]
+    return figures
 
 
 def overall_table(pairs: pd.DataFrame, known: dict[str, Group]) -> str:
@@ -64,8 +65,7 @@ def overall_table(pairs: pd.DataFrame, known: dict[str, Group]) -> str:
 
 def layer_table(pairs: pd.DataFrame, known: dict[str, Group], parameters: Sequence[str]) -> str:
     """Parameters × groups, Pearson's and Spearman's correlations."""
-    chosen = [known[name] for name in ("model", "users", "fixed", "images", "nothing")]
-    chosen = [group for group in chosen if len(group.of(pairs))]
+    chosen = [known[name] for name in COLORS if len(known[name].of(pairs))]
     lines = [["importance", "parameters", *[group.full_title for group in chosen]]]
     for kind in pairs["kind"].unique():
         for name in parameters:
@@ -110,15 +110,8 @@ def legend(pairs: pd.DataFrame) -> str:
 
 def typical(
     pairs: pd.DataFrame, known: dict[str, Group], found: dict[Estimate, Importance], data: TaskIncrementalDataModule
-) -> dict[str, tuple[str, str, torch.Tensor, torch.Tensor]]:
-    """The pair of one expert, and the pair on the same images, with the rank correlation nearest to their mean.
-
-    Args:
-        pairs: Correlations of one kind and set of experts, for all parameters.
-        known: The groups.
-        found: The importances.
-        data: The images.
-    """
+) -> dict[str, tuple[str, str, Tensor, Tensor]]:
+    """The pair of one expert, and that on the same images, whose rank correlation is nearest to the mean, by title."""
     estimates, pairs = list(related(len(data.tasks), data.users)), pairs.reset_index(drop=True)
     chosen = {}
     for group in (known["users" if len(data.users) > 1 else "model"], known["fixed"]):
@@ -131,3 +124,58 @@ def typical(
             names = [f"expert {row[f'{end}_expert']} on {row[f'{end}_images']}" for end in ("first", "second")]
             chosen[heading] = (names[0], names[1], first, second)
     return chosen
+
+
+def draw_correlations(path: Path, pairs: pd.DataFrame, known: Mapping[str, Group], parameters: Sequence[str]) -> Path:
+    """Draw mean correlations of the groups as bars, one row per coefficient and one column per kind."""
+    kinds = list(pairs["kind"].unique())
+    bars = [name for name in COLORS if len(known[name].of(pairs))]
+    figure = new_figure(len(kinds) * (1.2 + 1.25 * len(parameters)), 7.4)
+    axes = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
+    width = 0.84 / len(bars)
+    for line, coefficient in zip(axes, COEFFICIENTS, strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
+            for k, name in enumerate(bars):
+                here = known[name].of(pairs[pairs["kind"] == kind])
+                cells = here.groupby("parameters")[coefficient].agg(["mean", "std"]).reindex(parameters)
+                cells.index = np.arange(len(parameters)) + (k - (len(bars) - 1) / 2) * width
+                cells = cells.dropna(subset="mean").fillna(0.0)
+                axis.bar(cells.index, cells["mean"], width * 0.94, color=COLORS[name], label=known[name].full_title)
+                style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 1.5}
+                axis.errorbar(cells.index, cells["mean"], cells["std"], **style)
+            axis.set_title(KINDS[kind], fontsize=11)
+            axis.set_xticks(
+                range(len(parameters)), [one.replace(" by", "\nby").replace(".", ".\n") for one in parameters]
+            )
+            axis.tick_params(axis="x", labelsize=8.5)
+            axis.axhline(0, color="black", linewidth=0.6)
+            axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(f"{coefficient.capitalize()} correlation")
+    low = min(0.0, axes[0][0].get_ylim()[0])
+    axes[0][0].set_ylim(max(-1.0, low), 1.05)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle("Correlations of importances: mean and standard deviation over pairs", fontsize=11)
+    return save_figure(figure, path)
+
+
+def draw_scatter(path: Path, kind: str, pairs: Mapping[str, tuple[str, str, Tensor, Tensor]]) -> Path:
+    """Draw pairs of importances (names and values by title) as two-dimensional histograms with logarithmic axes."""
+    figure = new_figure(5.6 * len(pairs), 5.2)
+    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axis, (name, (first_label, second_label, first, second)) in zip(axes, pairs.items(), strict=True):
+        both = (first > 0) & (second > 0)
+        x, y = (one[both].double().log10().numpy() for one in (first, second))
+        if len(x):
+            edges = [np.linspace(np.quantile(one, LOWEST_QUANTILE), one.max() + 0.05, 90) for one in (x, y)]
+            *_, image = axis.hist2d(x, y, bins=edges, norm=LogNorm(), cmap="viridis", rasterized=True)
+            axis.axline((0, 0), slope=1, color="#c8501e", linewidth=0.8)
+            figure.colorbar(image, ax=axis, label="parameters")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(f"log₁₀ importance, {first_label}", fontsize=9)
+        axis.set_ylabel(f"log₁₀ importance, {second_label}", fontsize=9)
+    shown = f"without zeros and the lowest {100 * LOWEST_QUANTILE:.0f} %; line: equal"
+    figure.suptitle(f"{kind}, {ALL} parameters of the body; {shown}", fontsize=11)
+    return save_figure(figure, path)

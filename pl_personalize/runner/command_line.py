@@ -1,9 +1,9 @@
-"""What scripts have in common."""
+"""Entry points of scripts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,3 +25,11 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (ArtifactError, MisconfigurationException, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def run_script(main: Callable[..., None], *, as_positional: bool = False) -> None:
+    """Call a function with the options of the command line."""
+    from jsonargparse import auto_cli
+
+    with errors_in_one_line():
+        auto_cli(main, as_positional=as_positional)

@@ -49,7 +49,7 @@ def report(
         write_csv(path / "results.csv", rows)
         (path / "comparisons.csv").unlink(missing_ok=True)
         if comparisons:
-            write_csv(path / "comparisons.csv", comparisons, Comparison, decimals=6)
+            write_csv(path / "comparisons.csv", comparisons, decimals=6)
         for stale in (path / "figures").glob("matrix-*.png"):
             stale.unlink()
         everything = "\n\n".join(filter(None, [text, users_table(runs), comparison_table(comparisons)]))

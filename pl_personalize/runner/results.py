@@ -26,18 +26,10 @@ MANY_USERS = 10  # from this number on, users get no columns, colors or heat map
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Result of one method for one user and seed, in percent.
+    """Result of one method for one user (``all``: the mean over users) and seed, in percent.
 
-    Attributes:
-        benchmark: Name of the benchmark.
-        backbone: Name of the network.
-        method: Name of the method.
-        adaptation: Name of the adaptation; ``none`` without one.
-        user: Name of the user, or ``all`` for the mean over users.
-        seed: The seed.
-        avg_acc: Mean accuracy over tasks of the model after the last task.
-        forgetting: Mean drop in accuracy since a task was learned, divided by the number of tasks; ``None`` if only one
-            model per task was tested.
+    ``avg_acc`` is the mean accuracy over tasks of the model after the last task. ``forgetting`` is the sum of drops in
+    accuracy since a task was learned, divided by the number of tasks; ``None`` if only one model per task was tested.
     """
 
     benchmark: str
@@ -90,20 +82,9 @@ def with_means_over_users(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return complete
 
 
-def write_csv(
-    path: Path, rows: pd.DataFrame | Iterable[Any], row_type: type[Any] = ResultRow, *, decimals: int = 4
-) -> Path:
-    """Write rows as CSV, with empty cells for missing values.
-
-    Args:
-        path: The file, such as ``results.csv``.
-        rows: A data frame, or dataclass instances.
-        row_type: Class of the instances, whose fields are the columns.
-        decimals: Decimals of floats.
-    """
-    if not isinstance(rows, pd.DataFrame):
-        rows = pd.DataFrame([*rows], columns=[field.name for field in fields(row_type)])
-    text = rows.to_csv(index=False, float_format=f"%.{decimals}f", lineterminator="\n")
+def write_csv(path: Path, rows: pd.DataFrame | Sequence[Any], *, decimals: int = 4) -> Path:
+    """Write a data frame or dataclass instances as CSV, with empty cells for missing values."""
+    text = pd.DataFrame(rows).to_csv(index=False, float_format=f"%.{decimals}f", lineterminator="\n")
     return write_atomically(path, text.encode())
 
 
@@ -149,13 +130,7 @@ def results_table(
     marks: Mapping[tuple[str, str], str] | None = None,
     paper: Mapping[str, PaperResult] | None = None,
 ) -> str:
-    """Markdown table of methods × users, transposed if there are many users.
-
-    Args:
-        rows: The results.
-        marks: Marks to append, by label and user.
-        paper: The paper's results by label, for an additional column.
-    """
+    """Markdown table of methods × users, transposed for many users; with marks by label and user, and the paper's."""
     users, cells = list(dict.fromkeys(row.user for row in rows)), _cells(rows, marks)
     lines = [["method", *map(user_title, users)]]
     for label in dict.fromkeys(row.label for row in rows):
@@ -173,13 +148,7 @@ def results_table(
 
 
 def adaptation_table(rows: Sequence[ResultRow], user: str, marks: Mapping[tuple[str, str], str] | None = None) -> str:
-    """Markdown table of methods × adaptations for one user.
-
-    Args:
-        rows: The results.
-        user: Name of the user, or ``all``.
-        marks: Marks to append, by label and user.
-    """
+    """Markdown table of methods × adaptations for one user or ``all``, with marks by label and user."""
     adaptations, cells = list(dict.fromkeys(row.adaptation for row in rows)), _cells(rows, marks)
     lines = [[user_title(user), *adaptations]]
     for method in dict.fromkeys(row.method for row in rows):
