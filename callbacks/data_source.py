@@ -29,19 +29,7 @@ _RUNNING_STAGES = {
 
 
 class DataSource:
-    """Data of a callback's pass: batches that were passed, named stages, or the loaders of the run itself.
-
-    Args:
-        given: An iterable of batches, a sequence of DataLoaders, the name of a stage or a sequence of names; ``None``:
-            the loaders of the run.
-
-    Attributes:
-        loaders: The loaders that were passed; ``None`` for stages.
-        stages: The named stages; empty for the stage of the run.
-
-    Raises:
-        ValueError: For an unknown stage, or a ``CombinedLoader`` whose batches are of several loaders at once.
-    """
+    """Data of a callback's pass: batches that were passed, named stages, or the loaders of the run itself."""
 
     def __init__(self, given: Iterable[Any] | Stage | Sequence[Stage] | None) -> None:
         items: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
@@ -62,11 +50,7 @@ class DataSource:
             self.loaders = as_list(given) if several or isinstance(given, CombinedLoader) else [given]
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a named stage that has no dataloader.
-
-        Raises:
-            ValueError: If there is one.
-        """
+        """Refuse a named stage that has no dataloader."""
         for stage in self.stages:
             if _passed(trainer, stage) is None:
                 _owner(trainer, pl_module, stage)
@@ -77,11 +61,7 @@ class DataSource:
         return self.loaders is None and (not self.stages or "train" in self.stages)
 
     def check_loaders(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse loaders that a pass after ``fit`` could not read, before the training.
-
-        Raises:
-            ValueError: If there are any.
-        """
+        """Refuse loaders that a pass after ``fit`` could not read, before the training."""
         if self.loaders is not None:
             PassOverData(trainer, self.loaders, trial_limits(trainer, self.loaders))  # refuses what it cannot divide
         if self.reads_train:
@@ -90,17 +70,7 @@ class DataSource:
             refuse_iterators(_passed(trainer, stage) or [])
 
     def read(self, trainer: Trainer, pl_module: LightningModule, running: Stage, *, again: bool) -> PassOverData:
-        """Make a pass over the data.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: Its module.
-            running: Stage of the run, whose loaders the Trainer has made already.
-            again: Whether the data are read more than once.
-
-        Raises:
-            ValueError: If data of the run can only be read once, may be endless, or cannot be divided among processes.
-        """
+        """Make a pass over the data."""
         if self.loaders is not None:
             return PassOverData(trainer, self.loaders, trial_limits(trainer, self.loaders), again=again)
         loaders: list[Iterable[Any]] = []
@@ -155,11 +125,7 @@ def _passed(trainer: Trainer, stage: Stage) -> list[Iterable[Any]] | None:
 
 
 def check_train_loaders(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse train loaders that a pass could not read as the training does.
-
-    Raises:
-        ValueError: For iterators, loaders that cannot be divided, and transfer hooks of several loaders.
-    """
+    """Refuse train loaders that a pass could not read as the training does."""
     loaders = as_list(trainer.train_dataloader)
     refuse_iterators(loaders)
     PassOverData(trainer, loaders, trial_limits(trainer, loaders))  # refuses what it cannot divide

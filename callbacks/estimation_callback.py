@@ -106,11 +106,7 @@ class EstimationCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse data and a folder that cannot be used, and estimate over two samples of loaders that were passed.
-
-        Raises:
-            MisconfigurationException: If the estimate fails, or the pass could not read the data.
-        """
+        """Refuse data and a folder that cannot be used, and estimate over two samples of loaders that were passed."""
         if not self.should_estimate(trainer, pl_module) or not self.check_module(pl_module):
             return
         with naming_errors(self):
@@ -128,10 +124,6 @@ class EstimationCallback(Callback, ABC):
         """Estimate over two samples of the first training batch, so that errors surface before the first step.
 
         Reading the train loaders instead would change what loaders with a state of their own yield to the training.
-
-        Raises:
-            MisconfigurationException: If the estimate fails on training data that the callback will read. They stand in
-                for those of another stage, which may have another form: then there is a warning.
         """
         if not self._awaits_batch or batch is None:
             return
@@ -180,11 +172,7 @@ class EstimationCallback(Callback, ABC):
         return self._result
 
     def finish(self, trainer: Trainer, result: Any) -> None:
-        """Keep a result and write its file, except in a trial run (``fast_dev_run``).
-
-        Raises:
-            MisconfigurationException: If the file cannot be written.
-        """
+        """Keep a result and write its file, except in a trial run (``fast_dev_run``)."""
         self._result, problem, path = result, "", None
         mark = uuid4().hex
         if _is_trial(trainer):
@@ -217,11 +205,7 @@ class EstimationCallback(Callback, ABC):
         return folder / f"{self.filename}.safetensors"
 
     def refuse_unwritable(self, trainer: Trainer) -> None:
-        """Refuse a file that cannot be written, before the estimate.
-
-        Raises:
-            MisconfigurationException: If its folder cannot be created or written to.
-        """
+        """Refuse a file that cannot be written, before the estimate."""
         if _is_trial(trainer):
             return
         problem = ""

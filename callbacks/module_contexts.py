@@ -30,11 +30,7 @@ def best_checkpoint(trainer: Trainer) -> str:
 
 @contextmanager
 def best_weights(trainer: Trainer, pl_module: LightningModule, *, wanted: bool = True) -> Iterator[None]:
-    """Load the weights of the best checkpoint, and restore the current ones on exit.
-
-    Raises:
-        MisconfigurationException: If there is a best checkpoint that cannot be read.
-    """
+    """Load the weights of the best checkpoint, and restore the current ones on exit."""
     path = best_checkpoint(trainer) if wanted else ""
     if not path:
         yield

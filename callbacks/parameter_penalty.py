@@ -211,11 +211,7 @@ class ParameterPenalty(Callback):
             self._start = {name: value.cpu() for name, value in self._start.items()}
 
     def _choose_parameters(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        """The parameters that are pulled, by name.
-
-        Raises:
-            MisconfigurationException: If importances or anchor do not fit them.
-        """
+        """The parameters that are pulled, by name."""
         with naming_errors(self, pl_module):
             every = named_parameters(pl_module, self.module, ())
             free = every.keys() - named_parameters(pl_module, self.module, self.exclude).keys()

@@ -31,16 +31,6 @@ class PassOverData:
     With several processes each sample is read once: a loader with a ``DistributedSampler`` yields the share of its
     process, without the samples repeated to fill it up. The batches of any other loader are those that rank zero draws,
     every n-th for one process.
-
-    Args:
-        trainer: The Trainer whose processes share the data and whose hooks prepare a batch.
-        loaders: The loaders.
-        limits: Batches to take from each loader; infinity for all.
-        again: Whether the data are read more than once, so that the batches of an iterator are kept.
-        stages: The stage that each loader belongs to, as the Trainer tells hooks; by default the current one.
-
-    Raises:
-        ValueError: If a loader cannot be divided among several processes.
     """
 
     def __init__(
@@ -102,11 +92,7 @@ def as_list(loaders: Any) -> list[Iterable[Any]]:
 
 
 def refuse_dropped_samplers(trainer: Trainer) -> None:
-    """Refuse predict loaders with a sampler inside their batch sampler, for which Lightning reads all samples instead.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuse predict loaders with a sampler inside their batch sampler, which Lightning replaces by all samples."""
     with random_state_kept(torch.device("cpu")):  # the hook may draw, such as a split of the data
         every = as_list(trainer.predict_loop._data_source.dataloader())
     for given, used in zip(every, as_list(trainer.predict_dataloaders), strict=False):
@@ -123,11 +109,7 @@ def refuse_dropped_samplers(trainer: Trainer) -> None:
 
 
 def refuse_iterators(loaders: Iterable[Iterable[Any]]) -> None:
-    """Refuse iterators among the data of the run: a pass may consume them.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse iterators among the data of the run: a pass may consume them."""
     for loader in loaders:
         if isinstance(loader, Iterator):
             raise ValueError(

@@ -26,15 +26,7 @@ SHARED_PARAMETERS = (
 def sum_of_importances(
     given: Sequence[TaskImportance] | TaskImportance | None, is_excluded: Callable[[str], bool]
 ) -> dict[str, Tensor] | None:
-    """Sum of Ω over tasks, on the CPU; ``None`` if none were given.
-
-    Args:
-        given: Importances of one task or of several.
-        is_excluded: Predicate for names to leave out.
-
-    Raises:
-        ValueError: If a file cannot be read, or tensors are not importances or cannot be added.
-    """
+    """Sum of Ω over tasks, on the CPU; ``None`` if none were given."""
     if given is None:
         return None
     tasks: list[Any] = [given] if isinstance(given, str | os.PathLike | Mapping) else list(given)
@@ -74,11 +66,7 @@ def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def read_anchor(anchor: Anchor | None) -> dict[str, Tensor]:
-    """Tensors of a state dict or its file, see :func:`~pl_personalize.artifacts.read_state_dict`.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
+    """Tensors of a state dict or its file, see :func:`~pl_personalize.artifacts.read_state_dict`."""
     if anchor is None:
         return {}
     if isinstance(anchor, Mapping):
@@ -90,16 +78,7 @@ def read_anchor(anchor: Anchor | None) -> dict[str, Tensor]:
 
 
 def anchor_of(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], module: str | None) -> dict[str, Tensor]:
-    """The anchor's entry for each parameter.
-
-    Args:
-        parameters: Parameters by name, relative to ``module``.
-        anchor: Tensors by name, of the whole module or relative to ``module``.
-        module: Name of the parameters' submodule.
-
-    Raises:
-        ValueError: If one is missing, not finite or of another shape.
-    """
+    """The anchor's entry for each parameter."""
     whole = {name: f"{module}.{name}" for name in parameters}
     relative = module is None or not all(name in anchor for name in whole.values())
     entries: dict[str, Tensor] = {}

@@ -16,9 +16,6 @@ def check_trainer(callback: Callback, trainer: pl.Trainer, pl_module: pl.Lightni
 
     ``pytorch_lightning`` has its own classes, so a callback would not recognize its checkpoints, loggers and
     strategies, and would run as if there were none.
-
-    Raises:
-        MisconfigurationException: For ``pytorch_lightning``, FSDP, DeepSpeed and ModelParallel.
     """
     name = type(callback).__name__
     for what, given in (("Trainer", trainer), ("module", pl_module)):

@@ -24,11 +24,7 @@ class ResultSlot:
         self._bytes.share_memory_()  # type: ignore[no-untyped-call]
 
     def write(self, mark: str, path: str | None) -> None:
-        """Store the mark of a run and its file; ``None`` if it wrote none.
-
-        Raises:
-            ValueError: If the path is longer than 8,000 bytes.
-        """
+        """Store the mark of a run and its file; ``None`` if it wrote none."""
         data = f"{mark}\0{path or ''}\0".encode()
         if len(data) > len(self._bytes):
             raise ValueError(f"The path of {len(data)} bytes is too long: {path}.")

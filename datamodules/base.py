@@ -316,11 +316,7 @@ class TaskIncrementalDataModule(LightningDataModule):
 
 
 def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
-    """Return an option as an int.
-
-    Raises:
-        MisconfigurationException: If it is not an integer (a bool is not), or is less than ``least``.
-    """
+    """Return an option as an int."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -42,9 +42,6 @@ def files_below(folder: Path) -> list[str]:
     The order is that of torchvision's ``ImageFolder``: folders sorted, each with its files, sorted, before its
     subfolders. Hidden folders and system folders are skipped. Links are followed, except into a folder that contains
     them.
-
-    Raises:
-        MisconfigurationException: If a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -75,10 +72,6 @@ def read_rgb(path: Path) -> Image.Image:
     """Read an image file as RGB, ignoring transparency and EXIF orientation as ``ImageFolder`` does.
 
     Colors with 16 bits per channel are reduced to 8; of several frames or pages the first is read.
-
-    Raises:
-        MisconfigurationException: If the file is missing, broken, of an unsupported format, or grayscale with more than
-            8 bits.
     """
     try:
         with Image.open(path) as opened:

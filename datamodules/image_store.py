@@ -33,11 +33,6 @@ class ImageStore:
     A cache file is named after a digest of what determines it (image files, size, Pillow's version, and ``depends``)
     and appears only when it is complete; a killed process's leftovers are overwritten. Any number of processes may
     share the folder. Complete files are never deleted; all can be recreated.
-
-    Args:
-        folder: Folder of the image files.
-        size: Side length of the decoded images.
-        cache_dir: Folder for memory-mapped files; by default pools are held in memory.
     """
 
     def __init__(self, folder: Path, size: int, cache_dir: Path | None = None) -> None:
@@ -45,17 +40,7 @@ class ImageStore:
         self._pools: dict[str, Tensor] = {}
 
     def pool(self, name: str, files: Sequence[str], read: Read, *depends: str | int) -> Tensor:
-        """A pool of images, uint8 (n, 3, size, size), decoded at the first call.
-
-        Args:
-            name: Name of the pool, different for different files.
-            files: Image files, relative to the folder.
-            read: Decoder of an image file.
-            depends: What the images depend on besides the files and the size.
-
-        Raises:
-            MisconfigurationException: If a file cannot be decoded or the cache cannot be written.
-        """
+        """A pool of images, uint8 (n, 3, size, size), decoded at the first call."""
         if name not in self._pools:
             shape = (len(files), 3, self.size, self.size)
             if self.cache_dir is None or not files:

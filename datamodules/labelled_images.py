@@ -99,13 +99,7 @@ def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
 
 
 def random_split(data: LabelledImages, share: float, *seed: int | str) -> tuple[LabelledImages, LabelledImages]:
-    """Split at random into floor(``share`` * n) samples and the rest.
-
-    Args:
-        data: Samples to split.
-        share: Share of the first part.
-        seed: Parts of the seed.
-    """
+    """Split at random into floor(``share`` * n) samples and the rest, as a function of the parts of ``seed``."""
     first, second = divided(torch.arange(len(data.labels)), share, *seed)
     select = data.images.select if isinstance(data.images, ImageRows) else data.images.__getitem__
     return LabelledImages(select(first), data.labels[first]), LabelledImages(select(second), data.labels[second])
@@ -128,18 +122,7 @@ def described(found: Any) -> str:
 
 
 def labelled_images(found: Any, num_classes: int, *, offset: int = 0) -> LabelledImages:
-    """Validate a split that a benchmark returns; other types are converted if nothing is lost, and refused otherwise.
-
-    Args:
-        found: :class:`LabelledImages`, or a tuple or list of images and labels. Images: finite, (n, …), as a tensor,
-            :class:`ImageRows`, an array, or a list of tensors or arrays of one shape. Labels: see
-            :func:`~pl_personalize.functional.labels.class_labels`.
-        num_classes: Number of classes of the task.
-        offset: Number of classes of the preceding tasks, for the message.
-
-    Raises:
-        ValueError: If the split is invalid.
-    """
+    """Validate a split that a benchmark returns; convert other types if nothing is lost, else raise ``ValueError``."""
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise ValueError(f"a split must be LabelledImages(images, labels); got {described(found)}.")
     images, labels = _images(found[0]), class_labels(found[1], num_classes, offset=offset)

@@ -18,16 +18,7 @@ Transform = Callable[[Tensor, int | None], Tensor]
 
 
 class TensorBatches(Dataset[Any]):
-    """Dataset of tensors of one length, indexed by whole batches: tuples, or tensors if there is only one.
-
-    Args:
-        tensors: Images and possibly labels, each (n, …).
-        transform: Transform of a batch of images.
-        augment_seed: Seed of the transform's randomness in :meth:`batch`; by default there is none.
-
-    Raises:
-        ValueError: If there are no tensors, or their lengths differ.
-    """
+    """Dataset of tensors of one length, indexed by whole batches: tuples, or tensors if there is only one."""
 
     def __init__(
         self, *tensors: Tensor | ImageRows, transform: Transform | None = None, augment_seed: int | None = None
@@ -62,13 +53,6 @@ class TaskSampler(DistributedSampler[Any]):
     """Order of an epoch as a function of only the seed and the epoch, divided among processes.
 
     A subclass of :class:`~torch.utils.data.DistributedSampler`, so that Lightning uses it unchanged and sets the epoch.
-
-    Args:
-        dataset: Dataset to sample.
-        shuffle: Whether to shuffle in each epoch.
-        seed: Seed of the orders.
-        repeat: Whether to repeat samples so that all processes get the same number. Training requires it; counts and
-            sums must not use it.
     """
 
     def __init__(self, dataset: Dataset[Any], *, shuffle: bool, seed: int, repeat: bool) -> None:

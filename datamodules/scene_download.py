@@ -50,9 +50,6 @@ def fetch(archive: SceneArchive, data_dir: Path, md5: str | None = None) -> None
 
     The tar file is kept in the folder and used again, also if it was put there by hand; it may be deleted. Its expected
     checksum is ``md5``.
-
-    Raises:
-        MisconfigurationException: If a part cannot be downloaded, unpacked or written, or is incomplete.
     """
     if not missing_parts(data_dir):
         return

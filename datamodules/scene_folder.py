@@ -37,11 +37,7 @@ def missing_parts(data_dir: Path) -> list[str]:
 
 
 def read_pools(data_dir: Path) -> Pools:
-    """List the images of ``data_dir``.
-
-    Raises:
-        MisconfigurationException: If something is missing, or a list names an image that is not there, or one twice.
-    """
+    """List the images of ``data_dir``."""
     if missing := missing_parts(data_dir):
         raise MisconfigurationException(
             f"No {' and no '.join(missing)} found in data_dir={str(data_dir.resolve())!r}. Download MIT Indoor Scenes "
@@ -86,9 +82,6 @@ def read_supercategories(path: str | os.PathLike[str] | None) -> dict[str, str]:
     """Read the supercategory of each class from a CSV file; by default that of MIT Indoor Scenes.
 
     Blanks around names are ignored.
-
-    Raises:
-        MisconfigurationException: If the file is missing or is not such a table.
     """
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_supercategories.csv"
     try:
@@ -114,12 +107,7 @@ def read_supercategories(path: str | os.PathLike[str] | None) -> dict[str, str]:
 
 
 def classes_of_tasks(table: Mapping[str, str], tasks: Sequence[str]) -> list[Names]:
-    """Classes of each task, in alphabetical order.
-
-    Raises:
-        MisconfigurationException: If a task is not a supercategory, is repeated, or differs from another supercategory
-            only in case or blanks.
-    """
+    """Classes of each task, in alphabetical order."""
     known = sorted(set(table.values()))
     if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(known):
         meant = hint(next((str(task) for task in tasks if task not in known), ""), known)
@@ -137,11 +125,7 @@ def classes_of_tasks(table: Mapping[str, str], tasks: Sequence[str]) -> list[Nam
 
 
 def check_classes(pools: Pools, table: Mapping[str, str], classes: Sequence[Names], images: Path) -> None:
-    """Check that the folders match the table and that each class of a task has images for the server.
-
-    Raises:
-        MisconfigurationException: If they do not.
-    """
+    """Check that the folders match the table and that each class of a task has images for the server."""
     if without := sorted(set(pools.train) - set(table)):
         raise MisconfigurationException(
             f"In {images}, {_the_classes(without)} have no supercategory{hint(without[0], table)}; add them to "

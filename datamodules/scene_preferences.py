@@ -28,9 +28,6 @@ def read_preferences(
 
     Users are named ``user1`` or ``1`` and so on, in any order; or none is, and they count in the order of the file.
     Blanks around names are ignored.
-
-    Raises:
-        MisconfigurationException: If the file is missing or does not fit these users, tasks and classes.
     """
     packaged = files("pl_personalize.datamodules") / "data" / "mit_indoor_preferences.json"
     name = "The paper's preferences" if path is None else str(path)
@@ -91,11 +88,7 @@ def _trimmed(value: Any) -> Any:
 def sample_preferences(
     extra: Mapping[str, Names], classes: Mapping[str, Names], num_users: int, count: int, images: int, seed: int
 ) -> Preferences:
-    """Sample ``count`` preferred classes of each task among those that have ``images`` extra images left.
-
-    Raises:
-        MisconfigurationException: If there are too few images for any preferences.
-    """
+    """Sample ``count`` preferred classes of each task among those that have ``images`` extra images left."""
     sampled: Preferences = [{} for _ in range(num_users)]
     for task, scenes in classes.items():
         room = {scene: len(extra[scene]) // images if images else num_users for scene in scenes}

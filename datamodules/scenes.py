@@ -301,10 +301,6 @@ def random_crops(images: Tensor, seed: int) -> Tensor:
 
     Crops have 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3, as in the training of GoogLeNet (Szegedy et
     al., CVPR 2015) and in torchvision's ``RandomResizedCrop``.
-
-    Args:
-        images: (n, 3, height, width).
-        seed: Seed of the crops and flips.
     """
     generator = torch.Generator().manual_seed(seed)
     found, (rows, columns) = torch.empty_like(images), images.shape[-2:]
