@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -152,7 +151,7 @@ class AdaBN(EstimationCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt the model in memory, after all checkpoints are written and all other callbacks have run."""
         if stage == "fit" and self._of_last_weights is not None:
-            self._of_last_weights.apply(self._part(pl_module))
+            self._of_last_weights.apply(pl_module.get_submodule(self.module or ""))
         self._of_last_weights = None
 
     @override
@@ -189,14 +188,14 @@ class AdaBN(EstimationCallback):
                 found = self.estimate(trainer, pl_module, data)
             self._write(trainer, found)
         self._result, self._mark = found, self._slot.mark
-        found.apply(self._part(pl_module))
+        found.apply(pl_module.get_submodule(self.module or ""))
 
     @override
     def estimate(
         self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], *, trial: bool = False
     ) -> BatchNormStatistics:
         """Estimate statistics over batches on this process."""
-        fingerprint, part = _fingerprint(pl_module), self._part(pl_module)
+        fingerprint, part = _fingerprint(pl_module), pl_module.get_submodule(self.module or "")
         options: dict[str, Any] = self._options | ({"exact": False, "prior_samples": 1} if trial else {})
         with silent_and_synchronized(trainer, pl_module):
             self._before.setdefault(fingerprint, BatchNormStatistics.of(part)).apply(part)  # undo an earlier run's
@@ -226,9 +225,6 @@ class AdaBN(EstimationCallback):
             "wrote (weights='best': ckpt_path='best'), set dirpath= and filename= to their file, or pass data to adapt "
             "to, AdaBN(dataloader)."
         )
-
-    def _part(self, pl_module: LightningModule) -> torch.nn.Module:
-        return pl_module if self.module is None else pl_module.get_submodule(self.module)
 
 
 def _fingerprint(pl_module: LightningModule) -> str:

@@ -136,7 +136,7 @@ class AdaBNS(BaseFinetuning):
             data = PassOverData(trainer, loaders, train_limits(trainer, loaders))
             options = self._options | pass_options(trainer)
             statistics = estimate_batchnorm(pl_module, data, module=self.module, **options)
-        statistics.apply(pl_module if self.module is None else pl_module.get_submodule(self.module))
+        statistics.apply(pl_module.get_submodule(self.module or ""))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

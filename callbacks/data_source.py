@@ -20,12 +20,6 @@ from pl_personalize.per_sample.module_state import random_state_kept
 Stage = Literal["train", "val", "test", "predict"]
 _SETUP_STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_RUNNING_STAGES = {
-    "train": RunningStage.TRAINING,
-    "val": RunningStage.VALIDATING,
-    "test": RunningStage.TESTING,
-    "predict": RunningStage.PREDICTING,
-}
 
 
 class DataSource:
@@ -85,7 +79,7 @@ class DataSource:
                 most = _stream_limits(trainer, found, limit if isinstance(limit, int) else inf)
             loaders += found
             limits += most
-            stages += [_RUNNING_STAGES[stage]] * len(found)
+            stages += [RunningStage("validate" if stage == "val" else stage)] * len(found)
         return PassOverData(trainer, loaders, limits, again=again, stages=stages)
 
 
@@ -119,8 +113,7 @@ def _loaders_of_stage(trainer: Trainer, pl_module: LightningModule, stage: Stage
 
 def _passed(trainer: Trainer, stage: Stage) -> list[Iterable[Any]] | None:
     """Loaders of a stage that were passed to ``fit``, ``validate``, ``test`` or ``predict``; ``None`` if none were."""
-    loops = {"train": "fit_loop", "val": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
-    source = getattr(trainer, loops[stage])._data_source
+    source = getattr(trainer, f"{_SETUP_STAGES[stage]}_loop")._data_source
     return None if source.instance is None or source.is_module() else as_list(source.instance)
 
 
