@@ -39,13 +39,13 @@ def split(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
         >>> [name for name, _ in network.named_parameters()]
         ['body.1.weight', 'body.1.bias', 'head.weight', 'head.bias']
     """
-    _find_head(module, head)
+    find_head(module, head)
     return split_checked(copy.deepcopy(module), head, example)
 
 
 def split_checked(module: nn.Module, head: str, example: Tensor) -> TaskNetwork:
     """Split a module as :func:`split` does, but in place. After an error, the module may have lost its head."""
-    layer = _find_head(module, head)
+    layer = find_head(module, head)
     calls: list[nn.Module] = []
     with torch.no_grad(), evaluating(module):
         handle = layer.register_forward_hook(lambda layer, inputs, output: calls.append(layer))
@@ -87,7 +87,7 @@ def split_in_place(module: nn.Module, head: str) -> TaskNetwork:
     Raises:
         ValueError: If there is no such layer, or its parameters are used elsewhere in the module.
     """
-    layer = _find_head(module, head)
+    layer = find_head(module, head)
     module.set_submodule(head, nn.Identity())
     return TaskNetwork(module, layer if isinstance(layer, nn.Linear) else as_conv_head(layer))
 
@@ -113,6 +113,8 @@ def why_no_head(layer: object) -> str | None:
     kind = f"a {type(layer).__name__}"
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return kind
+    if type(layer) is ConvHead:
+        return None
     if isinstance(layer, nn.Conv2d) and (
         (layer.kernel_size, layer.stride, layer.groups) != ((1, 1), (1, 1), 1) or layer.padding not in (0, (0, 0))
     ):
@@ -149,8 +151,12 @@ def _close(found: object, wanted: Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def _find_head(module: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
-    """Find the head, and check that it shares no parameters."""
+def find_head(module: nn.Module, head: str) -> nn.Linear | nn.Conv2d:
+    """Find the head, and check that it shares no parameters.
+
+    Raises:
+        ValueError: If there is no such linear layer or 1×1 convolution, or it shares parameters.
+    """
     layer = dict(module.named_modules(remove_duplicate=False)).get(head)
     what = "not in the module" if layer is None or layer is module else why_no_head(layer)
     if what is not None:

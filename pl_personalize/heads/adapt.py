@@ -1,0 +1,242 @@
+"""Adapting a head to a user's unlabelled images, on their device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from pl_personalize.artifacts import load_tensors, save_tensors
+from pl_personalize.functional.batches import Forward
+from pl_personalize.functional.discriminant import Linear
+from pl_personalize.functional.feature_shift import standardized
+from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
+from pl_personalize.heads.features import Gather, HeadOf
+from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
+
+ARTIFACT_KIND = "head-adaptation"
+Shift = Literal["none", "label", "covariate", "both"]
+_CAMERA_LEVEL, _PRIOR_LEVEL = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class HeadAdaptation:
+    """What was found on a user's images of one task, and the head for them.
+
+    It describes the user (their class priors!) and is meant to stay on their device.
+
+    Attributes:
+        shift: The shift that was found: ``"none"``, ``"label"`` (other class frequencies than the server's),
+            ``"covariate"`` (other features than class frequencies explain, such as those of another camera), or
+            ``"both"``.
+        class_priors: Estimated class priors, (K,), if there is label shift, else ``None``.
+        evidence: p-values of the tests, pooled over the user's tasks: ``"covariate"`` and, if it was tested, ``"label"``.
+        num_images: Number of images.
+        head: Name of the layer.
+        before: Weight and bias of the layer before.
+        after: Weight and bias after; the same without a shift.
+    """
+
+    shift: Shift
+    class_priors: Tensor | None
+    evidence: dict[str, float]
+    num_images: int
+    head: str
+    before: Linear
+    after: Linear
+
+    def apply(self, model: nn.Module) -> None:
+        """Write the adapted head into a model that has the head of before.
+
+        Raises:
+            ValueError: If the model has another head.
+        """
+        self._replace(model, self.before, self.after)
+
+    def undo(self, model: nn.Module) -> None:
+        """Write the head of before into a model that has the adapted head; raises as :meth:`apply` does."""
+        self._replace(model, self.after, self.before)
+
+    def _replace(self, model: nn.Module, old: Linear, new: Linear) -> None:
+        layer = HeadOf(model, self.head)
+        if head_fingerprint(layer.linear) not in {head_fingerprint(old), head_fingerprint(new)}:
+            raise ValueError(f"The head {self.head!r} of the model is not the one that this adaptation belongs to.")
+        layer.write(new)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} p={value:.2g}" for name, value in self.evidence.items())
+        return f"HeadAdaptation({self.shift!r}, {self.num_images} images, {found})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically."""
+        tensors = {"before.weight": self.before.weight, "before.bias": self.before.bias}
+        tensors |= {"after.weight": self.after.weight, "after.bias": self.after.bias}
+        tensors |= {} if self.class_priors is None else {"class_priors": self.class_priors}
+        metadata = {"shift": self.shift, "evidence": self.evidence, "num_images": self.num_images, "head": self.head}
+        save_tensors(path, tensors, kind=ARTIFACT_KIND, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            ArtifactError: If the file is missing, damaged, or of another kind.
+        """
+        tensors, metadata = load_tensors(path, kind=ARTIFACT_KIND)
+        before, after = (Linear(tensors[f"{which}.weight"], tensors[f"{which}.bias"]) for which in ("before", "after"))
+        keys = ("shift", "evidence", "num_images", "head")
+        known: dict[str, Any] = {key: metadata[key] for key in keys}
+        return cls(class_priors=tensors.get("class_priors"), before=before, after=after, **known)
+
+
+@overload
+def adapt_head(
+    model: nn.Module,
+    images: Iterable[Any],
+    reference: HeadReference,
+    *,
+    head: str | None = None,
+    forward: Forward | None = None,
+    shift: Shift | None = None,
+    gather: Gather | None = None,
+    progress: bool = False,
+) -> HeadAdaptation: ...
+
+
+@overload
+def adapt_head(
+    model: Sequence[nn.Module],
+    images: Sequence[Iterable[Any]],
+    reference: Sequence[HeadReference],
+    *,
+    head: str | None = None,
+    forward: Forward | None = None,
+    shift: Shift | None = None,
+    gather: Gather | None = None,
+    progress: bool = False,
+) -> list[HeadAdaptation]: ...
+
+
+def adapt_head(
+    model: nn.Module | Sequence[nn.Module],
+    images: Any,
+    reference: HeadReference | Sequence[HeadReference],
+    *,
+    head: str | None = None,
+    forward: Forward | None = None,
+    shift: Shift | None = None,
+    gather: Gather | None = None,
+    progress: bool = False,
+) -> HeadAdaptation | list[HeadAdaptation]:
+    r"""Adapt the last layer of a network to a user's unlabelled images, in place and in closed form.
+
+    One forward pass over the images tells which shift there is:
+
+    * *Covariate shift*, such as another camera: the mean of the features differs from the server's in directions in
+      which no class mix moves it. Features are then standardized to the server's moments.
+    * *Label shift*: other class frequencies than the server's, by a likelihood ratio. Class priors are then estimated
+      by expectation maximization (see :func:`~pl_personalize.functional.label_shift.em_priors`), and
+      :math:`\log q_k / \pi_k` is added to the bias.
+
+    Limits, pseudo-counts and scales were found on the server's data alone (:func:`refit_head`). Without a shift,
+    nothing changes. Labels in the batches are ignored.
+
+    Args:
+        model: A network after :func:`refit_head`; or those of all tasks of a user, which share their camera, so that
+            the tests are pooled.
+        images: Batches of the user's images; or for each task.
+        reference: What :func:`refit_head` returned; or for each task.
+        head: Name of the last layer; by default the last linear layer or convolution that a forward pass calls.
+        forward: ``(model, batch) -> logits``, if calling the model on the input is not enough.
+        shift: The shift to correct, if it is known; by default it is tested.
+        gather: See :func:`refit_head`.
+        progress: Show a progress bar if a pass takes more than two seconds.
+
+    Returns:
+        What was found and changed; for several tasks a list.
+
+    Raises:
+        ValueError: If there are no images, a feature is not finite, a reference belongs to another head, or the
+            numbers of models, images and references differ. Nothing has changed then.
+    """
+    if isinstance(model, nn.Module):
+        return adapt_head([model], [images], [reference], head=head, forward=forward, shift=shift, gather=gather, progress=progress)[0]  # type: ignore[list-item]
+    references = list(reference)  # type: ignore[arg-type]
+    if not len(model) == len(images) == len(references):
+        raise ValueError(
+            f"Give one model, one iterable of images and one reference per task; got {len(model)}, {len(images)} and "
+            f"{len(references)}."
+        )
+    tasks = [
+        _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
+        for one, batches, ref in zip(model, images, references, strict=True)
+    ]
+    evidence: dict[str, float] = {}
+    if shift is None:
+        evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
+        shift = "covariate" if evidence["covariate"] < _CAMERA_LEVEL else "none"
+        if shift == "none":
+            evidence["label"] = tail(*(sum(v) for v in zip(*(task.label() for task in tasks), strict=True)))
+            shift = "label" if evidence["label"] < _PRIOR_LEVEL else "none"
+    found = [task.adapted(shift, evidence) for task in tasks]
+    for task, one in zip(tasks, found, strict=True):
+        task.layer.write(one.after)
+    return found
+
+
+class _Task:
+    """The features of a user's images of one task, beside the server's reference."""
+
+    def __init__(
+        self, layer: HeadOf, batches: Iterable[Any], reference: HeadReference, gather: Gather | None, progress: bool
+    ) -> None:
+        self.layer, self.reference = layer, reference
+        parts = [features for _, features in layer.read(batches, progress=progress)]
+        if not parts:
+            raise ValueError("There are no images to adapt to: pass at least one batch.")
+        self.features = torch.cat(parts) if gather is None else gather(torch.cat(parts))
+        self.head = layer.linear
+        if head_fingerprint(self.head) != reference.fingerprint:
+            raise ValueError(
+                f"The reference belongs to another head than {layer.name!r} of this {type(layer.model).__name__}: pass "
+                "the model that refit_head changed, before it is adapted, and the reference that it returned."
+            )
+        self.source = reference.class_priors.double()
+
+    @property
+    def count(self) -> int:
+        return len(self.features)
+
+    def camera(self) -> tuple[float, float, float]:
+        """The statistic of covariate shift, and its mean and variance without a shift."""
+        ref = self.reference
+        scores = ref.directions.double() @ (self.features.mean(0) - ref.mean.double())
+        count = 1 / (1 / self.count + 1 / ref.num_samples)  # the server's mean is that of a sample, too
+        return (count * float(scores.square().sum()), *ref.at("camera_null", self.count))
+
+    def priors(self, head: Linear) -> Tensor:
+        """Class priors of the images."""
+        alpha, scale = self.reference.at("prior_settings", self.count)
+        return em_priors(head(self.features), self.source, alpha=alpha, scale=scale)
+
+    def label(self) -> tuple[float, float, float]:
+        """The statistic of label shift, and its mean and variance without a shift."""
+        evidence = label_shift_evidence(self.head(self.features), self.source, self.priors(self.head))
+        return (float(evidence), *self.reference.at("prior_null", self.count))
+
+    def adapted(self, shift: Shift, evidence: dict[str, float]) -> HeadAdaptation:
+        """The head for a shift."""
+        head, priors, ref = self.head, None, self.reference
+        if shift in ("covariate", "both"):
+            mean, std = self.features.mean(0), self.features.std(0, correction=0)
+            source = ref.std.double()
+            head = standardized(head, mean, std.where(std > 1e-6 * source, source), ref.mean.double(), source)
+        if shift in ("label", "both"):
+            priors = self.priors(head)
+            head = Linear(head.weight, head.bias + (priors / self.source).log())
+        assert self.layer.name is not None
+        return HeadAdaptation(shift, priors, dict(evidence), self.count, self.layer.name, self.head, head)
