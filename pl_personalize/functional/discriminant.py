@@ -57,10 +57,9 @@ class ClassMoments(NamedTuple):
         """Moments of both sets of samples."""
         return ClassMoments(*(a + b for a, b in zip(self, other, strict=True)))
 
-    @property
-    def total(self) -> float:
-        """Number of samples."""
-        return float(self.counts.sum())
+    def minus(self, other: ClassMoments) -> ClassMoments:
+        """Moments without those samples."""
+        return ClassMoments(*(a - b for a, b in zip(self, other, strict=True)))
 
     @property
     def priors(self) -> Tensor:
@@ -143,33 +142,56 @@ def best_scale(logits: Tensor, labels: Tensor) -> float:
     return float(((low + high) / 2).exp())
 
 
-def calibration(candidates: Sequence[Tensor], labels: Tensor, strength: float = 5.0) -> tuple[list[float], Tensor]:
-    r"""Factors of one or several logits, and a bias for each class: bias-corrected temperature scaling.
+def combined(parts: Sequence[Linear], factors: Sequence[float]) -> Linear:
+    """The weighted sum of linear maps."""
+    weight, bias = (
+        torch.stack([factor * tensor for factor, tensor in zip(factors, tensors, strict=True)]).sum(0)
+        for tensors in zip(*parts, strict=True)
+    )
+    return Linear(weight, bias)
 
-    Minimizes the negative log-likelihood of :math:`\sum_j s_j z_j + b` plus :math:`\mathrm{strength} / n \cdot |b|^2`
+
+def best_factors(candidates: Sequence[Tensor], labels: Tensor) -> list[float]:
+    """The factors of one or several logits (n, K) whose sum has the least negative log-likelihood."""
+    if len(candidates) == 1:
+        return [best_scale(candidates[0], labels)]
+    return _fitted(candidates, labels, None)[0]
+
+
+def calibration(logits: Tensor, labels: Tensor, strength: float = 5.0) -> tuple[float, Tensor]:
+    r"""Bias-corrected temperature scaling: a factor s and a bias b of logits z, which make them calibrated.
+
+    Minimizes the mean negative log-likelihood of :math:`s z + b` plus :math:`\mathrm{strength} / n \cdot |b|^2`
     (Alexandari et al., ICML 2020; the penalty keeps the bias small where there are few samples).
 
     Args:
-        candidates: Logits, each (n, K), float64.
+        logits: z, (n, K), float64.
         labels: Labels, (n,).
-        strength: Strength of the penalty on the bias.
+        strength: Strength of the penalty.
 
     Returns:
-        The factors, and the bias (K,).
+        s, and b (K,).
     """
-    starts = [best_scale(logits, labels) / len(candidates) for logits in candidates]
-    factors = torch.tensor(starts, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(candidates[0].shape[1], dtype=torch.float64, requires_grad=True)
+    (factor,), bias = _fitted([logits], labels, strength)
+    return factor, bias - bias.mean()
+
+
+def _fitted(candidates: Sequence[Tensor], labels: Tensor, strength: float | None) -> tuple[list[float], Tensor]:
+    """Factors, and a bias unless ``strength`` is ``None``, by a quasi-Newton method from the separate best scales."""
     stacked = torch.stack(list(candidates))
-    optimizer = torch.optim.LBFGS([factors, bias], max_iter=200, line_search_fn="strong_wolfe")
+    starts = torch.tensor([best_scale(logits, labels) for logits in candidates], dtype=stacked.dtype)
+    factors = torch.ones_like(starts).div_(len(starts)).requires_grad_()  # relative to the starts
+    bias = torch.zeros(stacked.shape[2], dtype=stacked.dtype, requires_grad=strength is not None)
+    parameters = [factors] if strength is None else [factors, bias]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(torch.einsum("j,jnk->nk", factors, stacked) + bias, labels)
-        value = value + strength / len(labels) * bias.square().sum() + 1e-6 * (factors - torch.tensor(starts)).square().sum()
+        value = F.cross_entropy(torch.einsum("j,jnk->nk", factors * starts, stacked) + bias, labels)
+        value = value + ((strength or 0.0) * bias.square().sum() + 1e-3 * factors.square().sum()) / len(labels)
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return factors.detach().tolist(), bias.detach() - bias.detach().mean()
+    return (factors * starts).tolist(), bias.detach()

@@ -20,7 +20,7 @@ from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
 
 ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]
-_CAMERA_LEVEL, _PRIOR_LEVEL = 0.01, 0.05
+_LEVELS = {"covariate": 0.001, "label": 0.05}
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,10 @@ def adapt_head(
     evidence: dict[str, float] = {}
     if shift is None:
         evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
-        shift = "covariate" if evidence["covariate"] < _CAMERA_LEVEL else "none"
+        shift = "covariate" if evidence["covariate"] < _LEVELS["covariate"] else "none"
         if shift == "none":
             evidence["label"] = tail(*(sum(v) for v in zip(*(task.label() for task in tasks), strict=True)))
-            shift = "label" if evidence["label"] < _PRIOR_LEVEL else "none"
+            shift = "label" if evidence["label"] < _LEVELS["label"] else "none"
     found = [task.adapted(shift, evidence) for task in tasks]
     for task, one in zip(tasks, found, strict=True):
         task.layer.write(one.after)
@@ -216,7 +216,9 @@ class _Task:
         ref = self.reference
         scores = ref.directions.double() @ (self.features.mean(0) - ref.mean.double())
         count = 1 / (1 / self.count + 1 / ref.num_samples)  # the server's mean is that of a sample, too
-        return (count * float(scores.square().sum()), *ref.at("camera_null", self.count))
+        mean, variance, leak = ref.camera_null.tolist()
+        growth = 1 + count * leak
+        return count * float(scores.square().sum()), mean * growth, variance * growth**2
 
     def priors(self, head: Linear) -> Tensor:
         """Class priors of the images."""

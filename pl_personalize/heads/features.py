@@ -45,6 +45,11 @@ class HeadOf:
         return self._layer
 
     @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.layer.weight)
+
+    @property
     def linear(self) -> Linear:
         """Weight (K, d) and bias (K,), copied to the CPU in float64."""
         weight, bias = self.layer.weight.detach().cpu().double().flatten(1), self.layer.bias

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ class HeadReference:
         mean: Mean of the features of the server's validation samples, (d,).
         std: Their standard deviation, (d,).
         directions: Directions outside the span of the class means, (r, d), with unit within-class variance.
+        camera_null: Mean and variance of the statistic of covariate shift without a shift, but under random class
+            mixes, and by what share both grow with each image, (3,).
         sizes: Numbers of images that the following tables were made for, (s,).
-        camera_null: Mean and variance of the statistic of covariate shift without a shift but under random class
-            mixes, for each of the sizes, (s, 2).
         prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, (s, 2).
         prior_settings: Pseudo-counts and scale of the EM algorithm, (s, 2).
         num_samples: Number of validation samples.
@@ -38,8 +37,8 @@ class HeadReference:
     mean: Tensor
     std: Tensor
     directions: Tensor
-    sizes: Tensor
     camera_null: Tensor
+    sizes: Tensor
     prior_null: Tensor
     prior_settings: Tensor
     num_samples: int
@@ -102,6 +101,3 @@ def tail(value: float, mean: float, variance: float) -> float:
         return 1.0
     shape = torch.tensor(mean**2 / variance, dtype=torch.float64)
     return float(torch.special.gammaincc(shape, torch.tensor(value * mean / variance, dtype=torch.float64)))
-
-
-Statistic = Callable[[Tensor], Any]

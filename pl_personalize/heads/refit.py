@@ -15,8 +15,10 @@ from pl_personalize.functional.discriminant import (
     SHRINKAGES,
     ClassMoments,
     Linear,
+    best_factors,
     best_scale,
     calibration,
+    combined,
     linear_discriminant,
     negative_log_likelihood,
 )
@@ -26,10 +28,12 @@ from pl_personalize.functional.names import some
 from pl_personalize.heads.features import Gather, HeadOf
 from pl_personalize.heads.reference import HeadReference, head_fingerprint
 
-SIZES = (5, 10, 20, 40, 80, 160, 320)
-_SETS = 200  # simulated users of each size
+SIZES = (10, 40, 160)
+_SETS, _ELEMENTS = 100, 100_000  # simulated users of each size, and their logits at most
+_CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
 _FOLDS = 5
+_KEPT = 64_000_000  # features of training samples that calibrate, at most
 
 
 def refit_head(
@@ -76,33 +80,45 @@ def refit_head(
             model is then unchanged.
     """
     layer = HeadOf(model, head, forward)
-    moments = _moments(layer, train, labels, progress)
-    moments = ClassMoments(*(_summed(part, gather) for part in moments))
+    moments, kept, kept_classes = _training(layer, train, labels, progress)
     features, classes = _samples(layer, val, labels, progress)
     if gather is not None:
-        features, classes = gather(features), gather(classes)
-    trained = layer.linear
-    num_classes = len(trained.bias)
-    _check_samples(moments, classes, num_classes)
+        moments = ClassMoments(*(gather(part[None]).sum(0) for part in moments))
+        kept, kept_classes, features, classes = map(gather, (kept, kept_classes, features, classes))
+    _check_samples(moments, classes)
 
     shrinkage, discriminant = _best_discriminant(moments, features, classes)
-    everything = moments.plus(ClassMoments.of(features, classes, num_classes))
+    everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
     final = linear_discriminant(everything, shrinkage)
     assert final is not None
-    honest, refitted = _calibrated([trained, discriminant], [trained, final], features, classes)
+    samples = torch.cat([kept.double(), features]), torch.cat([kept_classes, classes])
+    factor, bias = _cross_calibration(everything, shrinkage, *samples)
+    trained = layer.linear
+    weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
+    honest = combined([trained, discriminant.scaled(factor, bias)], weights)
+    refitted = combined([trained, final.scaled(factor, bias)], weights)
     reference = _reference(everything, features, honest(features), classes, refitted, directions)
     layer.write(refitted)
     return reference
 
 
-def _moments(layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool) -> ClassMoments:
+def _training(
+    layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool
+) -> tuple[ClassMoments, Tensor, Tensor]:
+    """Moments of all training samples, and the features and labels of as many as are kept in memory."""
     total: ClassMoments | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    size = 0
     for batch, features in layer.read(batches, progress=progress):
-        found = ClassMoments.of(features, _labels(batch, labels, len(features), layer), len(layer.linear.bias))
+        classes = _labels(batch, labels, len(features), layer)
+        found = ClassMoments.of(features, classes, layer.num_classes)
         total = found if total is None else total.plus(found)
+        if (size := size + features.numel()) <= _KEPT:
+            kept.append((features.float(), classes))
     if total is None:
         raise ValueError("There are no training samples: pass batches of samples with labels.")
-    return total
+    features, classes = zip(*kept, strict=True)
+    return total, torch.cat(features), torch.cat(classes)
 
 
 def _samples(layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool) -> tuple[Tensor, Tensor]:
@@ -118,7 +134,7 @@ def _samples(layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progr
 
 def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Tensor:
     found = batch_labels(batch, labels).detach().cpu()
-    num_classes = len(layer.linear.bias)
+    num_classes = layer.num_classes
     if found.shape != (count,) or found.is_floating_point():
         raise ValueError(f"Labels must be {count} class indices, (n,); got {found.dtype} of shape {tuple(found.shape)}.")
     if found.min() < 0 or found.max() >= num_classes:
@@ -126,15 +142,11 @@ def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Ten
     return found.long()
 
 
-def _summed(value: Tensor, gather: Gather | None) -> Tensor:
-    return value if gather is None else gather(value[None]).sum(0)
-
-
-def _check_samples(moments: ClassMoments, classes: Tensor, num_classes: int) -> None:
+def _check_samples(moments: ClassMoments, classes: Tensor) -> None:
     if missing := (moments.counts == 0).nonzero()[:, 0].tolist():
         raise ValueError(
-            f"There are no training samples of the classes {some(missing)} of the head's {num_classes} classes. Pass "
-            "samples of every class, or give the head only the classes that there are."
+            f"There are no training samples of the classes {some(map(str, missing))} of the head's "
+            f"{len(moments.counts)} classes. Pass samples of every class, or give the head only the classes that exist."
         )
     if not moments.within.diagonal().sum() > 1e-12 * moments.squares.diagonal().sum():
         raise ValueError("The features are constant within every class, so they have no covariance: check the model.")
@@ -155,68 +167,60 @@ def _best_discriminant(moments: ClassMoments, features: Tensor, classes: Tensor)
     return best[1:]
 
 
-def _calibrated(
-    candidates: list[Linear], final: list[Linear], features: Tensor, classes: Tensor
-) -> tuple[Linear, Linear]:
-    """The best combination of the candidates, and the same combination of the final ones, calibrated.
+def _cross_calibration(
+    moments: ClassMoments, shrinkage: float, features: Tensor, classes: Tensor
+) -> tuple[float, Tensor]:
+    """Factor and bias that calibrate discriminants of which each sample was left out."""
+    generator = torch.Generator().manual_seed(0)
+    folds = torch.randperm(len(classes), generator=generator) % _FOLDS
+    logits = torch.zeros(len(classes), len(moments.counts), dtype=features.dtype)
+    for fold in range(_FOLDS):
+        out = folds == fold
+        rest = moments.minus(ClassMoments.of(features[out], classes[out], len(moments.counts)))
+        found = linear_discriminant(rest, shrinkage) if rest.counts.min() > 0 else None
+        if found is None:  # a class with a single sample
+            return 1.0, torch.zeros_like(logits[0])
+        logits[out] = found(features[out])
+    return calibration(logits, classes)
 
-    Candidates did not see the validation samples; the final ones may have.
-    """
+
+def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) -> list[float]:
+    """The factors of the candidates, some of them 0, with the least cross-validated negative log-likelihood."""
     logits = [candidate(features) for candidate in candidates]
     folds = torch.arange(len(classes)) % _FOLDS
-    best: tuple[float, tuple[int, ...]] | None = None
-    for chosen in ((0,), (1,), (0, 1)):
+    best: tuple[float, list[float]] | None = None
+    for chosen in ([0], [1], [0, 1]):
         loss = 0.0
-        for fold in range(_FOLDS):
-            inside, outside = folds != fold, folds == fold
-            if not outside.any() or not inside.any():
-                continue
-            factors, bias = calibration([logits[k][inside] for k in chosen], classes[inside])
-            combined = sum((f * logits[k][outside] for f, k in zip(factors, chosen, strict=True)), bias)
-            loss += float(F.cross_entropy(combined, classes[outside], reduction="sum"))
+        for fold in range(min(_FOLDS, len(classes) - 1)):
+            out = folds == fold
+            factors = best_factors([logits[k][~out] for k in chosen], classes[~out])
+            mixed = sum(f * logits[k][out] for f, k in zip(factors, chosen, strict=True))
+            loss += float(F.cross_entropy(mixed, classes[out], reduction="sum"))  # type: ignore[arg-type]
         if best is None or loss < best[0]:
-            best = loss, chosen
+            factors = best_factors([logits[k] for k in chosen], classes)
+            weights = dict(zip(chosen, factors, strict=True))
+            best = loss, [weights.get(k, 0.0) for k in range(len(candidates))]
     assert best is not None
-    factors, bias = calibration([logits[k] for k in best[1]], classes)
-
-    def combine(parts: list[Linear]) -> Linear:
-        weight = sum(f * parts[k].weight for f, k in zip(factors, best[1], strict=True))
-        shift = sum(f * parts[k].bias for f, k in zip(factors, best[1], strict=True))
-        return Linear(weight, shift + bias)  # type: ignore[arg-type]
-
-    return combine(candidates), combine(final)
+    return best[1]
 
 
 def _reference(
     moments: ClassMoments, features: Tensor, logits: Tensor, classes: Tensor, refitted: Linear, directions: int
 ) -> HeadReference:
-    """The reference, whose limits come from simulated users: validation samples drawn with replacement."""
+    """The reference, whose limits come from simulated users with validation samples."""
     mean, std = features.mean(0), features.std(0, correction=0)
     rows = outside_directions(moments, directions)
-    scores = (features - mean) @ rows.T
-    generator = torch.Generator().manual_seed(0)
     present = torch.bincount(classes, minlength=len(moments.counts))
-    priors = present / present.sum()
-    camera, prior, settings = [], [], []
-    for size in SIZES:
-        count = int(max(20, min(_SETS, 4e6 // (size * len(priors)))))
-        mixes = _dirichlet(0.5, count, present)
-        drawn = torch.multinomial(_sample_weights(mixes, classes, present), size, replacement=True, generator=generator)
-        statistic = size * scores[drawn].mean(1).square().sum(1)
-        camera.append([float(statistic.mean()), float(statistic.var())])
-        alpha, scale = _best_settings(logits, classes, moments.priors, mixes, drawn, present)
-        settings.append([alpha, scale])
-        plain = torch.randint(len(classes), (count, size), generator=generator)
-        estimated = em_priors(logits[plain], moments.priors, alpha=alpha, scale=scale, max_iter=100)
-        evidence = label_shift_evidence(logits[plain], moments.priors, estimated)
-        prior.append([float(evidence.mean()), float(evidence.var())])
+    mixes = _class_mixes(_SETS, present)
+    camera = _camera_null((features - mean) @ rows.T, classes, mixes, moments)
+    prior, settings = zip(*(_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES), strict=True)
     return HeadReference(
         moments.priors.float(),
         mean.float(),
         std.float(),
         rows.float(),
+        camera.float(),
         torch.tensor(SIZES),
-        torch.tensor(camera),
         torch.tensor(prior),
         torch.tensor(settings),
         num_samples=len(classes),
@@ -224,31 +228,52 @@ def _reference(
     )
 
 
-def _dirichlet(concentration: float, count: int, present: Tensor) -> Tensor:
-    """Random class mixes (count, K) of the classes that are present."""
-    raw = np.random.default_rng(0).gamma(concentration, size=(count, len(present))) + 1e-12
+def _class_mixes(count: int, present: Tensor) -> Tensor:
+    """Class mixes (count, K) of simulated users: Dirichlet-distributed, of the classes with samples."""
+    raw = np.random.default_rng(0).gamma(_CONCENTRATION, size=(count, len(present))) + 1e-12
     mixes = torch.from_numpy(raw) * (present > 0)
     return mixes / mixes.sum(1, keepdim=True)
 
 
-def _sample_weights(mixes: Tensor, classes: Tensor, present: Tensor) -> Tensor:
-    """The probability (count, n) of each sample under class mixes."""
-    return (mixes / present.clamp_min(1))[:, classes]
+def _weights(mixes: Tensor, classes: Tensor) -> Tensor:
+    """The share (count, n) of each sample in class mixes."""
+    return (mixes / torch.bincount(classes, minlength=mixes.shape[1]).clamp_min(1))[:, classes]
 
 
-def _best_settings(
-    logits: Tensor, classes: Tensor, source: Tensor, mixes: Tensor, drawn: Tensor, present: Tensor
-) -> tuple[float, float]:
-    """Pseudo-counts and scale of EM whose priors give the simulated users the least negative log-likelihood."""
-    weights = _sample_weights(mixes, classes, present)
+def _camera_null(scores: Tensor, classes: Tensor, mixes: Tensor, moments: ClassMoments) -> Tensor:
+    """Mean and variance of n · |mean score|² of samples under class mixes, and what each sample adds to the factor.
+
+    The sets are small and drawn without replacement, as larger ones would repeat samples. Beyond sampling, a class mix
+    moves the mean by the errors of the server's class means, in proportion to n.
+    """
+    size = max(2, len(classes) // mixes.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(_weights(mixes, classes) + 1e-9, min(size, len(classes)), generator=generator)
+    statistic = drawn.shape[1] * scores[drawn].mean(1).square().sum(1)
+    leak = ((mixes - moments.priors).square() / moments.counts).sum(1).mean()
+    return torch.stack([statistic.mean(), statistic.var(), leak])
+
+
+def _prior_null(
+    logits: Tensor, classes: Tensor, source: Tensor, mixes: Tensor, size: int
+) -> tuple[list[float], list[float]]:
+    """For sets of a size: mean and variance of the evidence without a shift, and the best settings of EM."""
+    count = int(max(20, min(_SETS, _ELEMENTS // (size * len(source)))))
+    generator = torch.Generator().manual_seed(size)
+    weights = _weights(mixes[:count], classes)
+    drawn = torch.multinomial(weights, size, replacement=True, generator=generator)
     best: tuple[float, float, float] | None = None
     for alpha in _ALPHAS:
         for scale in _EM_SCALES:
-            priors = em_priors(logits[drawn], source, alpha=alpha, scale=scale, max_iter=50, tol=1e-4)
+            priors = em_priors(logits[drawn], source, alpha=alpha, scale=scale, max_iter=30, tol=1e-3)
             shifted = logits + (priors / source).log()[:, None]
-            losses = -shifted.log_softmax(2)[:, torch.arange(len(classes)), classes]
+            losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(classes)), classes]
             loss = float((losses * weights).sum(1).mean())
             if best is None or loss < best[0]:
                 best = loss, alpha, scale
     assert best is not None
-    return best[1:]
+    _, alpha, scale = best
+    plain = logits[torch.randint(len(classes), (count, size), generator=generator)]
+    estimated = em_priors(plain, source, alpha=alpha, scale=scale, max_iter=100, tol=1e-4)
+    evidence = label_shift_evidence(plain, source, estimated)
+    return [float(evidence.mean()), float(evidence.var())], [alpha, scale]
