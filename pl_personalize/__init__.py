@@ -11,6 +11,7 @@ from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import ArtifactError
 from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.estimation import estimate_importance
+from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head, refit_head
 from pl_personalize.importance import Importance
 from pl_personalize.merging import merge, merge_prefixes
 from pl_personalize.modules import LwFLearner, MergeModule, TaskLearner
@@ -18,12 +19,16 @@ from pl_personalize.modules import LwFLearner, MergeModule, TaskLearner
 __all__ = [
     "ArtifactError",
     "BatchNormStatistics",
+    "HeadAdaptation",
+    "HeadReference",
     "Importance",
     "LwFLearner",
     "MergeModule",
     "TaskLearner",
     "adapt_batchnorm",
+    "adapt_head",
     "estimate_importance",
     "merge",
     "merge_prefixes",
+    "refit_head",
 ]

@@ -34,14 +34,15 @@ RANKS = {
     "merging": 3,
     "metrics": 3,
     "models": 3,
-    "callbacks": 4,
-    "datamodules": 4,
-    "adaptations": 5,
-    "modules": 6,
-    "stages": 7,
-    "methods": 8,
-    "runner": 9,
-    "cli": 10,
+    "heads": 4,
+    "callbacks": 5,
+    "datamodules": 5,
+    "adaptations": 6,
+    "modules": 7,
+    "stages": 8,
+    "methods": 9,
+    "runner": 10,
+    "cli": 11,
 }
 PEERS = {("estimation", "importance"), ("adaptation", "batchnorm")}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -16,7 +16,11 @@ from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.models import TaskNetwork
 
 Entries = dict[str, Tensor]
-"""Entries of a network that replace its own, by their names in it: ``body.…`` and ``head.…``."""
+"""Entries of a network that replace its own, by their names in it: ``body.…`` and ``head.…``.
+
+Those named ``sent.…`` are what a step on the server sends along for later steps, see :attr:`Received.sent`.
+"""
+SENT = "sent."
 Reads = Literal["nothing", "server", "unlabelled", "labelled"]
 
 
@@ -33,8 +37,8 @@ class Device(Protocol):
     def labelled_images(self, seed: int) -> Iterable[Any]:
         """Batches of the same images with labels, in an order that follows from the seed."""
 
-    def server_images(self) -> Iterable[Any]:
-        """Batches of the server's validation images, which only the server can read."""
+    def server_images(self, split: Literal["train", "val"] = "val") -> Iterable[Any]:
+        """Batches of the server's images with labels, which only the server can read."""
 
     def as_input(self, batch: Any) -> Any:
         """The network's input in a batch, in the precision of the run."""
@@ -75,6 +79,7 @@ class Received:
         experts: The bodies of experts 1..t that a merge was made of; empty for a model that is no merge.
         weights: Their weights in the merge; ``None`` if they are equal.
         bodies: The body of each model, also of earlier ones; read when needed.
+        sent: Tensors that earlier steps of a sequence sent along, by name.
     """
 
     model: int
@@ -83,6 +88,15 @@ class Received:
     experts: Sequence[Mapping[str, Tensor]] = ()
     weights: Sequence[float] | None = None
     bodies: Sequence[Mapping[str, Tensor]] = ()
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Case(NamedTuple):
+    """A model, a device and what the server sent, for one task."""
+
+    network: TaskNetwork
+    device: Device
+    received: Received
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,10 @@ class Adaptation(metaclass=ABCMeta):
         needs_batchnorm: Whether it does nothing to a network without batch norm.
         needs_earlier_models: Whether it reads the models after earlier tasks.
         trains: Whether it trains; then only the models and tasks that average accuracy and forgetting need are adapted.
+        follows: Name of the adaptation that must come before it in a sequence, if any.
+        pools_tasks: Whether it reads the data of all tasks of a model before it decides; then it implements
+            :meth:`adapt_tasks`.
+        bound: Whether it is a bound to compare with, which uses what no device has.
     """
 
     name: ClassVar[str]
@@ -114,6 +132,9 @@ class Adaptation(metaclass=ABCMeta):
     needs_batchnorm: ClassVar[bool] = False
     needs_earlier_models: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    follows: ClassVar[str | None] = None
+    pools_tasks: ClassVar[bool] = False
+    bound: ClassVar[bool] = False
 
     @abstractmethod
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
@@ -127,6 +148,10 @@ class Adaptation(metaclass=ABCMeta):
         Raises:
             ValueError: If the data do not allow it; the message says why.
         """
+
+    def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
+        """The entries to replace for each task of one model; raises as :meth:`adapt` does."""
+        return [self.adapt(*case) for case in cases]
 
     def why_not(self, network: TaskNetwork) -> str | None:
         """Why it does not apply to a network; ``None`` if it does."""
@@ -177,28 +202,48 @@ class AdaptationSequence:
 
     def why_not(self, network: TaskNetwork) -> str | None:
         """Why it does not apply to a network; ``None`` if it does."""
+        for place, step in enumerate(self.steps):
+            if step.follows is not None and step.follows not in (before.name for before in self.steps[:place]):
+                return f"{step.name!r} must come after {step.follows!r}, as in '{step.follows}+{step.name}'"
         return next((f"{s.name!r} {why}" for s in self.steps if (why := s.why_not(network)) is not None), None)
 
-    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
-        """The entries that the steps replace together; the network is left with them.
+    @property
+    def pools_tasks(self) -> bool:
+        """Whether a step reads the data of all tasks of a model before it decides."""
+        return any(step.pools_tasks for step in self.steps)
+
+    def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
+        """The entries that the steps replace together, for each task of a model; the networks are left with them.
 
         Raises:
             MisconfigurationException: If a step cannot be done with these data.
         """
-        found: Entries = {}
+        found: list[Entries] = [{} for _ in cases]
         for step in self.steps:
             try:
                 with torch.inference_mode(False):
-                    before = {name: value.clone() for name, value in network.state_dict().items() if _is_tensor(value)}
-                    entries = step.adapt(network, cast("Device", _Guarded(device, step)), received)
-                    entries = {name: value.detach().clone() for name, value in entries.items()}
-                    load_entries(network, before | entries)  # what a step changed besides does not count
+                    before = [_tensors(case.network) for case in cases]
+                    entries = step.adapt_tasks([_case(step, *both) for both in zip(cases, found, strict=True)])
+                    for case, old, own, new in zip(cases, before, found, entries, strict=True):
+                        own |= {name: value.detach().clone() for name, value in new.items()}
+                        load_entries(case.network, old | own)  # what a step changed besides does not count
             except ValueError as error:
+                tasks = " and ".join(str(case.received.task + 1) for case in cases)
                 raise MisconfigurationException(
-                    f"The adaptation {step.name!r} failed on task {received.task + 1}: {error}"
+                    f"The adaptation {step.name!r} failed on task {tasks}: {error}"
                 ) from error
-            found |= entries
         return found
+
+
+def _tensors(network: nn.Module) -> Entries:
+    return {name: value.clone() for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _case(step: Adaptation, case: Case, found: Entries) -> Case:
+    """The case as a step sees it: with the data that it declares, and what earlier steps sent."""
+    sent = {name.removeprefix(SENT): value for name, value in found.items() if name.startswith(SENT)}
+    received = replace(case.received, sent={**case.received.sent, **sent})
+    return Case(case.network, cast("Device", _Guarded(case.device, step)), received)
 
 
 _READERS: dict[str, tuple[Reads, ...]] = {
@@ -227,17 +272,14 @@ class _Guarded:
         return getattr(self._device, name)
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def load_entries(network: nn.Module, entries: Mapping[str, Tensor]) -> None:
-    """Copy entries into the parameters and buffers of a network.
+    """Copy entries into the parameters and buffers of a network, without those that were only sent along.
 
     Raises:
         ValueError: If the network has no entry of that name and shape.
     """
     own = network.state_dict()
+    entries = {name: value for name, value in entries.items() if not name.startswith(SENT)}
     for name, value in entries.items():
         if name not in own or own[name].shape != value.shape:
             found = f"is {tuple(own[name].shape)} there" if name in own else "is not there"

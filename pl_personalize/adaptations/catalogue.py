@@ -10,6 +10,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pl_personalize.adaptations.adaptation import Adaptation, AdaptationSequence, option_names
 from pl_personalize.adaptations.expert_statistics import Average, Last, OfTheTask, Published, Unchanged
 from pl_personalize.adaptations.fine_tune import FineTune
+from pl_personalize.adaptations.heads import (
+    Auto,
+    Priors,
+    Refit,
+    Standardize,
+    TrueMoments,
+    TruePriors,
+    TruePriorsAndMoments,
+)
 from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.models import TaskNetwork
@@ -17,7 +26,10 @@ from pl_personalize.registry import Registry
 
 ADAPTATIONS: Registry[type[Adaptation]] = Registry(
     "adaptation",
-    [Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune],
+    [
+        *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune),
+        *(Refit, Priors, Standardize, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
+    ],
 )
 
 

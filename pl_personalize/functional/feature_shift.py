@@ -52,12 +52,15 @@ def standardized(head: Linear, mean: Tensor, std: Tensor, source_mean: Tensor, s
     .. math::
         f' = \frac{f - \mathrm{mean}}{\mathrm{std}} \mathrm{std}_\mathrm{source} + \mathrm{mean}_\mathrm{source}
 
+    The ratio of the stds is limited to 0.1 to 10: features that hardly vary, such as those of dead units, say little.
+
     Args:
         head: The head for f'.
         mean: Mean of the user's features, (d,).
-        std: Their standard deviation, (d,), positive.
+        std: Their standard deviation, (d,).
         source_mean: Mean of the server's features, (d,).
         source_std: Their standard deviation, (d,).
     """
-    weight = head.weight * (source_std / std)
+    floor = torch.finfo(std.dtype).tiny
+    weight = head.weight * (source_std.clamp_min(floor) / std.clamp_min(floor)).clamp(0.1, 10)
     return Linear(weight, head.bias + head.weight @ source_mean - weight @ mean)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -34,7 +34,7 @@ class HeadAdaptation:
             ``"covariate"`` (other features than class frequencies explain, such as those of another camera), or
             ``"both"``.
         class_priors: Estimated class priors, (K,), if there is label shift, else ``None``.
-        evidence: p-values of the tests, pooled over the user's tasks: ``"covariate"`` and, if it was tested, ``"label"``.
+        evidence: p-values of the tests, pooled over the user's tasks: ``"covariate"``, and ``"label"`` if tested.
         num_images: Number of images.
         head: Name of the layer.
         before: Weight and bias of the layer before.
@@ -164,7 +164,9 @@ def adapt_head(
             numbers of models, images and references differ. Nothing has changed then.
     """
     if isinstance(model, nn.Module):
-        return adapt_head([model], [images], [reference], head=head, forward=forward, shift=shift, gather=gather, progress=progress)[0]  # type: ignore[list-item]
+        return adapt_head(
+            [model], [images], [reference], head=head, forward=forward, shift=shift, gather=gather, progress=progress
+        )[0]  # type: ignore[list-item]
     references = list(reference)  # type: ignore[arg-type]
     if not len(model) == len(images) == len(references):
         raise ValueError(
@@ -185,7 +187,7 @@ def adapt_head(
     found = [task.adapted(shift, evidence) for task in tasks]
     for task, one in zip(tasks, found, strict=True):
         task.layer.write(one.after)
-    return found
+    return [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
 
 
 class _Task:
@@ -235,8 +237,7 @@ class _Task:
         head, priors, ref = self.head, None, self.reference
         if shift in ("covariate", "both"):
             mean, std = self.features.mean(0), self.features.std(0, correction=0)
-            source = ref.std.double()
-            head = standardized(head, mean, std.where(std > 1e-6 * source, source), ref.mean.double(), source)
+            head = standardized(head, mean, std, ref.mean.double(), ref.std.double())
         if shift in ("label", "both"):
             priors = self.priors(head)
             head = Linear(head.weight, head.bias + (priors / self.source).log())

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pl_personalize.functional.batches import Forward, as_logits, call_model
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.models.splitting import find_head
-from pl_personalize.models.task_network import ConvHead
 from pl_personalize.per_sample.batchnorm_pass import Batches
 from pl_personalize.per_sample.module_state import evaluating, isolated, model_kept
 
@@ -109,7 +108,9 @@ class HeadOf:
                         handles[other].remove()
                     checked = True
                 elif len(calls) != 1:
-                    raise ValueError(f"The head {name!r} must be called once in a forward pass; got {len(calls)} calls.")
+                    raise ValueError(
+                        f"The head {name!r} must be called once in a forward pass; got {len(calls)} calls."
+                    )
                 features = (inputs.mean((2, 3)) if inputs.dim() == 4 else inputs).double().cpu()
                 calls.clear()
                 if not torch.isfinite(features).all():
@@ -121,7 +122,9 @@ def _layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """The layer of that name, if it can be a head that is written to."""
     layer = find_head(model, name)
     if layer.bias is None:
-        raise ValueError(f"The head {name!r} has no bias, which class priors are folded into; create it with bias=True.")
+        raise ValueError(
+            f"The head {name!r} has no bias, which class priors are folded into; create it with bias=True."
+        )
     return layer
 
 

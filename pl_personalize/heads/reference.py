@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from pl_personalize.artifacts import load_tensors, save_tensors, tensor_checksum
 from pl_personalize.functional.discriminant import Linear
+from pl_personalize.functional.names import some
 
 ARTIFACT_KIND = "head-reference"
 
@@ -21,6 +23,7 @@ class HeadReference:
 
     Attributes:
         class_priors: The server's class priors, (K,).
+        class_means: Means of the features of each class of all the server's samples, (K, d).
         mean: Mean of the features of the server's validation samples, (d,).
         std: Their standard deviation, (d,).
         directions: Directions outside the span of the class means, (r, d), with unit within-class variance.
@@ -34,6 +37,7 @@ class HeadReference:
     """
 
     class_priors: Tensor
+    class_means: Tensor
     mean: Tensor
     std: Tensor
     directions: Tensor
@@ -46,8 +50,25 @@ class HeadReference:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("num_samples", "fingerprint")}
+        """Everything as tensors by name; see :meth:`from_tensors`."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        found["num_samples"] = torch.tensor(self.num_samples)
+        found["fingerprint"] = torch.frombuffer(bytearray.fromhex(self.fingerprint), dtype=torch.uint8)
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The reference whose :attr:`tensors` these are.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        if missing := [item.name for item in fields(cls) if item.name not in tensors]:
+            raise ValueError(f"A head reference has the tensors {some(missing)}, which are missing.")
+        found: dict[str, Any] = {item.name: tensors[item.name] for item in fields(cls)}
+        found["num_samples"] = int(found["num_samples"])
+        found["fingerprint"] = bytes(found["fingerprint"].tolist()).hex()
+        return cls(**found)
 
     @property
     def num_bytes(self) -> int:
@@ -60,8 +81,7 @@ class HeadReference:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically."""
-        metadata = {"num_samples": self.num_samples, "fingerprint": self.fingerprint}
-        save_tensors(path, self.tensors, kind=ARTIFACT_KIND, metadata=metadata)
+        save_tensors(path, self.tensors, kind=ARTIFACT_KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -70,8 +90,7 @@ class HeadReference:
         Raises:
             ArtifactError: If the file is missing, damaged, or of another kind.
         """
-        tensors, metadata = load_tensors(path, kind=ARTIFACT_KIND)
-        return cls(**tensors, num_samples=metadata["num_samples"], fingerprint=metadata["fingerprint"])
+        return cls.from_tensors(load_tensors(path, kind=ARTIFACT_KIND)[0])
 
     def at(self, table: str, num_images: int) -> tuple[float, float]:
         """A row of a table for a number of images, interpolated in its logarithm."""

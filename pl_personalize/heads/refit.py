@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,9 @@ def refit_head(
     weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
     honest = combined([trained, discriminant.scaled(factor, bias)], weights)
     refitted = combined([trained, final.scaled(factor, bias)], weights)
-    reference = _reference(everything, features, honest(features), classes, refitted, directions)
+    reference = _reference(everything, features, honest(features), classes, directions)
     layer.write(refitted)
-    return reference
+    return replace(reference, fingerprint=head_fingerprint(layer.linear))
 
 
 def _training(
@@ -136,9 +137,13 @@ def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Ten
     found = batch_labels(batch, labels).detach().cpu()
     num_classes = layer.num_classes
     if found.shape != (count,) or found.is_floating_point():
-        raise ValueError(f"Labels must be {count} class indices, (n,); got {found.dtype} of shape {tuple(found.shape)}.")
+        raise ValueError(
+            f"Labels must be {count} class indices, (n,); got {found.dtype} of shape {tuple(found.shape)}."
+        )
     if found.min() < 0 or found.max() >= num_classes:
-        raise ValueError(f"The head has the classes 0 to {num_classes - 1}; labels go from {found.min()} to {found.max()}.")
+        raise ValueError(
+            f"The head has the classes 0 to {num_classes - 1}; labels go from {found.min()} to {found.max()}."
+        )
     return found.long()
 
 
@@ -205,7 +210,7 @@ def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) ->
 
 
 def _reference(
-    moments: ClassMoments, features: Tensor, logits: Tensor, classes: Tensor, refitted: Linear, directions: int
+    moments: ClassMoments, features: Tensor, logits: Tensor, classes: Tensor, directions: int
 ) -> HeadReference:
     """The reference, whose limits come from simulated users with validation samples."""
     mean, std = features.mean(0), features.std(0, correction=0)
@@ -216,6 +221,7 @@ def _reference(
     prior, settings = zip(*(_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES), strict=True)
     return HeadReference(
         moments.priors.float(),
+        moments.means.float(),
         mean.float(),
         std.float(),
         rows.float(),
@@ -224,7 +230,7 @@ def _reference(
         torch.tensor(prior),
         torch.tensor(settings),
         num_samples=len(classes),
-        fingerprint=head_fingerprint(refitted),
+        fingerprint="",
     )
 
 

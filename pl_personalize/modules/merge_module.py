@@ -159,7 +159,9 @@ class MergeModule(SequenceEvaluator):
     def received(self, cell: Cell, bodies: Sequence[StateDict], seed: int = 0) -> Received:
         count = cell[0] + 1
         weights = None if self._weights is None else self._weights[:count]
-        return Received(*cell, seed=seed, experts=self.bodies[:count], weights=weights, bodies=bodies)
+        return Received(
+            *cell, seed=seed, experts=self.bodies[:count], weights=weights, bodies=bodies, sent=self._sent(cell)
+        )
 
     def _average(self, count: int) -> StateDict:
         """Statistics of the mixture of the first experts, weighted as in the merge."""

@@ -14,13 +14,14 @@ from typing_extensions import override
 
 from pl_personalize.adaptations import (
     AdaptationSequence,
+    Case,
     Device,
     Entries,
     Received,
     default_adaptation,
     find_adaptation,
 )
-from pl_personalize.adaptations.adaptation import load_entries
+from pl_personalize.adaptations.adaptation import SENT, load_entries
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import StateDict
@@ -151,7 +152,12 @@ class SequenceEvaluator(LightningModule):
 
     def received(self, cell: Cell, bodies: Sequence[StateDict], seed: int = 0) -> Received:
         """The server's part of an adaptation of a model to a task."""
-        return Received(*cell, seed=seed, bodies=bodies)
+        return Received(*cell, seed=seed, bodies=bodies, sent=self._sent(cell))
+
+    def _sent(self, cell: Cell) -> dict[str, Tensor]:
+        """What an earlier adaptation sent along with its entries."""
+        entries = self.entries.get(cell, {})
+        return {name.removeprefix(SENT): value for name, value in entries.items() if name.startswith(SENT)}
 
     def adapt(
         self, adaptation: AdaptationSequence, device: Callable[[int], Device], *, seed: int = 0
@@ -182,17 +188,26 @@ class SequenceEvaluator(LightningModule):
         if not steps:
             return {}
         adaptation = AdaptationSequence(steps)
+        cells = [(t, i) for t, i in states if not adaptation.trains or t in (i, self.num_tasks - 1)]
+        groups: dict[Any, list[Cell]] = {}
+        for cell in cells:  # one network is in memory at a time, unless an adaptation compares the tasks of a model
+            groups.setdefault(cell[0] if adaptation.pools_tasks else cell, []).append(cell)
         found: dict[Cell, Entries] = {}
-        for (t, i), state in states.items():
-            if adaptation.trains and t not in (i, self.num_tasks - 1):
-                continue
-            with torch.inference_mode(False):
-                with computing_anew(self.network):  # cached values cannot be copied, and belong to other weights
-                    network = copy.deepcopy(self.network).train()
-                _resize_head(network, state)
-                load_entries(network, state)
-                found[t, i] = adaptation.adapt(network, device(i), self.received((t, i), bodies, seed))
+        for group in groups.values():
+            cases = [
+                Case(self._copy(states[cell]), device(cell[1]), self.received(cell, bodies, seed)) for cell in group
+            ]
+            found |= zip(group, adaptation.adapt_tasks(cases), strict=True)
         return found
+
+    def _copy(self, state: StateDict) -> TaskNetwork:
+        """The network with another state, for an adaptation."""
+        with torch.inference_mode(False):
+            with computing_anew(self.network):  # cached values cannot be copied, and belong to other weights
+                network = copy.deepcopy(self.network).train()
+            _resize_head(network, state)
+            load_entries(network, state)
+        return network
 
     @override
     def on_test_start(self) -> None:
@@ -308,8 +323,8 @@ class _TrainersDevice:
     def images(self) -> Iterable[Any]:
         return self._loader("adapt_dataloader")
 
-    def server_images(self) -> Iterable[Any]:
-        return self._loader("server_dataloader", split="val")
+    def server_images(self, split: str = "val") -> Iterable[Any]:
+        return self._loader("server_dataloader", split=split)
 
     def _loader(self, hook: str, **options: str) -> Iterable[Any]:
         if not hasattr(self._datamodule, hook):

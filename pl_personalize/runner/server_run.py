@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import Callback
@@ -243,8 +243,8 @@ class _StageDevice:
             self._task, labels=True, batch_size=self._data.batch_size, shuffle=True, seed=seed
         )
 
-    def server_images(self) -> Iterable[Any]:
-        return self._data.server_dataloader(self._task, split="val")
+    def server_images(self, split: Literal["train", "val"] = "val") -> Iterable[Any]:
+        return self._data.server_dataloader(self._task, split=split)
 
     def as_input(self, batch: Any) -> Any:
         return self._convert(as_input(batch))
