@@ -13,6 +13,7 @@ from typing_extensions import override
 from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.adaptations.adaptation import SENT, Adaptation, Case, Device, Entries, Reads, Received
 from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.checks import check_option
 from pl_personalize.functional.batches import Forward, batch_labels
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
@@ -42,16 +43,25 @@ def _reference(received: Received) -> HeadReference:
 
 @dataclass(frozen=True)
 class Refit(Adaptation):
-    """The head refitted to its features on the server's images, see :func:`~pl_personalize.refit_head`."""
+    """The head refitted to its features on the server's images, see :func:`~pl_personalize.refit_head`.
+
+    Attributes:
+        cameras: Number of random cameras that devices can be told apart by; 0 for none.
+    """
 
     name: ClassVar[str] = "refit"
     text: ClassVar[str] = "the head refitted by linear discriminant analysis on the server's images of the task"
     reads: ClassVar[Reads] = "server"
 
+    cameras: int = 0
+
+    def __post_init__(self) -> None:
+        check_option("refit: cameras", self.cameras, least=0)
+
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
         images = (device.server_images(split) for split in ("train", "val"))
-        reference = refit_head(network, *images, head="head", forward=_forward(device))
+        reference = refit_head(network, *images, head="head", forward=_forward(device), cameras=self.cameras)
         sent = {f"{SENT}{_REFERENCE}{name}": value for name, value in reference.tensors.items()}
         return _head(network) | sent
 

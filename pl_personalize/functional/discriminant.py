@@ -116,29 +116,38 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(logits, labels))
 
 
-def best_scale(logits: Tensor, labels: Tensor) -> float:
-    """The factor of the logits with the least negative log-likelihood: the inverse temperature (Guo et al., 2017).
+def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy with one in n + 1 labels spread over the classes, so that no finite sample is separable.
 
-    The likelihood is unimodal in the factor, which is searched from 0.001 to 1000.
+    Platt, "Probabilistic outputs for support vector machines", 1999.
+    """
+    return F.cross_entropy(logits, labels, label_smoothing=1 / (len(labels) + 1))
+
+
+def best_scale(logits: Tensor, labels: Tensor) -> float:
+    """The factor of the logits with the least negative log-likelihood: the inverse temperature (Guo et al., ICML 2017).
+
+    The likelihood, of slightly smoothed labels, is unimodal in the factor, which is searched from 0.001 to 1000.
 
     Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> round(best_scale(logits, torch.tensor([0, 0, 1, 1])), 4) == round(torch.tensor(3.0).log().item(), 4)
-        True
+        >>> logits = torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(4000, 1)
+        >>> labels = (torch.arange(4000) % 4 == 0).long()
+        >>> round(best_scale(logits, labels), 2), round(torch.tensor(3.0).log().item(), 2)
+        (1.1, 1.1)
     """
     low, high = (torch.tensor(bound, dtype=torch.float64).log() for bound in _SCALES)
     golden = (5**0.5 - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)
-    values = [negative_log_likelihood(logits * at.exp(), labels) for at in (left, right)]
+    values = [float(smoothed_loss(logits * at.exp(), labels)) for at in (left, right)]
     for _ in range(60):
         if values[0] <= values[1]:
             high, right, values[1] = right, left, values[0]
             left = high - golden * (high - low)
-            values[0] = negative_log_likelihood(logits * left.exp(), labels)
+            values[0] = float(smoothed_loss(logits * left.exp(), labels))
         else:
             low, left, values[0] = left, right, values[1]
             right = low + golden * (high - low)
-            values[1] = negative_log_likelihood(logits * right.exp(), labels)
+            values[1] = float(smoothed_loss(logits * right.exp(), labels))
     return float(((low + high) / 2).exp())
 
 
@@ -187,8 +196,8 @@ def _fitted(candidates: Sequence[Tensor], labels: Tensor, strength: float | None
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(torch.einsum("j,jnk->nk", factors * starts, stacked) + bias, labels)
-        value = value + ((strength or 0.0) * bias.square().sum() + 1e-3 * factors.square().sum()) / len(labels)
+        value = smoothed_loss(torch.einsum("j,jnk->nk", factors * starts, stacked) + bias, labels)
+        value = value + (strength or 0.0) / len(labels) * bias.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

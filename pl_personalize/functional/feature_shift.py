@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ def outside_directions(moments: ClassMoments, count: int) -> Tensor:
         (r, d), r ≤ count; the within-class variance of features along each row is 1.
     """
     within, means = moments.within, moments.means - moments.mean
-    span = _basis(means)
+    span = span_basis(means)
     count = min(count, len(within) - len(span))
     if count < 1:
         return within.new_zeros(0, len(within))
@@ -40,7 +43,7 @@ def outside_directions(moments: ClassMoments, count: int) -> Tensor:
     return (columns @ rotation[:, order] / variances[order].sqrt()).T
 
 
-def _basis(rows: Tensor) -> Tensor:
+def span_basis(rows: Tensor) -> Tensor:
     """An orthonormal basis (r, d) of the span of rows (K, d)."""
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
     return right[sizes > 1e-8 * sizes.max()]
@@ -64,3 +67,54 @@ def standardized(head: Linear, mean: Tensor, std: Tensor, source_mean: Tensor, s
     floor = torch.finfo(std.dtype).tiny
     weight = head.weight * (source_std.clamp_min(floor) / std.clamp_min(floor)).clamp(0.1, 10)
     return Linear(weight, head.bias + head.weight @ source_mean - weight @ mean)
+
+
+class CameraShifts(NamedTuple):
+    """How the features of the same samples move from the server's camera to others.
+
+    Attributes:
+        shifts: Difference of the means, (M, d).
+        log_ratios: Logarithm of the ratio of the stds, (M, d).
+    """
+
+    shifts: Tensor
+    log_ratios: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, after: Sequence[Tensor]) -> CameraShifts:
+        """From features (n, d) of samples, and those of the same samples for each camera."""
+        mean, std = before.mean(0), before.std(0, correction=0)
+        floor = 1e-6 + 1e-3 * std.max()
+        shifts = torch.stack([features.mean(0) - mean for features in after])
+        stds = torch.stack([features.std(0, correction=0) for features in after])
+        return cls(shifts, (stds.clamp_min(floor) / std.clamp_min(floor)).log().clamp(-3, 3))
+
+    def select(self, index: Tensor) -> CameraShifts:
+        """Some of the cameras."""
+        return CameraShifts(self.shifts[index], self.log_ratios[index])
+
+    def outside(self, difference: Tensor, span: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """The shifts (M, d) and a difference (d,) outside the span (r, d) of the class means, in units of ``std``."""
+        floor = std.clamp_min(1e-6 + 1e-3 * std.max())
+        both = torch.cat([self.shifts, difference[None]])
+        both = (both - both @ span.T @ span) / floor
+        return both[:-1], both[-1]
+
+    def predict(self, difference: Tensor, span: Tensor, std: Tensor, strength: float = 0.03) -> tuple[Tensor, Tensor]:
+        r"""The shift and the ratio of the stds, each (d,), of which only the part outside the span was seen.
+
+        A class mix does not move the mean of features outside the span of the class means, so that part of the
+        difference between a user's mean and the server's tells the camera. It is regressed on the cameras, by ridge
+        regression of relative strength; the same combination of cameras predicts the rest.
+
+        Args:
+            difference: The user's mean less the server's, (d,).
+            span: Orthonormal basis of the span of the class means, (r, d).
+            std: Standard deviation of the server's features, (d,).
+            strength: Strength of the ridge, relative to the mean squared size of a camera's shift.
+        """
+        shifts, seen = self.outside(difference, span, std)
+        gram = shifts @ shifts.T
+        gram.diagonal().add_(strength * gram.diagonal().mean() + 1e-12)
+        weights = torch.linalg.solve(gram, shifts @ seen)
+        return weights @ self.shifts, (weights @ self.log_ratios).clamp(-1.5, 1.5).exp()

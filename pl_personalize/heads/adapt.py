@@ -17,9 +17,12 @@ from pl_personalize.functional.feature_shift import standardized
 from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
 from pl_personalize.heads.features import Gather, HeadOf
 from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
+from pl_personalize.heads.refit import CAMERA_ALPHA
 
 ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]
+_LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
+_SIMILAR = 3  # cameras
 _LEVELS = {"covariate": 0.001, "label": 0.05}
 
 
@@ -34,7 +37,8 @@ class HeadAdaptation:
             ``"covariate"`` (other features than class frequencies explain, such as those of another camera), or
             ``"both"``.
         class_priors: Estimated class priors, (K,), if there is label shift, else ``None``.
-        evidence: p-values of the tests, pooled over the user's tasks: ``"covariate"``, and ``"label"`` if tested.
+        evidence: What the tests found, pooled over the user's tasks: the p-values ``"covariate"`` and ``"label"``; and
+            ``"label_ratio"``, the evidence of label shift beside a camera relative to what cameras alone show.
         num_images: Number of images.
         head: Name of the layer.
         before: Weight and bias of the layer before.
@@ -68,7 +72,7 @@ class HeadAdaptation:
         layer.write(new)
 
     def __repr__(self) -> str:
-        found = ", ".join(f"{name} p={value:.2g}" for name, value in self.evidence.items())
+        found = ", ".join(f"{name} {value:.2g}" for name, value in self.evidence.items())
         return f"HeadAdaptation({self.shift!r}, {self.num_images} images, {found})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -137,7 +141,9 @@ def adapt_head(
     One forward pass over the images tells which shift there is:
 
     * *Covariate shift*, such as another camera: the mean of the features differs from the server's in directions in
-      which no class mix moves it. Features are then standardized to the server's moments.
+      which no class mix moves it. Features are then standardized to the server's moments; or, if the reference has
+      cameras, corrected by the combination of these that explains the difference (which leaves the part of it that a
+      class mix causes), and label shift is tested on what remains.
     * *Label shift*: other class frequencies than the server's, by a likelihood ratio. Class priors are then estimated
       by expectation maximization (see :func:`~pl_personalize.functional.label_shift.em_priors`), and
       :math:`\log q_k / \pi_k` is added to the bias.
@@ -179,15 +185,24 @@ def adapt_head(
     ]
     evidence: dict[str, float] = {}
     if shift is None:
-        evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
-        shift = "covariate" if evidence["covariate"] < _LEVELS["covariate"] else "none"
-        if shift == "none":
-            evidence["label"] = tail(*(sum(v) for v in zip(*(task.label() for task in tasks), strict=True)))
-            shift = "label" if evidence["label"] < _LEVELS["label"] else "none"
+        shift = _found(tasks, evidence)
     found = [task.adapted(shift, evidence) for task in tasks]
     for task, one in zip(tasks, found, strict=True):
         task.layer.write(one.after)
     return [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
+
+
+def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
+    """The shift that the tasks show together; the evidence is noted."""
+    evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
+    if evidence["covariate"] >= _LEVELS["covariate"]:
+        evidence["label"] = tail(*(sum(values) for values in zip(*(task.label() for task in tasks), strict=True)))
+        return "label" if evidence["label"] < _LEVELS["label"] else "none"
+    if any(task.reference.cameras is None for task in tasks):
+        return "covariate"
+    seen, expected, left = (sum(values) for values in zip(*(task.label_beside_camera() for task in tasks), strict=True))
+    evidence["label_ratio"] = seen / expected / max(1.0, left / len(tasks))
+    return "both" if evidence["label_ratio"] > _LABEL_RATIO else "covariate"
 
 
 class _Task:
@@ -222,6 +237,42 @@ class _Task:
         growth = 1 + count * leak
         return count * float(scores.square().sum()), mean * growth, variance * growth**2
 
+    def label_beside_camera(self) -> tuple[float, float, float]:
+        """The statistic of label shift after the correction of the camera, and what limits it.
+
+        These are its mean for similar cameras without label shift, and the statistic of covariate shift that is left.
+        """
+        ref, head = self.reference, self._without_camera
+        cameras = ref.cameras
+        assert cameras is not None
+        logits = head(self.features)
+        evidence = label_shift_evidence(logits, self.source, em_priors(logits, self.source, alpha=CAMERA_ALPHA))
+        shifts, seen = cameras.outside(self.features.mean(0) - ref.mean.double(), ref.span, ref.std.double())
+        nearest = (shifts - seen).square().sum(1).argsort()[:_SIMILAR]
+        shift, ratio = self._camera_shift
+        left = ref.directions.double() @ ((self.features.mean(0) - ref.mean.double() - shift) / ratio)
+        count = 1 / (1 / self.count + 1 / ref.num_samples)
+        return (
+            float(evidence),
+            float(ref.camera_evidence[nearest].mean()),
+            count * float(left.square().sum()) / max(1, len(left)),
+        )
+
+    @property
+    def _camera_shift(self) -> tuple[Tensor, Tensor]:
+        """Shift and ratio of the stds, each (d,), that the cameras of the reference explain."""
+        ref = self.reference
+        cameras = ref.cameras
+        assert cameras is not None
+        return cameras.predict(self.features.mean(0) - ref.mean.double(), ref.span, ref.std.double())
+
+    @property
+    def _without_camera(self) -> Linear:
+        """The calibrated head on features without the shift of the camera."""
+        shift, ratio = self._camera_shift
+        mean, scale = self.reference.mean.double(), float(self.reference.camera_scale)
+        return standardized(self.head, mean + shift, ratio, mean, torch.ones_like(ratio)).scaled(scale)
+
     def priors(self, head: Linear) -> Tensor:
         """Class priors of the images."""
         alpha, scale = self.reference.at("prior_settings", self.count)
@@ -235,11 +286,16 @@ class _Task:
     def adapted(self, shift: Shift, evidence: dict[str, float]) -> HeadAdaptation:
         """The head for a shift."""
         head, priors, ref = self.head, None, self.reference
-        if shift in ("covariate", "both"):
+        if shift in ("covariate", "both") and ref.cameras is not None:
+            head = self._without_camera
+        elif shift in ("covariate", "both"):
             mean, std = self.features.mean(0), self.features.std(0, correction=0)
             head = standardized(head, mean, std, ref.mean.double(), ref.std.double())
-        if shift in ("label", "both"):
+        if shift == "label":
             priors = self.priors(head)
+        elif shift == "both":
+            priors = em_priors(head(self.features), self.source, alpha=CAMERA_ALPHA)
+        if priors is not None:
             head = Linear(head.weight, head.bias + (priors / self.source).log())
         assert self.layer.name is not None
         return HeadAdaptation(shift, priors, dict(evidence), self.count, self.layer.name, self.head, head)

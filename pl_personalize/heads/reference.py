@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pl_personalize.artifacts import load_tensors, save_tensors, tensor_checksum
 from pl_personalize.functional.discriminant import Linear
+from pl_personalize.functional.feature_shift import CameraShifts, span_basis
 from pl_personalize.functional.names import some
 
 ARTIFACT_KIND = "head-reference"
@@ -32,6 +33,10 @@ class HeadReference:
         sizes: Numbers of images that the following tables were made for, (s,).
         prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, (s, 2).
         prior_settings: Pseudo-counts and scale of the EM algorithm, (s, 2).
+        camera_shifts: Shifts of the features' means by random cameras, (M, d), float16; M = 0 without cameras.
+        camera_ratios: Logarithm of the ratios of their stds, (M, d), float16.
+        camera_evidence: Mean log-likelihood ratio of label shift for each camera without one, (M,).
+        camera_scale: Factor that calibrates logits after the correction of a camera, ().
         num_samples: Number of validation samples.
         fingerprint: Checksum of the refitted head.
     """
@@ -45,6 +50,10 @@ class HeadReference:
     sizes: Tensor
     prior_null: Tensor
     prior_settings: Tensor
+    camera_shifts: Tensor
+    camera_ratios: Tensor
+    camera_evidence: Tensor
+    camera_scale: Tensor
     num_samples: int
     fingerprint: str
 
@@ -91,6 +100,19 @@ class HeadReference:
             ArtifactError: If the file is missing, damaged, or of another kind.
         """
         return cls.from_tensors(load_tensors(path, kind=ARTIFACT_KIND)[0])
+
+    @property
+    def cameras(self) -> CameraShifts | None:
+        """The shifts by random cameras, if there are any."""
+        if not len(self.camera_shifts):
+            return None
+        return CameraShifts(self.camera_shifts.double(), self.camera_ratios.double())
+
+    @property
+    def span(self) -> Tensor:
+        """Orthonormal basis of the span of the class means, (r, d)."""
+        means = self.class_means.double()
+        return span_basis(means - means.mean(0))
 
     def at(self, table: str, num_images: int) -> tuple[float, float]:
         """A row of a table for a number of images, interpolated in its logarithm."""

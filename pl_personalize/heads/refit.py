@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pl_personalize.functional.batches import Forward, Labels, batch_labels
+from pl_personalize.functional.batches import Forward, Labels, as_input, batch_labels
 from pl_personalize.functional.discriminant import (
     SHRINKAGES,
     ClassMoments,
@@ -21,11 +22,12 @@ from pl_personalize.functional.discriminant import (
     calibration,
     combined,
     linear_discriminant,
-    negative_log_likelihood,
+    smoothed_loss,
 )
-from pl_personalize.functional.feature_shift import outside_directions
+from pl_personalize.functional.feature_shift import CameraShifts, outside_directions, standardized
 from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
 from pl_personalize.functional.names import some
+from pl_personalize.heads.cameras import Camera, on_inputs, random_cameras
 from pl_personalize.heads.features import Gather, HeadOf
 from pl_personalize.heads.reference import HeadReference, head_fingerprint
 
@@ -34,6 +36,8 @@ _SETS, _ELEMENTS = 100, 100_000  # simulated users of each size, and their logit
 _CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
 _FOLDS = 5
+CAMERA_ALPHA = 2.0  # pseudo-counts where a camera was corrected
+_CAMERA_BATCH, _CAMERA_SETS, _CAMERA_SIZE = 64, 6, 80  # simulated users of each camera, and their images
 _KEPT = 64_000_000  # features of training samples that calibrate, at most
 
 
@@ -46,6 +50,8 @@ def refit_head(
     forward: Forward | None = None,
     labels: Labels | None = None,
     directions: int = 40,
+    cameras: int | Sequence[Camera] = 0,
+    camera_images: int = 16,
     gather: Gather | None = None,
     progress: bool = False,
 ) -> HeadReference:
@@ -68,6 +74,10 @@ def refit_head(
         forward: ``(model, batch) -> logits``, if calling the model on the input is not enough.
         labels: Labels in a batch: a function of it, an index, or a key; by default the second of two items.
         directions: Number of directions in which covariate shift is tested.
+        cameras: For image inputs (n, channels, height, width): the number of random cameras, or functions of images in
+            [0, 1], through which the network also sees some validation samples. A device can then tell the camera from
+            the class mix where both differ; with 0, it corrects one of the two.
+        camera_images: Number of validation samples of each class for the cameras.
         gather: Concatenates the rows of a tensor over processes that each hold part of the data, all of which must
             call this function.
         progress: Show a progress bar if a pass takes more than two seconds.
@@ -82,7 +92,8 @@ def refit_head(
     """
     layer = HeadOf(model, head, forward)
     moments, kept, kept_classes = _training(layer, train, labels, progress)
-    features, classes = _samples(layer, val, labels, progress)
+    chosen = _Chosen(camera_images) if cameras else None
+    features, classes = _samples(layer, val, labels, progress, chosen)
     if gather is not None:
         moments = ClassMoments(*(gather(part[None]).sum(0) for part in moments))
         kept, kept_classes, features, classes = map(gather, (kept, kept_classes, features, classes))
@@ -98,7 +109,11 @@ def refit_head(
     weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
     honest = combined([trained, discriminant.scaled(factor, bias)], weights)
     refitted = combined([trained, final.scaled(factor, bias)], weights)
-    reference = _reference(everything, features, honest(features), classes, directions)
+    known = honest(features), classes
+    reference = _reference(everything, features, *known, directions)
+    if chosen is not None:
+        taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
+        reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
     layer.write(refitted)
     return replace(reference, fingerprint=head_fingerprint(layer.linear))
 
@@ -122,11 +137,35 @@ def _training(
     return total, torch.cat(features), torch.cat(classes)
 
 
-def _samples(layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool) -> tuple[Tensor, Tensor]:
-    parts = [
-        (features, _labels(batch, labels, len(features), layer))
-        for batch, features in layer.read(batches, progress=progress)
-    ]
+class _Chosen:
+    """The first samples of each class: their inputs, features and labels."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._seen = count, Counter[int]()
+        self.inputs: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self.classes: list[int] = []
+
+    def add(self, batch: Any, features: Tensor, classes: Tensor) -> None:
+        inputs = as_input(batch)
+        if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
+            raise ValueError("cameras= needs float images (n, channels, height, width) as the input; leave it out.")
+        for row, number in enumerate(classes.tolist()):
+            if self._seen[number] < self._count:
+                self._seen[number] += 1
+                self.inputs.append(inputs[row].cpu())
+                self.features.append(features[row])
+                self.classes.append(number)
+
+
+def _samples(
+    layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool, chosen: _Chosen | None
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    for batch, features in layer.read(batches, progress=progress):
+        parts.append((features, _labels(batch, labels, len(features), layer)))
+        if chosen is not None:
+            chosen.add(batch, *parts[-1])
     if not parts:
         raise ValueError("There are no validation samples: pass batches of samples with labels.")
     features, classes = zip(*parts, strict=True)
@@ -165,7 +204,7 @@ def _best_discriminant(moments: ClassMoments, features: Tensor, classes: Tensor)
         if found is None:
             continue
         logits = found(features)
-        loss = negative_log_likelihood(logits * best_scale(logits, classes), classes)
+        loss = smoothed_loss(logits * best_scale(logits, classes), classes)
         if best is None or loss < best[0]:
             best = loss, shrinkage, found
     assert best is not None  # with shrinkage 1, the covariance is a multiple of the identity
@@ -190,23 +229,28 @@ def _cross_calibration(
 
 
 def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) -> list[float]:
-    """The factors of the candidates, some of them 0, with the least cross-validated negative log-likelihood."""
+    """Factors of the trained head and the discriminant.
+
+    The discriminant alone, unless the trained head or both together have a cross-validated negative log-likelihood that
+    is less by more than two standard errors.
+    """
     logits = [candidate(features) for candidate in candidates]
-    folds = torch.arange(len(classes)) % _FOLDS
-    best: tuple[float, list[float]] | None = None
-    for chosen in ([0], [1], [0, 1]):
-        loss = 0.0
-        for fold in range(min(_FOLDS, len(classes) - 1)):
+    folds = torch.arange(len(classes)) % min(_FOLDS, len(classes))
+    losses: dict[tuple[int, ...], Tensor] = {}
+    for chosen in ((1,), (0,), (0, 1)):
+        losses[chosen] = torch.zeros(len(classes), dtype=features.dtype)
+        for fold in range(int(folds.max()) + 1 if len(classes) > 1 else 0):
             out = folds == fold
             factors = best_factors([logits[k][~out] for k in chosen], classes[~out])
-            mixed = sum(f * logits[k][out] for f, k in zip(factors, chosen, strict=True))
-            loss += float(F.cross_entropy(mixed, classes[out], reduction="sum"))  # type: ignore[arg-type]
-        if best is None or loss < best[0]:
-            factors = best_factors([logits[k] for k in chosen], classes)
-            weights = dict(zip(chosen, factors, strict=True))
-            best = loss, [weights.get(k, 0.0) for k in range(len(candidates))]
-    assert best is not None
-    return best[1]
+            mixed = torch.stack([f * logits[k][out] for f, k in zip(factors, chosen, strict=True)]).sum(0)
+            losses[chosen][out] = F.cross_entropy(mixed, classes[out], reduction="none")
+    best: tuple[int, ...] = (1,)
+    for chosen in ((0,), (0, 1)):
+        gain = losses[best] - losses[chosen]
+        if gain.mean() > 2 * gain.std() / len(gain) ** 0.5:
+            best = chosen
+    factors = dict(zip(best, best_factors([logits[k] for k in best], classes), strict=True))
+    return [factors.get(k, 0.0) for k in range(len(candidates))]
 
 
 def _reference(
@@ -229,6 +273,9 @@ def _reference(
         torch.tensor(SIZES),
         torch.tensor(prior),
         torch.tensor(settings),
+        *(torch.zeros(0, len(mean), dtype=torch.float16),) * 2,
+        torch.zeros(0),
+        torch.ones(()),
         num_samples=len(classes),
         fingerprint="",
     )
@@ -283,3 +330,38 @@ def _prior_null(
     estimated = em_priors(plain, source, alpha=alpha, scale=scale, max_iter=100, tol=1e-4)
     evidence = label_shift_evidence(plain, source, estimated)
     return [float(evidence.mean()), float(evidence.var())], [alpha, scale]
+
+
+def _cameras(
+    layer: HeadOf, chosen: _Chosen, cameras: Sequence[Camera], honest: Linear, reference: HeadReference
+) -> dict[str, Tensor]:
+    """The fields of the reference for cameras, each of which is tested as if it were unknown."""
+    inputs, before, classes = torch.stack(chosen.inputs), torch.stack(chosen.features), torch.tensor(chosen.classes)
+    low, high = inputs.amin((0, 2, 3)), inputs.amax((0, 2, 3))
+    parts = list(zip(inputs.split(_CAMERA_BATCH), classes.split(_CAMERA_BATCH), strict=True))
+    batches = ((on_inputs(camera, x, low, high), y) for camera in cameras for x, y in parts)
+    features = torch.cat([found for _, found in layer.read(batches)]).unflatten(0, (len(cameras), -1))
+    shifts = CameraShifts.of(before, list(features))
+    span, mean, std = reference.span, reference.mean.double(), reference.std.double()
+    numbers = torch.arange(len(cameras))
+
+    def corrected(number: int, seen: Tensor) -> Linear:
+        shift, ratio = shifts.select(numbers != number).predict(seen.mean(0) - mean, span, std)
+        return standardized(honest, mean + shift, ratio, mean, torch.ones_like(ratio))
+
+    logits = torch.cat([corrected(k, features[k])(features[k]) for k in range(len(cameras))])
+    scale = best_scale(logits, classes.repeat(len(cameras)))
+    source, generator = reference.class_priors.double(), torch.Generator().manual_seed(0)
+    evidence = torch.zeros(len(cameras))
+    for number in range(len(cameras)):
+        for _ in range(_CAMERA_SETS):
+            seen = features[number][torch.randint(len(classes), (_CAMERA_SIZE,), generator=generator)]
+            found = scale * corrected(number, seen)(seen)
+            priors = em_priors(found, source, alpha=CAMERA_ALPHA)
+            evidence[number] += float(label_shift_evidence(found, source, priors)) / _CAMERA_SETS
+    return {
+        "camera_shifts": shifts.shifts.half(),
+        "camera_ratios": shifts.log_ratios.half(),
+        "camera_evidence": evidence,
+        "camera_scale": torch.tensor(scale),
+    }
