@@ -134,3 +134,19 @@ def pass_options(trainer: Trainer) -> dict[str, Any]:
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     reduce = None if trainer.world_size == 1 else partial(trainer.strategy.reduce, reduce_op="sum")
     return {"progress": shown, "all_reduce": reduce}
+
+
+def gather_rows(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Concatenates the rows of a tensor over processes, which may hold different numbers; ``None`` for one process."""
+    if trainer.world_size == 1:
+        return None
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        device = trainer.strategy.root_device
+        counts = trainer.strategy.all_gather(torch.tensor(len(rows), device=device)).tolist()
+        padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
+        padded[: len(rows)] = rows.to(device)
+        parts = trainer.strategy.all_gather(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
+
+    return gather

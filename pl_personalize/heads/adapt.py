@@ -53,6 +53,10 @@ class HeadAdaptation:
     before: Linear
     after: Linear
 
+    def is_applied(self, model: nn.Module) -> bool:
+        """Whether a model has the adapted head."""
+        return _has(HeadOf(model, self.head), self.after)
+
     def apply(self, model: nn.Module) -> None:
         """Write the adapted head into a model that has the head of before.
 
@@ -67,7 +71,7 @@ class HeadAdaptation:
 
     def _replace(self, model: nn.Module, old: Linear, new: Linear) -> None:
         layer = HeadOf(model, self.head)
-        if head_fingerprint(layer.linear) not in {head_fingerprint(old), head_fingerprint(new)}:
+        if not _has(layer, old) and not _has(layer, new):
             raise ValueError(f"The head {self.head!r} of the model is not the one that this adaptation belongs to.")
         layer.write(new)
 
@@ -179,17 +183,18 @@ def adapt_head(
             f"Give one model, one iterable of images and one reference per task; got {len(model)}, {len(images)} and "
             f"{len(references)}."
         )
-    tasks = [
-        _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
-        for one, batches, ref in zip(model, images, references, strict=True)
-    ]
-    evidence: dict[str, float] = {}
-    if shift is None:
-        shift = _found(tasks, evidence)
-    found = [task.adapted(shift, evidence) for task in tasks]
-    for task, one in zip(tasks, found, strict=True):
-        task.layer.write(one.after)
-    return [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        tasks = [
+            _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
+            for one, batches, ref in zip(model, images, references, strict=True)
+        ]
+        evidence: dict[str, float] = {}
+        if shift is None:
+            shift = _found(tasks, evidence)
+        found = [task.adapted(shift, evidence) for task in tasks]
+        for task, one in zip(tasks, found, strict=True):
+            task.layer.write(one.after)
+        return [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
 
 
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
@@ -203,6 +208,10 @@ def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
     seen, expected, left = (sum(values) for values in zip(*(task.label_beside_camera() for task in tasks), strict=True))
     evidence["label_ratio"] = seen / expected / max(1.0, left / len(tasks))
     return "both" if evidence["label_ratio"] > _LABEL_RATIO else "covariate"
+
+
+def _has(layer: HeadOf, head: Linear) -> bool:
+    return head_fingerprint(layer.linear) == head_fingerprint(head)
 
 
 class _Task:

@@ -80,8 +80,8 @@ FAMILIES = {
 def random_cameras(count: int, *, leave_out: tuple[str, ...] = ()) -> list[Camera]:
     """Random cameras, of each family in turn.
 
-    The families are gains of the channels, gamma, blur, noise, contrast, saturation, brightness, impulse noise, JPEG, and
-    a mixture of gains, gamma, blur and noise.
+    The families are gains of the channels, gamma, blur, noise, contrast, saturation, brightness, impulse noise, JPEG,
+    and a mixture of gains, gamma, blur and noise.
 
     Args:
         count: Number of cameras.

@@ -90,32 +90,33 @@ def refit_head(
             head, a feature is not finite, all features are constant, or the network is not linear in its features. The
             model is then unchanged.
     """
-    layer = HeadOf(model, head, forward)
-    moments, kept, kept_classes = _training(layer, train, labels, progress)
-    chosen = _Chosen(camera_images) if cameras else None
-    features, classes = _samples(layer, val, labels, progress, chosen)
-    if gather is not None:
-        moments = ClassMoments(*(gather(part[None]).sum(0) for part in moments))
-        kept, kept_classes, features, classes = map(gather, (kept, kept_classes, features, classes))
-    _check_samples(moments, classes)
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        layer = HeadOf(model, head, forward)
+        moments, kept, kept_classes = _training(layer, train, labels, progress)
+        chosen = _Chosen(camera_images) if cameras else None
+        features, classes = _samples(layer, val, labels, progress, chosen)
+        if gather is not None:
+            moments = ClassMoments(*(gather(part[None]).sum(0) for part in moments))
+            kept, kept_classes, features, classes = map(gather, (kept, kept_classes, features, classes))
+        _check_samples(moments, classes)
 
-    shrinkage, discriminant = _best_discriminant(moments, features, classes)
-    everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
-    final = linear_discriminant(everything, shrinkage)
-    assert final is not None
-    samples = torch.cat([kept.double(), features]), torch.cat([kept_classes, classes])
-    factor, bias = _cross_calibration(everything, shrinkage, *samples)
-    trained = layer.linear
-    weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
-    honest = combined([trained, discriminant.scaled(factor, bias)], weights)
-    refitted = combined([trained, final.scaled(factor, bias)], weights)
-    known = honest(features), classes
-    reference = _reference(everything, features, *known, directions)
-    if chosen is not None:
-        taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
-        reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
-    layer.write(refitted)
-    return replace(reference, fingerprint=head_fingerprint(layer.linear))
+        shrinkage, discriminant = _best_discriminant(moments, features, classes)
+        everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
+        final = linear_discriminant(everything, shrinkage)
+        assert final is not None
+        samples = torch.cat([kept.double(), features]), torch.cat([kept_classes, classes])
+        factor, bias = _cross_calibration(everything, shrinkage, *samples)
+        trained = layer.linear
+        weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
+        honest = combined([trained, discriminant.scaled(factor, bias)], weights)
+        refitted = combined([trained, final.scaled(factor, bias)], weights)
+        known = honest(features), classes
+        reference = _reference(everything, features, *known, directions)
+        if chosen is not None:
+            taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
+            reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
+        layer.write(refitted)
+        return replace(reference, fingerprint=head_fingerprint(layer.linear))
 
 
 def _training(

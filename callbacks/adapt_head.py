@@ -1,0 +1,120 @@
+"""The head adapted to a user's unlabelled images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from pl_personalize.callbacks.data_source import Stage
+from pl_personalize.callbacks.estimation_callback import EstimationCallback
+from pl_personalize.callbacks.module_contexts import gather_rows, silent_and_synchronized
+from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
+from pl_personalize.callbacks.requirements import naming_errors
+from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head
+from pl_personalize.heads.adapt import Shift
+from pl_personalize.heads.features import HeadOf
+
+
+class AdaptHead(EstimationCallback):
+    """Adapts a refitted head to a user's unlabelled images, see :func:`~pl_personalize.adapt_head`.
+
+    In a ``predict`` run::
+
+        Trainer(callbacks=[AdaptHead("head-reference.safetensors")]).predict(model, images)
+
+    The model in memory is adapted before the first prediction. A later run first undoes an earlier adaptation of this
+    callback. The outcome, which describes the user, is written to a file on this machine and never logged.
+
+    Args:
+        reference: What :func:`~pl_personalize.refit_head` or :class:`RefitHead` found on the server, or its file.
+        dataloader: The user's images: an iterable of batches, a sequence of DataLoaders, or the names of stages; by
+            default the images that are predicted. Labels are ignored.
+        head: Name of the last layer, see :func:`~pl_personalize.adapt_head`.
+        shift: The shift to correct, if it is known; by default it is tested.
+        forward: ``(module, batch) -> logits``, if calling the module on the input is not enough.
+        dirpath: Folder of the file; by default ``heads`` in the first logger's folder, else in the Trainer's
+            ``default_root_dir``.
+        filename: Name of the file without extension; by default ``head-adaptation``.
+
+    Attributes:
+        outcome: What was found and changed; ``None`` before.
+        path: Its file; ``None`` after a trial run (``fast_dev_run``), which writes none.
+
+    Raises:
+        ArtifactError: If the file of the reference cannot be read.
+        MisconfigurationException: When the prediction starts, if the reference belongs to another head, or data or
+            folder cannot be used. The model is then unchanged.
+    """
+
+    folder = "heads"
+    default_filename = "head-adaptation"
+
+    def __init__(
+        self,
+        reference: HeadReference | str | os.PathLike[str],
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
+        *,
+        head: str | None = None,
+        shift: Shift | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataloader, weights="last", **options)
+        self.reference = reference if isinstance(reference, HeadReference) else HeadReference.load(reference)
+        self._head, self._shift = head, shift
+
+    @property
+    def outcome(self) -> HeadAdaptation | None:
+        """What was found and changed; ``None`` before."""
+        found: HeadAdaptation | None = self.result(HeadAdaptation.load)
+        return found
+
+    @override
+    def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Only in ``predict`` runs."""
+        return trainer.state.fn == "predict"
+
+    @override
+    def check_module(self, pl_module: LightningModule) -> bool:
+        """Refuse the name of a layer that cannot be a head."""
+        if self._head is not None:
+            with naming_errors(self, pl_module):
+                HeadOf(pl_module, self._head)
+        return True
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adapt the head before the first prediction."""
+        if not self.should_estimate(trainer, pl_module) or not self.check_module(pl_module):
+            return
+        with naming_errors(self, pl_module):
+            if self.dataloader is None or "predict" in self.source.stages:
+                refuse_dropped_samplers(trainer)
+            data = self.data(trainer, pl_module, "predict")
+            self.refuse_unwritable(trainer)
+            outcome = self.estimate(trainer, pl_module, data)
+        self.finish(trainer, outcome)
+        trainer.strategy.barrier("head")
+
+    @override
+    def estimate(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], *, trial: bool = False
+    ) -> HeadAdaptation:
+        """Adapt the head to batches on this process."""
+        before = self.outcome
+        if before is not None and before.is_applied(pl_module):
+            before.undo(pl_module)
+        with silent_and_synchronized(trainer, pl_module):
+            return adapt_head(
+                pl_module,
+                batches,
+                self.reference,
+                head=self._head,
+                forward=self.forward,
+                shift=self._shift,
+                gather=gather_rows(trainer),
+                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+            )

@@ -1,0 +1,141 @@
+"""The head refitted to its features on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from pl_personalize.callbacks.data_source import DataSource, Stage
+from pl_personalize.callbacks.estimation_callback import EstimationCallback
+from pl_personalize.callbacks.module_contexts import gather_rows, on_its_device, silent_and_synchronized
+from pl_personalize.callbacks.requirements import naming_errors
+from pl_personalize.functional.batches import Labels, batch_labels
+from pl_personalize.heads import HeadReference, refit_head
+from pl_personalize.heads.features import HeadOf
+
+
+class RefitHead(EstimationCallback):
+    """Refits the last layer to its features on the server's data, see :func:`~pl_personalize.refit_head`.
+
+    At the end of ``fit``, of the weights in memory::
+
+        trainer = Trainer(callbacks=[RefitHead()])
+        trainer.fit(model, datamodule=datamodule)  # the head in memory is refitted; callback.reference, callback.path
+        trainer.save_checkpoint("refitted.ckpt")
+
+    or without training, such as of a merged model or of the best checkpoint; the validation then shows the result::
+
+        Trainer(callbacks=[RefitHead()]).validate(model, datamodule=datamodule)
+
+    Checkpoints of the training are saved earlier, with the trained head.
+
+    Args:
+        dataloader: The training samples with labels: an iterable of batches, a sequence of DataLoaders, or the names of
+            stages whose dataloaders the datamodule or the module provides; by default the train loaders.
+        val: The validation samples, which no weight was trained on, likewise; by default the val loaders.
+        head: Name of the last layer, see :func:`~pl_personalize.refit_head`.
+        labels: Labels in a batch, see :func:`~pl_personalize.refit_head`.
+        cameras: See :func:`~pl_personalize.refit_head`.
+        directions: See :func:`~pl_personalize.refit_head`.
+        forward: ``(module, batch) -> logits``, if calling the module on the input is not enough.
+        dirpath: Folder of the file with the reference; by default ``heads`` in the first logger's folder, else in the
+            Trainer's ``default_root_dir``.
+        filename: Name of the file without extension; by default ``head-reference``.
+
+    Attributes:
+        reference: What a device needs to adapt the head; ``None`` before.
+        path: Its file; ``None`` after a trial run (``fast_dev_run``), which writes none.
+
+    Raises:
+        MisconfigurationException: Before the first step, for data, labels, a head or a folder that cannot be used.
+    """
+
+    folder = "heads"
+    default_filename = "head-reference"
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any] | Stage | Sequence[Stage] | None = None,
+        val: Iterable[Any] | Stage | Sequence[Stage] = "val",
+        *,
+        head: str | None = None,
+        labels: Labels | None = None,
+        cameras: int = 0,
+        directions: int = 40,
+        **options: Any,
+    ) -> None:
+        super().__init__("train" if dataloader is None else dataloader, weights="last", **options)
+        with naming_errors(self):
+            self._val = DataSource(val)
+        self._head, self._labels = head, labels
+        self._options = {"cameras": cameras, "directions": directions}
+
+    @property
+    def reference(self) -> HeadReference | None:
+        """What a device needs to adapt the head; ``None`` before."""
+        found: HeadReference | None = self.result(HeadReference.load)
+        return found
+
+    @override
+    def check_module(self, pl_module: LightningModule) -> bool:
+        """Refuse the name of a layer that cannot be a head."""
+        if self._head is not None:
+            with naming_errors(self, pl_module):
+                HeadOf(pl_module, self._head)
+        return True
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse invalid options before any training."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            with naming_errors(self):
+                self._val.check(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refit the head in memory, after all checkpoints are written."""
+        if self.should_estimate(trainer, pl_module):
+            with on_its_device(trainer, pl_module):
+                self._refit(trainer, pl_module, "train")
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refit the head in a ``validate`` run, but not in the validation of a ``fit``."""
+        if trainer.state.fn == "validate" and self.should_estimate(trainer, pl_module):
+            self._refit(trainer, pl_module, "val")
+
+    def _refit(self, trainer: Trainer, pl_module: LightningModule, running: Stage) -> None:
+        self.check_module(pl_module)
+        self.refuse_unwritable(trainer)
+        data = self.data(trainer, pl_module, running)
+        with naming_errors(self, pl_module):
+            self._val_data = self._val.read(trainer, pl_module, running, again=False)
+            reference = self.estimate(trainer, pl_module, data)
+        self.finish(trainer, reference)
+        trainer.strategy.barrier("head")
+
+    @override
+    def estimate(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], *, trial: bool = False
+    ) -> HeadReference | None:
+        """Refit the head; in a trial, only read features and labels."""
+        with silent_and_synchronized(trainer, pl_module):
+            if trial:
+                for batch, _ in HeadOf(pl_module, self._head, self.forward).read(batches):
+                    batch_labels(batch, self._labels)
+                return None
+            return refit_head(
+                pl_module,
+                batches,
+                self._val_data,
+                head=self._head,
+                forward=self.forward,
+                labels=self._labels,
+                gather=gather_rows(trainer),
+                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
+                **self._options,
+            )
