@@ -212,6 +212,10 @@ class AdaptationSequence:
         """Whether a step reads the data of all tasks of a model before it decides."""
         return any(step.pools_tasks for step in self.steps)
 
+    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
+        """The entries that the steps replace together; see :meth:`adapt_tasks`."""
+        return self.adapt_tasks([Case(network, device, received)])[0]
+
     def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
         """The entries that the steps replace together, for each task of a model; the networks are left with them.
 

@@ -42,8 +42,8 @@ class ClassMoments(NamedTuple):
     squares: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
-        """Moments of features (n, d) with labels (n,) from 0 to K - 1.
+    def of(cls, features: Tensor, labels: Tensor, num_classes: int, *, squares: bool = True) -> ClassMoments:
+        """Moments of features (n, d) with labels (n,) from 0 to K - 1, with or without ``squares``.
 
         Example:
             >>> ClassMoments.of(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 2).means[0]
@@ -51,7 +51,8 @@ class ClassMoments(NamedTuple):
         """
         features = features.double()
         one_hot = F.one_hot(labels, num_classes).double()
-        return cls(one_hot.sum(0), one_hot.T @ features, features.T @ features)
+        outer = features.T @ features if squares else features.new_zeros(0, 0)
+        return cls(one_hot.sum(0), one_hot.T @ features, outer)
 
     def plus(self, other: ClassMoments) -> ClassMoments:
         """Moments of both sets of samples."""

@@ -8,39 +8,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pl_personalize.functional.discriminant import ClassMoments, Linear
+from pl_personalize.functional.discriminant import Linear
 
 
-def outside_directions(moments: ClassMoments, count: int) -> Tensor:
-    """Directions in which a class mix does not move the mean of the features, each divided by its std.
-
-    Those of greatest within-class variance outside the span of the class means, found by subspace iteration.
+def outside_directions(within: Tensor, span: Tensor, count: int) -> Tensor:
+    """Directions of greatest within-class variance outside a span, found by subspace iteration.
 
     Args:
-        moments: The server's moments.
+        within: Within-class covariance, (d, d).
+        span: Orthonormal basis, (s, d).
         count: Maximum number of directions.
 
     Returns:
-        (r, d), r ≤ count; the within-class variance of features along each row is 1.
+        (r, d), r ≤ count: orthogonal rows along which the within-class variance is 1.
     """
-    within, means = moments.within, moments.means - moments.mean
-    span = span_basis(means)
-    count = min(count, len(within) - len(span))
-    if count < 1:
+    room = len(within) - len(span)
+    if min(count, room) < 1:
         return within.new_zeros(0, len(within))
 
     def outside(columns: Tensor) -> Tensor:
         return columns - span.T @ (span @ columns)
 
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(len(within), min(2 * count, len(within) - len(span)), dtype=within.dtype, generator=generator)
+    columns = torch.randn(len(within), min(2 * count, room), dtype=within.dtype, generator=generator)
     for _ in range(8):
         columns = torch.linalg.qr(outside(within @ outside(columns)))[0]
     columns = torch.linalg.qr(outside(columns))[0]
     variances, rotation = torch.linalg.eigh(columns.T @ within @ columns)
-    order = variances.argsort(descending=True)[:count]
+    order = variances.argsort(descending=True)[: min(count, room)]
     order = order[variances[order] > 1e-10 * variances.max()]
     return (columns @ rotation[:, order] / variances[order].sqrt()).T
+
+
+def covariate_statistic(scores: Tensor, std: Tensor, count: float) -> Tensor:
+    """The statistic of covariate shift: the squared mean score in each direction, relative to its variance, summed.
+
+    Args:
+        scores: Scores of samples in each direction, relative to the server's mean, (…, n, r).
+        std: Standard deviation of the server's scores, (r,). The samples' own counts where it is larger.
+        count: Effective number of samples.
+    """
+    own = scores.std(-2, correction=0).maximum(std).clamp_min(1e-12)
+    return count * (scores.mean(-2) / own).square().sum(-1)
+
+
+def nearest_centers(points: Tensor, count: int, iterations: int = 30) -> Tensor:
+    """The cluster (n,) of each point (n, d), by k-means (Lloyd, 1982) from the centers of k-means++."""
+    generator = torch.Generator().manual_seed(0)
+    centers = points[:1]
+    for _ in range(min(count, len(points)) - 1):
+        distances = torch.cdist(points, centers).amin(1).square() + 1e-12
+        centers = torch.cat([centers, points[torch.multinomial(distances, 1, generator=generator)]])
+    for _ in range(iterations):
+        one_hot = torch.nn.functional.one_hot(torch.cdist(points, centers).argmin(1), len(centers)).to(points)
+        sizes = one_hot.sum(0)[:, None]
+        centers = torch.where(sizes > 0, one_hot.T @ points / sizes.clamp_min(1), centers)
+    return torch.cdist(points, centers).argmin(1)
 
 
 def span_basis(rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]
 _LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
 _SIMILAR = 3  # cameras
+_TOLERANCE = 0.003  # mean squared shift, in variances, that is not worth a correction
 _LEVELS = {"covariate": 0.001, "label": 0.05}
 
 
@@ -239,12 +240,9 @@ class _Task:
 
     def camera(self) -> tuple[float, float, float]:
         """The statistic of covariate shift, and its mean and variance without a shift."""
-        ref = self.reference
-        scores = ref.directions.double() @ (self.features.mean(0) - ref.mean.double())
-        count = 1 / (1 / self.count + 1 / ref.num_samples)  # the server's mean is that of a sample, too
-        mean, variance, leak = ref.camera_null.tolist()
-        growth = 1 + count * leak
-        return count * float(scores.square().sum()), mean * growth, variance * growth**2
+        mean, variance, leak = self.reference.camera_null.tolist()
+        growth = 1 + (leak + _TOLERANCE) * self.count
+        return self.reference.covariate_statistic(self.features), mean * growth, variance * growth**2
 
     def label_beside_camera(self) -> tuple[float, float, float]:
         """The statistic of label shift after the correction of the camera, and what limits it.
@@ -259,13 +257,9 @@ class _Task:
         shifts, seen = cameras.outside(self.features.mean(0) - ref.mean.double(), ref.span, ref.std.double())
         nearest = (shifts - seen).square().sum(1).argsort()[:_SIMILAR]
         shift, ratio = self._camera_shift
-        left = ref.directions.double() @ ((self.features.mean(0) - ref.mean.double() - shift) / ratio)
-        count = 1 / (1 / self.count + 1 / ref.num_samples)
-        return (
-            float(evidence),
-            float(ref.camera_evidence[nearest].mean()),
-            count * float(left.square().sum()) / max(1, len(left)),
-        )
+        mean = ref.mean.double()
+        left = ref.covariate_statistic((self.features - mean - shift) / ratio + mean) / max(1, len(ref.directions))
+        return float(evidence), float(ref.camera_evidence[nearest].mean()), left
 
     @property
     def _camera_shift(self) -> tuple[Tensor, Tensor]:

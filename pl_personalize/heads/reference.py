@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pl_personalize.artifacts import load_tensors, save_tensors, tensor_checksum
 from pl_personalize.functional.discriminant import Linear
-from pl_personalize.functional.feature_shift import CameraShifts, span_basis
+from pl_personalize.functional.feature_shift import CameraShifts, covariate_statistic, span_basis
 from pl_personalize.functional.names import some
 
 ARTIFACT_KIND = "head-reference"
@@ -27,7 +27,8 @@ class HeadReference:
         class_means: Means of the features of each class of all the server's samples, (K, d).
         mean: Mean of the features of the server's validation samples, (d,).
         std: Their standard deviation, (d,).
-        directions: Directions outside the span of the class means, (r, d), with unit within-class variance.
+        directions: Directions outside the span of the means of classes and of clusters within them, (r, d).
+        direction_std: Standard deviation of the validation samples along these, (r,).
         camera_null: Mean and variance of the statistic of covariate shift without a shift, but under random class
             mixes, and by what share both grow with each image, (3,).
         sizes: Numbers of images that the following tables were made for, (s,).
@@ -46,6 +47,7 @@ class HeadReference:
     mean: Tensor
     std: Tensor
     directions: Tensor
+    direction_std: Tensor
     camera_null: Tensor
     sizes: Tensor
     prior_null: Tensor
@@ -100,6 +102,12 @@ class HeadReference:
             ArtifactError: If the file is missing, damaged, or of another kind.
         """
         return cls.from_tensors(load_tensors(path, kind=ARTIFACT_KIND)[0])
+
+    def covariate_statistic(self, features: Tensor) -> float:
+        """The statistic of covariate shift of features (n, d)."""
+        scores = (features - self.mean.double()) @ self.directions.double().T
+        count = 1 / (1 / len(features) + 1 / self.num_samples)  # the server's mean is that of a sample, too
+        return float(covariate_statistic(scores, self.direction_std.double(), count))
 
     @property
     def cameras(self) -> CameraShifts | None:

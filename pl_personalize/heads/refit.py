@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,14 @@ from pl_personalize.functional.discriminant import (
     linear_discriminant,
     smoothed_loss,
 )
-from pl_personalize.functional.feature_shift import CameraShifts, outside_directions, standardized
+from pl_personalize.functional.feature_shift import (
+    CameraShifts,
+    covariate_statistic,
+    nearest_centers,
+    outside_directions,
+    span_basis,
+    standardized,
+)
 from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
 from pl_personalize.functional.names import some
 from pl_personalize.heads.cameras import Camera, on_inputs, random_cameras
@@ -36,6 +43,7 @@ _SETS, _ELEMENTS = 100, 100_000  # simulated users of each size, and their logit
 _CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
 _FOLDS = 5
+_GROUPS, _GROUP_SIZE, _CLUSTERED = 16, 16, 2000  # clusters of a class at most, their samples, and the class's samples
 CAMERA_ALPHA = 2.0  # pseudo-counts where a camera was corrected
 _CAMERA_BATCH, _CAMERA_SETS, _CAMERA_SIZE = 64, 6, 80  # simulated users of each camera, and their images
 _KEPT = 64_000_000  # features of training samples that calibrate, at most
@@ -104,19 +112,23 @@ def refit_head(
         everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
         final = linear_discriminant(everything, shrinkage)
         assert final is not None
-        samples = torch.cat([kept.double(), features]), torch.cat([kept_classes, classes])
+        samples = _Samples(torch.cat([kept.double(), features]), torch.cat([kept_classes, classes]))
         factor, bias = _cross_calibration(everything, shrinkage, *samples)
         trained = layer.linear
         weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
         honest = combined([trained, discriminant.scaled(factor, bias)], weights)
         refitted = combined([trained, final.scaled(factor, bias)], weights)
-        known = honest(features), classes
-        reference = _reference(everything, features, *known, directions)
+        reference = _reference(everything, samples, len(classes), honest(features), directions)
         if chosen is not None:
             taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
             reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
         layer.write(refitted)
         return replace(reference, fingerprint=head_fingerprint(layer.linear))
+
+
+class _Samples(NamedTuple):
+    features: Tensor
+    classes: Tensor
 
 
 def _training(
@@ -255,21 +267,31 @@ def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) ->
 
 
 def _reference(
-    moments: ClassMoments, features: Tensor, logits: Tensor, classes: Tensor, directions: int
+    moments: ClassMoments, samples: _Samples, num_val: int, logits: Tensor, directions: int
 ) -> HeadReference:
-    """The reference, whose limits come from simulated users with validation samples."""
+    """The reference, whose limits come from simulated users with validation samples, the last ones of ``samples``."""
+    means = [moments.means]
+    for label in range(len(moments.counts)):
+        mine = samples.features[samples.classes == label]
+        mine = mine[:: 1 + len(mine) // _CLUSTERED]  # all parts of the data, which may be sorted
+        groups = nearest_centers(mine, max(1, min(_GROUPS, len(mine) // _GROUP_SIZE)))
+        parts = ClassMoments.of(mine, groups, _GROUPS, squares=False)
+        means.append(parts.means[parts.counts > 0])
+    features, classes = samples.features[-num_val:], samples.classes[-num_val:]
     mean, std = features.mean(0), features.std(0, correction=0)
-    rows = outside_directions(moments, directions)
-    present = torch.bincount(classes, minlength=len(moments.counts))
-    mixes = _class_mixes(_SETS, present)
-    camera = _camera_null((features - mean) @ rows.T, classes, mixes, moments)
-    prior, settings = zip(*(_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES), strict=True)
+    rows = outside_directions(moments.within, span_basis(torch.cat(means) - moments.mean), directions)
+    scores = (features - mean) @ rows.T
+    mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=len(moments.counts)))
+    camera = _camera_null(scores, classes, mixes, moments)
+    nulls = (_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES)
+    prior, settings = zip(*nulls, strict=True)
     return HeadReference(
         moments.priors.float(),
         moments.means.float(),
         mean.float(),
         std.float(),
         rows.float(),
+        scores.std(0, correction=0).float(),
         camera.float(),
         torch.tensor(SIZES),
         torch.tensor(prior),
@@ -303,7 +325,7 @@ def _camera_null(scores: Tensor, classes: Tensor, mixes: Tensor, moments: ClassM
     size = max(2, len(classes) // mixes.shape[1])
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(_weights(mixes, classes) + 1e-9, min(size, len(classes)), generator=generator)
-    statistic = drawn.shape[1] * scores[drawn].mean(1).square().sum(1)
+    statistic = covariate_statistic(scores[drawn], scores.std(0, correction=0), drawn.shape[1])
     leak = ((mixes - moments.priors).square() / moments.counts).sum(1).mean()
     return torch.stack([statistic.mean(), statistic.var(), leak])
 
