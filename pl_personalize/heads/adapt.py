@@ -23,8 +23,8 @@ ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]
 _LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
 _SIMILAR = 3  # cameras
-_TOLERANCE = 0.003  # mean squared shift, in variances, that is not worth a correction
-_LEVELS = {"covariate": 0.001, "label": 0.05}
+_TOLERANCE = 0.005  # mean squared shift, in variances, that is not worth a correction
+_LEVELS = {"covariate": 1e-6, "label": 0.05}
 
 
 @dataclass(frozen=True)
