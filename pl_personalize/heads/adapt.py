@@ -24,7 +24,7 @@ Shift = Literal["none", "label", "covariate", "both"]
 _LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
 _SIMILAR = 3  # cameras
 _TOLERANCE = 0.005  # mean squared shift, in variances, that is not worth a correction
-_LEVELS = {"covariate": 1e-6, "label": 0.05}
+_DOUBT, _LEVELS = 0.01, {"covariate": 1e-5, "label": 0.05}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def adapt_head(
       :math:`\log q_k / \pi_k` is added to the bias.
 
     Limits, pseudo-counts and scales were found on the server's data alone (:func:`refit_head`). Without a shift,
-    nothing changes. Labels in the batches are ignored.
+    and in doubt about a camera, nothing changes. Labels in the batches are ignored.
 
     Args:
         model: A network after :func:`refit_head`; or those of all tasks of a user, which share their camera, so that
@@ -201,9 +201,11 @@ def adapt_head(
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
     """The shift that the tasks show together; the evidence is noted."""
     evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
-    if evidence["covariate"] >= _LEVELS["covariate"]:
+    if evidence["covariate"] >= _DOUBT:
         evidence["label"] = tail(*(sum(values) for values in zip(*(task.label() for task in tasks), strict=True)))
         return "label" if evidence["label"] < _LEVELS["label"] else "none"
+    if evidence["covariate"] >= _LEVELS["covariate"]:
+        return "none"  # class priors estimated beside a camera cost more than they gain
     if any(task.reference.cameras is None for task in tasks):
         return "covariate"
     seen, expected, left = (sum(values) for values in zip(*(task.label_beside_camera() for task in tasks), strict=True))
