@@ -48,8 +48,9 @@ def covariate_statistic(scores: Tensor, std: Tensor, count: float) -> Tensor:
         std: Standard deviation of the server's scores, (r,). The samples' own counts where it is larger.
         count: Effective number of samples.
     """
-    own = scores.std(-2, correction=0).maximum(std).clamp_min(1e-12)
-    return count * (scores.mean(-2) / own).square().sum(-1)
+    mean = scores.mean(-2)
+    own = (scores - mean.unsqueeze(-2)).square().mean(-2).sqrt()
+    return count * (mean / own.maximum(std).clamp_min(1e-12)).square().sum(-1)
 
 
 def nearest_centers(points: Tensor, count: int, iterations: int = 30) -> Tensor:

@@ -134,7 +134,11 @@ def _check_linear(model: nn.Module, name: str, inputs: Tensor, output: Any, logi
     if isinstance(output, Tensor) and output.dim() == 4:
         expected = output.mean((2, 3))
     fits = isinstance(expected, Tensor) and expected.dim() == 2 and inputs.dim() in (2, 4)
-    if not fits or expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4):
+    if (
+        not fits
+        or expected.shape != logits.shape
+        or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4, equal_nan=True)
+    ):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"The logits {tuple(logits.shape)} of {type(model).__name__} are not linear in the input of its last layer "

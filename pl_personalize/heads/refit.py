@@ -189,9 +189,7 @@ def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Ten
     found = batch_labels(batch, labels).detach().cpu()
     num_classes = layer.num_classes
     if found.shape != (count,) or found.is_floating_point():
-        raise ValueError(
-            f"Labels must be {count} class indices, (n,); got {found.dtype} of shape {tuple(found.shape)}."
-        )
+        raise ValueError(f"Labels must be class indices, ({count},); got {found.dtype} of shape {tuple(found.shape)}.")
     if found.min() < 0 or found.max() >= num_classes:
         raise ValueError(
             f"The head has the classes 0 to {num_classes - 1}; labels go from {found.min()} to {found.max()}."
@@ -271,18 +269,21 @@ def _reference(
 ) -> HeadReference:
     """The reference, whose limits come from simulated users with validation samples, the last ones of ``samples``."""
     means = [moments.means]
-    for label in range(len(moments.counts)):
+    num_classes, width = moments.means.shape
+    most = max(1, min(_GROUPS, width // (2 * num_classes)))  # half of the directions are left
+    for label in range(num_classes):
         mine = samples.features[samples.classes == label]
         mine = mine[:: 1 + len(mine) // _CLUSTERED]  # all parts of the data, which may be sorted
-        groups = nearest_centers(mine, max(1, min(_GROUPS, len(mine) // _GROUP_SIZE)))
-        parts = ClassMoments.of(mine, groups, _GROUPS, squares=False)
+        groups = nearest_centers(mine, max(1, min(most, len(mine) // _GROUP_SIZE)))
+        parts = ClassMoments.of(mine, groups, most, squares=False)
         means.append(parts.means[parts.counts > 0])
     features, classes = samples.features[-num_val:], samples.classes[-num_val:]
     mean, std = features.mean(0), features.std(0, correction=0)
     rows = outside_directions(moments.within, span_basis(torch.cat(means) - moments.mean), directions)
     scores = (features - mean) @ rows.T
-    mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=len(moments.counts)))
-    camera = _camera_null(scores, classes, mixes, moments)
+    spread = scores.square().mean(0).sqrt()
+    mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=num_classes))
+    camera = _camera_null(scores, spread, classes, mixes, moments)
     nulls = (_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES)
     prior, settings = zip(*nulls, strict=True)
     return HeadReference(
@@ -291,7 +292,7 @@ def _reference(
         mean.float(),
         std.float(),
         rows.float(),
-        scores.std(0, correction=0).float(),
+        spread.float(),
         camera.float(),
         torch.tensor(SIZES),
         torch.tensor(prior),
@@ -316,7 +317,7 @@ def _weights(mixes: Tensor, classes: Tensor) -> Tensor:
     return (mixes / torch.bincount(classes, minlength=mixes.shape[1]).clamp_min(1))[:, classes]
 
 
-def _camera_null(scores: Tensor, classes: Tensor, mixes: Tensor, moments: ClassMoments) -> Tensor:
+def _camera_null(scores: Tensor, std: Tensor, classes: Tensor, mixes: Tensor, moments: ClassMoments) -> Tensor:
     """Mean and variance of n · |mean score|² of samples under class mixes, and what each sample adds to the factor.
 
     The sets are small and drawn without replacement, as larger ones would repeat samples. Beyond sampling, a class mix
@@ -325,7 +326,7 @@ def _camera_null(scores: Tensor, classes: Tensor, mixes: Tensor, moments: ClassM
     size = max(2, len(classes) // mixes.shape[1])
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(_weights(mixes, classes) + 1e-9, min(size, len(classes)), generator=generator)
-    statistic = covariate_statistic(scores[drawn], scores.std(0, correction=0), drawn.shape[1])
+    statistic = covariate_statistic(scores[drawn], std, drawn.shape[1])
     leak = ((mixes - moments.priors).square() / moments.counts).sum(1).mean()
     return torch.stack([statistic.mean(), statistic.var(), leak])
 

@@ -1,0 +1,245 @@
+"""Heads adapted on a device: which shift is found, what is corrected, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from head_cases import CAMERA, CLASSES, MIX, SERVER, accuracy, changed, data, entries, loader, network
+from torch import nn
+
+from pl_personalize import HeadAdaptation, adapt_head, refit_head
+from pl_personalize.functional.label_shift import em_priors
+
+
+@pytest.fixture(scope="module")
+def server():
+    model = network()
+    return model, refit_head(model, *SERVER)
+
+
+@pytest.fixture
+def refitted(server):
+    return copy.deepcopy(server[0]), server[1]
+
+
+def unlabelled(*args, count=80, **options):
+    return loader(data(*args, count=count, **options)[:1])
+
+
+def test_without_a_shift_nothing_changes(refitted):
+    model, reference = refitted
+    before, found = entries(model), []
+    for seed in range(20, 40):
+        found.append(adapt_head(model, unlabelled(seed=seed), reference).shift)
+        if found[-1] == "none":
+            assert changed(model, before) == set()
+        model.load_state_dict(before)
+    assert found.count("none") >= 17
+
+
+def test_class_priors_are_found_and_go_to_the_bias(refitted):
+    model, reference = refitted
+    before, test = entries(model), data(MIX, count=3000, seed=4)
+    was = accuracy(model, test)
+    outcome = adapt_head(model, unlabelled(MIX, count=300, seed=5), reference)
+    assert outcome.shift == "label"
+    torch.testing.assert_close(outcome.class_priors, torch.tensor(MIX, dtype=torch.float64), rtol=0, atol=0.08)
+    assert changed(model, before) == {"head.bias"}
+    ratio = (outcome.class_priors / reference.class_priors).log()
+    torch.testing.assert_close(model.head.bias - before["head.bias"], ratio.float())
+    assert accuracy(model, test) > was + 0.02
+    assert outcome.evidence["label"] < 0.05 < outcome.evidence["covariate"]
+
+
+def test_a_camera_is_found_and_features_are_standardized(refitted):
+    model, reference = refitted
+    before, test = entries(model), data(count=3000, seed=4, camera=CAMERA)
+    was = accuracy(model, test)
+    seen = data(count=300, seed=5, camera=CAMERA)[0]
+    outcome = adapt_head(model, loader((seen,)), reference)
+    assert outcome.shift == "covariate"
+    assert outcome.class_priors is None
+    assert outcome.evidence["covariate"] < 1e-5
+    assert accuracy(model, test) > was + 0.1
+    with torch.no_grad():
+        features = model.body(seen)
+        standard = (features - features.mean(0)) / features.std(0, correction=0) * reference.std + reference.mean
+        expected = standard @ before["head.weight"].T + before["head.bias"]
+        torch.testing.assert_close(model(seen), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", ["none", "label", "covariate", "both"])
+def test_a_known_shift_is_not_tested(refitted, shift):
+    model, reference = refitted
+    outcome = adapt_head(model, unlabelled(seed=5), reference, shift=shift)
+    assert (outcome.shift, outcome.evidence) == (shift, {})
+    assert (outcome.class_priors is not None) == (shift in ("label", "both"))
+
+
+def test_tasks_of_a_user_are_judged_together(server):
+    model, reference = server
+    camera = 0.25 * CAMERA
+    alone = [
+        adapt_head(copy.deepcopy(model), unlabelled(count=40, seed=seed, camera=camera), reference)
+        for seed in (5, 6, 7)
+    ]
+    models = [copy.deepcopy(model) for _ in range(3)]
+    images = [unlabelled(count=40, seed=seed, camera=camera) for seed in (5, 6, 7)]
+    together = adapt_head(models, images, [reference] * 3)
+    assert {outcome.shift for outcome in together} == {"covariate"}
+    pooled = together[0].evidence["covariate"]
+    assert {outcome.evidence["covariate"] for outcome in together} == {pooled}
+    assert all(pooled < outcome.evidence["covariate"] for outcome in alone)
+
+
+def test_batch_sizes_and_labels_in_the_batches_do_not_matter(server):
+    model, reference = server
+    images, labels = data(MIX, count=81, seed=5)
+    outcomes = [
+        adapt_head(copy.deepcopy(model), batches, reference)
+        for batches in (loader((images,), 81), loader((images,), 1), loader((images, labels), 20), [images])
+    ]
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome.class_priors, outcomes[0].class_priors, rtol=1e-4, atol=1e-5)
+
+
+def test_every_number_comes_from_the_server(server):
+    model, reference = server
+    images, labels = data(MIX, count=200, seed=5)
+    found = adapt_head(copy.deepcopy(model), loader((images, labels)), reference)
+    wrong = adapt_head(copy.deepcopy(model), loader((images, labels.flip(0))), reference)
+    assert torch.equal(found.after.bias, wrong.after.bias)
+    alpha, scale = reference.at("prior_settings", 200)
+    with torch.no_grad():
+        expected = em_priors(model(images).double(), reference.class_priors.double(), alpha=alpha, scale=scale)
+    torch.testing.assert_close(found.class_priors, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adaptation_is_undone_applied_again_and_kept_in_a_file(refitted, tmp_path):
+    model, reference = refitted
+    before = entries(model)
+    outcome = adapt_head(model, unlabelled(MIX, seed=5), reference)
+    after = entries(model)
+    outcome.save(tmp_path / "mine.safetensors")
+    loaded = HeadAdaptation.load(tmp_path / "mine.safetensors")
+    assert (loaded.shift, loaded.evidence, loaded.num_images) == (outcome.shift, outcome.evidence, 80)
+    assert torch.equal(loaded.class_priors, outcome.class_priors)
+    assert loaded.is_applied(model)
+    loaded.undo(model)
+    assert changed(model, before) == set()
+    assert not loaded.is_applied(model)
+    loaded.apply(model)
+    assert changed(model, after) == set()
+    with pytest.raises(ValueError, match="'head' of the model is not the one"):
+        loaded.undo(network(1))
+    assert repr(outcome).startswith("HeadAdaptation('label', 80 images, covariate ")
+
+
+def test_low_precision(server):
+    model = copy.deepcopy(server[0]).bfloat16()
+    reference = refit_head(model, *(loader((s.dataset.tensors[0].bfloat16(), s.dataset.tensors[1])) for s in SERVER))
+    images = data(MIX, count=80, seed=5)[0].bfloat16()
+    outcome = adapt_head(model, [images], reference)
+    outcome.undo(model)
+    outcome.apply(model)
+    assert outcome.shift == "label"
+
+
+def test_few_images_change_little(refitted):
+    model, reference = refitted
+    before = entries(model)
+    for count in (1, 2, 5):
+        outcome = adapt_head(model, [data(MIX, seed=5)[0][:count]], reference, shift="label")
+        assert outcome.num_images == count
+        assert float((model.head.bias - before["head.bias"]).abs().max()) < 1.5
+        outcome.undo(model)
+        assert adapt_head(model, [data(seed=5)[0][:count]], reference).shift == "none"
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no images"),
+        ([torch.full((4, 12), float("nan"))], "NaN or infinite"),
+        ([torch.zeros(4, 7)], "shapes cannot be multiplied"),
+    ],
+)
+def test_images_that_cannot_be_used_change_nothing(refitted, batches, message):
+    model, reference = refitted
+    before = entries(model)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        adapt_head(model, batches, reference)
+    assert changed(model, before) == set()
+
+
+def test_a_reference_of_another_model_is_refused(refitted):
+    model, reference = refitted
+    other = network(1)
+    with pytest.raises(ValueError, match="belongs to another head than 'head' of this TaskNetwork"):
+        adapt_head(other, unlabelled(seed=5), reference)
+    with pytest.raises(ValueError, match="one reference per task; got 2, 2 and 1"):
+        adapt_head([model, model], [[], []], [reference])
+    with pytest.raises(ValueError, match="another head"):
+        adapt_head([model, other], [unlabelled(seed=5)] * 2, [reference] * 2)
+
+
+# Cameras
+
+
+class Small(nn.Module):
+    """Brightness and contrast of an image, among others, in its features."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.conv, self.last = nn.Conv2d(3, 64, 5, stride=3), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.last(self.conv(x).relu().mean((2, 3)))
+
+
+def pictures(count, seed, priors=(1.0, 1.0, 1.0), gain=1.0):
+    """Stripes of three directions, normalized to [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(torch.tensor(priors), count, replacement=True, generator=generator)
+    labels[:3] = torch.arange(3)
+    y, x = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
+    waves = torch.stack([x, y, x + y])
+    phase = 6.3 * torch.rand(count, 1, 1, generator=generator)
+    stripes = 0.5 + 0.2 * (waves[labels] + phase).sin()[:, None].expand(-1, 3, -1, -1)
+    noise = 0.12 * torch.randn(count, 3, 20, 20, generator=generator)
+    return ((stripes + noise).clamp(0, 1) * gain).clamp(0, 1) * 2 - 1, labels
+
+
+@pytest.fixture(scope="module")
+def seen_by_cameras():
+    model = Small()
+    return model, refit_head(model, loader(pictures(300, 1)), loader(pictures(200, 2)), cameras=20)
+
+
+def test_a_camera_and_a_class_mix_at_once(seen_by_cameras):
+    model, reference = copy.deepcopy(seen_by_cameras[0]), seen_by_cameras[1]
+    assert reference.camera_shifts.shape == (20, 64)
+    priors, test = (0.85, 0.1, 0.05), pictures(1500, 4, (0.85, 0.1, 0.05), gain=0.75)
+    images = loader(pictures(300, 5, priors, gain=0.75)[:1])
+    scores: dict[str, float] = {"as it is": accuracy(model, test)}
+    for shift in ("label", "covariate", "both"):
+        adapted = copy.deepcopy(model)
+        outcome = adapt_head(adapted, images, reference, shift=shift)
+        scores[shift] = accuracy(adapted, test)
+    assert scores["both"] >= scores["covariate"] > scores["as it is"] > scores["label"]
+    torch.testing.assert_close(outcome.class_priors, torch.tensor(priors, dtype=torch.float64), rtol=0, atol=0.1)
+
+
+def test_cameras_need_images(server):
+    with pytest.raises(ValueError, match="cameras= needs float images"):
+        refit_head(copy.deepcopy(server[0]), *SERVER, cameras=3)
+
+
+def test_own_cameras():
+    model = Small()
+    cameras = [lambda images: images * 0.5, lambda images: 1 - images]
+    reference = refit_head(model, loader(pictures(90, 1)), loader(pictures(60, 2)), cameras=cameras, camera_images=4)
+    assert reference.camera_shifts.shape == (2, 64)
+    assert CLASSES == 5
