@@ -22,8 +22,9 @@ def _gamma(images: Tensor, draw: np.random.Generator) -> Tensor:
     return images ** float(2 ** draw.uniform(-1, 1))
 
 
-def _blur(images: Tensor, draw: np.random.Generator) -> Tensor:
-    return transforms.gaussian_blur(images, [9, 9], [draw.uniform(0.4, 2.0)] * 2)
+def _blur(images: Tensor, draw: np.random.Generator, least: float = 0.4, most: float = 2.0) -> Tensor:
+    size = min(9, 2 * min(images.shape[2:]) - 1)
+    return transforms.gaussian_blur(images, [size, size], [draw.uniform(least, most)] * 2)
 
 
 def _noise(images: Tensor, draw: np.random.Generator) -> Tensor:
@@ -59,7 +60,7 @@ def _jpeg(images: Tensor, draw: np.random.Generator) -> Tensor:
 
 def _mixed(images: Tensor, draw: np.random.Generator) -> Tensor:
     images = _gamma(_gain(images, draw).clamp(0, 1), draw)
-    images = transforms.gaussian_blur(images, [9, 9], [draw.uniform(0.2, 1.0)] * 2)
+    images = _blur(images, draw, 0.2, 1.0)
     return images + torch.from_numpy(draw.normal(0, draw.uniform(0.01, 0.06), images.shape)).to(images)
 
 
