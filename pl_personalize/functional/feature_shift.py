@@ -37,7 +37,8 @@ def outside_directions(within: Tensor, span: Tensor, count: int) -> Tensor:
     variances, rotation = torch.linalg.eigh(columns.T @ within @ columns)
     order = variances.argsort(descending=True)[: min(count, room)]
     order = order[variances[order] > 1e-10 * variances.max()]
-    return (columns @ rotation[:, order] / variances[order].sqrt()).T
+    rows: Tensor = (columns @ rotation[:, order] / variances[order].sqrt()).T
+    return rows
 
 
 def covariate_statistic(scores: Tensor, std: Tensor, count: float) -> Tensor:
@@ -70,7 +71,8 @@ def nearest_centers(points: Tensor, count: int, iterations: int = 30) -> Tensor:
 def span_basis(rows: Tensor) -> Tensor:
     """An orthonormal basis (r, d) of the span of rows (K, d)."""
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-    return right[sizes > 1e-8 * sizes.max()]
+    basis: Tensor = right[sizes > 1e-8 * sizes.max()]
+    return basis
 
 
 def standardized(head: Linear, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> Linear:

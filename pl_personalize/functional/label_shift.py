@@ -76,7 +76,8 @@ def bbse_priors(predicted: Tensor, confusion: Tensor, source: Tensor, *, strengt
     normal = confusion @ confusion.T + strength * torch.eye(len(source), dtype=confusion.dtype)
     right = confusion @ (predicted - confusion.T @ source)
     priors = (source + torch.linalg.lstsq(normal, right[:, None]).solution[:, 0]).clamp_min(_SMALLEST)
-    return priors / priors.sum()
+    found: Tensor = priors / priors.sum()
+    return found
 
 
 def label_shift_evidence(logits: Tensor, source: Tensor, priors: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -175,19 +175,18 @@ def adapt_head(
             numbers of models, images and references differ. Nothing has changed then.
     """
     if isinstance(model, nn.Module):
-        return adapt_head(
-            [model], [images], [reference], head=head, forward=forward, shift=shift, gather=gather, progress=progress
-        )[0]  # type: ignore[list-item]
-    references = list(reference)  # type: ignore[arg-type]
-    if not len(model) == len(images) == len(references):
+        models, all_images, references = [model], [images], [cast("HeadReference", reference)]
+    else:
+        models, all_images, references = list(model), list(images), list(cast("Sequence[HeadReference]", reference))
+    if not len(models) == len(all_images) == len(references):
         raise ValueError(
-            f"Give one model, one iterable of images and one reference per task; got {len(model)}, {len(images)} and "
-            f"{len(references)}."
+            f"Give one model, one iterable of images and one reference per task; got {len(models)}, "
+            f"{len(all_images)} and {len(references)}."
         )
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         tasks = [
             _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
-            for one, batches, ref in zip(model, images, references, strict=True)
+            for one, batches, ref in zip(models, all_images, references, strict=True)
         ]
         evidence: dict[str, float] = {}
         if shift is None:
@@ -195,7 +194,8 @@ def adapt_head(
         found = [task.adapted(shift, evidence) for task in tasks]
         for task, one in zip(tasks, found, strict=True):
             task.layer.write(one.after)
-        return [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
+        outcomes = [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
+    return outcomes[0] if isinstance(model, nn.Module) else outcomes
 
 
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:

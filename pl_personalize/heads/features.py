@@ -87,7 +87,7 @@ class HeadOf:
                 layers = {self.name: self.layer}
             handles = {
                 name: layer.register_forward_hook(
-                    lambda _, inputs, output, name=name: calls.append((name, inputs[0], output))  # type: ignore[misc]
+                    lambda _, inputs, output, name=name: calls.append((name, inputs[0], output))
                 )
                 for name, layer in layers.items()
             }

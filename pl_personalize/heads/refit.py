@@ -146,8 +146,7 @@ def _training(
             kept.append((features.float(), classes))
     if total is None:
         raise ValueError("There are no training samples: pass batches of samples with labels.")
-    features, classes = zip(*kept, strict=True)
-    return total, torch.cat(features), torch.cat(classes)
+    return total, torch.cat([part for part, _ in kept]), torch.cat([part for _, part in kept])
 
 
 class _Chosen:
@@ -181,8 +180,7 @@ def _samples(
             chosen.add(batch, *parts[-1])
     if not parts:
         raise ValueError("There are no validation samples: pass batches of samples with labels.")
-    features, classes = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(classes)
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
 
 
 def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Tensor:
@@ -209,7 +207,7 @@ def _check_samples(moments: ClassMoments, classes: Tensor) -> None:
 
 def _best_discriminant(moments: ClassMoments, features: Tensor, classes: Tensor) -> tuple[float, Linear]:
     """The shrinkage with the least negative log-likelihood on validation samples, and its classifier."""
-    best: tuple[float, float, Linear] | None = None
+    best: tuple[Tensor, float, Linear] | None = None
     for shrinkage in SHRINKAGES:
         found = linear_discriminant(moments, shrinkage)
         if found is None:
@@ -260,8 +258,8 @@ def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) ->
         gain = losses[best] - losses[chosen]
         if gain.mean() > 2 * gain.std() / len(gain) ** 0.5:
             best = chosen
-    factors = dict(zip(best, best_factors([logits[k] for k in best], classes), strict=True))
-    return [factors.get(k, 0.0) for k in range(len(candidates))]
+    found = dict(zip(best, best_factors([logits[k] for k in best], classes), strict=True))
+    return [found.get(k, 0.0) for k in range(len(candidates))]
 
 
 def _reference(
@@ -358,13 +356,13 @@ def _prior_null(
 
 def _cameras(
     layer: HeadOf, chosen: _Chosen, cameras: Sequence[Camera], honest: Linear, reference: HeadReference
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The fields of the reference for cameras, each of which is tested as if it were unknown."""
     inputs, before, classes = torch.stack(chosen.inputs), torch.stack(chosen.features), torch.tensor(chosen.classes)
     low, high = inputs.amin((0, 2, 3)), inputs.amax((0, 2, 3))
-    parts = list(zip(inputs.split(_CAMERA_BATCH), classes.split(_CAMERA_BATCH), strict=True))
+    parts = list(zip(torch.split(inputs, _CAMERA_BATCH), torch.split(classes, _CAMERA_BATCH), strict=True))
     batches = ((on_inputs(camera, x, low, high), y) for camera in cameras for x, y in parts)
-    features = torch.cat([found for _, found in layer.read(batches)]).unflatten(0, (len(cameras), -1))
+    features = torch.cat([found for _, found in layer.read(batches)]).view(len(cameras), len(inputs), -1)
     shifts = CameraShifts.of(before, list(features))
     span, mean, std = reference.span, reference.mean.double(), reference.std.double()
     numbers = torch.arange(len(cameras))

@@ -1,0 +1,136 @@
+"""Refitted and adapted heads as adaptations, also of several tasks together and in a run."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+from head_cases import CAMERA, MIX, SERVER, accuracy, data, loader, network
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_benchmark import Tiny, call, experiment, plain
+from torch import nn
+
+from pl_personalize import adapt_head, refit_head
+from pl_personalize.adaptations import Case, Received, find_adaptation
+from pl_personalize.models import TaskNetwork
+
+
+class Device:
+    """A user's images of a task."""
+
+    user = "ann"
+
+    def __init__(self, tensors=None):
+        self.tensors = data(MIX, count=200, seed=5) if tensors is None else tensors
+
+    def images(self):
+        return loader(self.tensors[:1])
+
+    def labelled_images(self, seed):
+        return loader(self.tensors)
+
+    def server_images(self, split="val"):
+        return SERVER[split == "val"]
+
+    def as_input(self, batch):
+        return batch[0]
+
+
+def adapted(name, device=None, **options):
+    model = network()
+    found = find_adaptation(name, options).adapt(model, device or Device(), Received(0, 0))
+    return model, found
+
+
+def test_refit_is_refit_head_and_sends_the_reference():
+    model, expected = network(), network()
+    reference = refit_head(expected, *SERVER)
+    model, found = adapted("refit")
+    assert {name for name in found if not name.startswith("sent.")} == {"head.weight", "head.bias"}
+    assert torch.equal(found["head.weight"], expected.head.weight)
+    assert torch.equal(model.head.weight, expected.head.weight)
+    for name, value in reference.tensors.items():
+        assert torch.equal(found[f"sent.reference.{name}"], value)
+
+
+@pytest.mark.parametrize(("name", "shift"), [("priors", "label"), ("standardize", "covariate"), ("auto", None)])
+def test_the_device_steps_are_adapt_head(name, shift):
+    expected = network()
+    reference = refit_head(expected, *SERVER)
+    adapt_head(expected, Device().images(), reference, shift=shift)
+    model, _ = adapted(f"refit+{name}")
+    torch.testing.assert_close(model.head.weight, expected.head.weight)
+    torch.testing.assert_close(model.head.bias, expected.head.bias)
+
+
+def test_tasks_are_judged_together():
+    devices = [Device(data(count=40, seed=seed, camera=0.25 * CAMERA)) for seed in (5, 6, 7)]
+    cases = [Case(network(), device, Received(2, task)) for task, device in enumerate(devices)]
+    found = find_adaptation("refit+auto").adapt_tasks(cases)
+    expected = [network() for _ in devices]
+    references = [refit_head(model, *SERVER) for model in expected]
+    adapt_head(expected, [device.images() for device in devices], references)
+    for one, model in zip(found, expected, strict=True):
+        torch.testing.assert_close(one["head.bias"], model.head.bias)
+
+
+def with_norm():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30), nn.Tanh())
+        return TaskNetwork(body, nn.Linear(30, 5))
+
+
+def test_batch_norm_is_adapted_only_to_another_camera():
+    for camera, changes in ((None, False), (CAMERA, True)):
+        model = with_norm()
+        device = Device(data(MIX if camera is None else None, count=300, seed=5, camera=camera))
+        found = find_adaptation("recalibrate+refit+auto").adapt(model, device, Received(0, 0))
+        recalibrated = find_adaptation("recalibrate").adapt(with_norm(), device, Received(0, 0))
+        same = torch.equal(found["body.1.running_mean"], recalibrated["body.1.running_mean"])
+        assert same != changes
+
+
+def test_bounds_are_no_worse_than_what_they_bound():
+    test = data(MIX, count=3000, seed=6, camera=CAMERA)
+    device = Device(data(MIX, count=300, seed=5, camera=CAMERA))
+    names = ("refit", "refit+true-priors", "refit+true-moments", "refit+true-both")
+    plain_, priors, moments, both = (accuracy(adapted(name, device)[0], test) for name in names)
+    assert both > moments > plain_
+    assert both > priors
+
+
+def test_a_device_step_needs_the_server_step_before_it():
+    assert find_adaptation("refit+priors").why_not(network()) is None
+    for name in ("priors", "priors+refit", "FT+auto"):
+        step = name.split("+")[-1] if name == "FT+auto" else "priors"
+        assert find_adaptation(name).why_not(network()) == f"'{step}' must come after 'refit', as in 'refit+{step}'"
+
+
+def test_options_are_checked():
+    with pytest.raises(MisconfigurationException, match="refit: cameras must be 0 or more"):
+        find_adaptation("refit", {"cameras": -1})
+
+
+def test_in_a_run(tmp_path):
+    options = {"data": Tiny(images=40), "methods": ["mean-IMM", "Experts", "Joint"], "network": plain}
+    rows = call(tmp_path, adaptations=["none", "refit", "refit+auto"], **options)
+    assert {row.label for row in rows} == {
+        f"{method}{adaptation}"
+        for method in ("mean-IMM", "Experts", "Joint")
+        for adaptation in ("", "+refit", "+refit+auto")
+    }
+    kept = sorted(path.stem for path in (tmp_path / "adapted" / "experts" / "seed1").iterdir())
+    assert kept == [
+        *("ann-Experts-refit+auto", "ann-mean-IMM-refit+auto", "bob-Experts-refit+auto", "bob-mean-IMM-refit+auto"),
+        *("server-Experts-refit", "server-mean-IMM-refit"),
+    ]
+    with open(tmp_path / "results.csv") as file:
+        before = list(csv.DictReader(file))
+    again = call(tmp_path, adaptations=["none", "refit", "refit+auto"], **options)
+    with open(tmp_path / "results.csv") as file:
+        assert list(csv.DictReader(file)) == before
+    assert len(again) == len(rows)
+    with pytest.raises(MisconfigurationException, match="'auto' must come after 'refit'"):
+        call(tmp_path / "other", adaptations=["auto"], **options)
+    assert replace(experiment(tmp_path / "third"), adaptations=("refit",)).adaptations == ("refit",)
