@@ -58,6 +58,7 @@ bench: .venv/.installed-dev | $(WRITABLE)
 	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_memory.py
 	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_merge.py
 	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_training.py
+	@OMP_NUM_THREADS=1 "$(BIN)/python" experiments/bench_heads.py
 
 # The folders are not named as they are imported, so mypy reads an installed copy, where the sources are out of its
 # sight. A build/ that is already there would bring deleted modules back.
