@@ -35,6 +35,7 @@ RANKS = {
     "metrics": 3,
     "models": 3,
     "heads": 4,
+    "learned_merging": 4,
     "callbacks": 5,
     "datamodules": 5,
     "adaptations": 6,
