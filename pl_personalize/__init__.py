@@ -13,6 +13,7 @@ from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head, refit_head
 from pl_personalize.importance import Importance
+from pl_personalize.learned_merging import learn_merge
 from pl_personalize.merging import merge, merge_prefixes
 from pl_personalize.modules import LwFLearner, MergeModule, TaskLearner
 
@@ -28,6 +29,7 @@ __all__ = [
     "adapt_batchnorm",
     "adapt_head",
     "estimate_importance",
+    "learn_merge",
     "merge",
     "merge_prefixes",
     "refit_head",

@@ -33,7 +33,7 @@ def learn_merge(
     network: TaskNetwork,
     experts: Sequence[StateDict],
     images: Sequence[Iterable[Any]],
-    importances: Sequence[StateDict] | None = None,
+    start: StateDict | None = None,
     *,
     parameters: Parameters = "coefficients",
     per: Per = "channel",
@@ -50,20 +50,21 @@ def learn_merge(
     .. math::
         \theta_l = \sum_k \lambda_{lk} \theta_{lk}
 
-    They start from the merge of the experts, with equal weights or weighted by importances: :math:`\lambda_{lk}` is the
-    share that the entry has there, plus a learned number that starts from zero. The merged body with the head of each
-    task is fitted to the logits that the task's own expert has for the user's images, which are computed once. Nothing
-    leaves the device, so this is an alternative to uploading importances to a server that merges by them.
+    Learning starts from any merge, by default the mean: :math:`\lambda_{lk}` is the share that an entry of expert
+    :math:`k` has there, plus a learned number that starts from zero. The merged body with the head of each task is
+    fitted to the logits that the task's own expert has for the user's images, which are computed once. Nothing leaves
+    the device, so this is an alternative to uploading importances to a server that merges by them.
 
-    Everything runs in eval mode (no dropout). Batch-norm statistics are averaged over experts, see
-    :meth:`BatchNormStatistics.average`; γ and β are learned like other parameters. A step of Adam takes a batch of each
-    task. The network, the experts and the global random number generators do not change.
+    Everything runs in eval mode (no dropout), with the batch-norm statistics of the start; γ and β are learned like
+    other parameters. A step of Adam takes a batch of each task. The network, the experts and the global random number
+    generators do not change.
 
     Args:
         network: The architecture, on the device to learn on; its own parameters are not used.
         experts: For each task, a state dict of a :class:`~pl_personalize.models.TaskNetwork`. All are held in memory.
         images: For each task, an iterable of batches, which is read once and held in memory. Labels are ignored.
-        importances: For each expert, importances with names relative to the body, see :func:`~pl_personalize.merge`.
+        start: The merge to start from, with entries ``body.…``, such as :meth:`MergeModule.export` returns; by default
+            the mean of the experts, with their average batch-norm statistics.
         parameters: What is learned: ``"coefficients"``; these and then the ``"heads"``; or these and then ``"all"``
             weights of body and heads.
         per: One coefficient for each expert and ``"tensor"`` or ``"channel"`` (entry of its first dimension).
@@ -80,7 +81,7 @@ def learn_merge(
     Raises:
         MisconfigurationException: If an option is out of range.
         ValueError: If there is not one expert and one iterable of batches for each task, an expert does not fit the
-            network, a task has no images, logits are not finite, or the loss diverges.
+            network, ``start`` lacks entries, a task has no images, logits are not finite, or the loss diverges.
 
     Example:
         >>> from pl_personalize.models import mlp
@@ -103,7 +104,8 @@ def learn_merge(
             for task, (one, batches) in enumerate(zip(networks, images, strict=True))
         ]
         fit = _Fit(tasks, loss, epochs, torch.Generator().manual_seed(derive_seed(seed, "learn_merge")))
-        coefficients = _Coefficients([one.body for one in networks], importances, per)
+        bodies = [one.body for one in networks]
+        coefficients = _Coefficients(bodies, _mean(bodies) if start is None else _body(start, bodies[0]), per)
         fit(coefficients.values, coefficients.body, _COEFFICIENT_LR)
         body = {name: value.detach().clone() for name, value in coefficients.body().items()}
         trained = [p.requires_grad_() for one in networks for p in one.head.parameters()]
@@ -168,19 +170,32 @@ class _Task(nn.Module):
         return as_logits(call_model(self.network, copy_batch(batch)))
 
 
+def _mean(bodies: Sequence[nn.Module]) -> StateDict:
+    """The mean of the experts' bodies, with their average batch-norm statistics."""
+    statistics = BatchNormStatistics.average([BatchNormStatistics.of(body) for body in bodies])
+    return {**merge([body.state_dict() for body in bodies]), **statistics}
+
+
+def _body(start: StateDict, body: nn.Module) -> dict[str, Tensor]:
+    """The entries of a body in a state dict of the whole network."""
+    own = {name: value for name, value in body.state_dict().items() if isinstance(value, Tensor)}
+    wrong = [n for n, v in own.items() if f"body.{n}" not in start or start[f"body.{n}"].shape != v.shape]
+    if wrong:
+        raise ValueError(f"start has no entries of the right shape for {some(f'body.{n}' for n in wrong)}.")
+    return {name: start[f"body.{name}"].detach().to(value, copy=True) for name, value in own.items()}
+
+
 class _Coefficients:
-    """The merged body as a function of the coefficients, given as differences from those of the merge.
+    """The merged body as a function of the coefficients, given as differences from those of the start.
 
     Args:
         bodies: The body of each expert.
-        importances: See :func:`learn_merge`.
+        start: The entries of the merged body to start from.
         per: See :func:`learn_merge`.
     """
 
-    def __init__(self, bodies: Sequence[nn.Module], importances: Sequence[StateDict] | None, per: Per) -> None:
-        start = merge([body.state_dict() for body in bodies], importances)
-        statistics = BatchNormStatistics.average([BatchNormStatistics.of(body) for body in bodies])
-        self._start = {name: value for name, value in {**start, **statistics}.items() if isinstance(value, Tensor)}
+    def __init__(self, bodies: Sequence[nn.Module], start: StateDict, per: Per) -> None:
+        self._start = {name: value for name, value in start.items() if isinstance(value, Tensor)}
         self._first = shared_entries(bodies[0].state_dict())
         self._experts = [dict(body.named_parameters()) for body in bodies]
         self.names = [name for name, parameter in self._experts[0].items() if parameter.is_floating_point()]

@@ -91,17 +91,28 @@ def test_identical_experts_stay_as_they_are(parameters):
         assert all(torch.equal(state[other], value) for other in names), name
 
 
-def test_starts_from_the_merge_weighted_by_importances():
+def test_a_start_that_is_right_stays():
     right, wrong = [[1.0, -2.0], [0.5, 1.0]], [[1.0, 1.0], [0.5, -2.0]]
     images = _images(16, 2)
     for batch in images[1]:
         batch[:, 1] = 0
-    importances = [{"weight": torch.full((2, 2), value)} for value in (1.0, 0.0)]
-
     experts = [_linear(weight).state_dict() for weight in (right, wrong)]
-    state = learn_merge(_linear(right), experts, images, importances, loss="mse", epochs=1)
+    start = merge(experts, [{"body.weight": torch.full((2, 2), value)} for value in (1.0, 0.0)])
+
+    state = learn_merge(_linear(right), experts, images, start, loss="mse", epochs=2)
 
     assert torch.equal(state["body.weight"], torch.tensor(right))
+
+
+@pytest.mark.parametrize("parameters", ["coefficients", "all"])
+def test_batch_norm_statistics_of_the_start_stay(parameters):
+    experts = _experts(lambda k: cnn_bn((1, 8, 8), k, [2, 2]))
+    start = cnn_bn((1, 8, 8), 2, [2, 2]).state_dict()
+    start = {name: value + 0.25 if "running" in name else value for name, value in start.items()}
+
+    state = learn_merge(cnn_bn((1, 8, 8), 2, [2, 2]), experts, _images(6, 1, 8, 8), start, parameters=parameters)
+
+    assert all(torch.equal(state[name], value) for name, value in start.items() if "running" in name)
 
 
 def test_more_learned_parameters_come_closer_to_the_experts():
@@ -229,7 +240,8 @@ def test_labels_are_ignored_and_empty_batches_skipped():
         ({"images": [_images(4, 3)[0], [torch.full((4, 3), torch.nan)]]}, ValueError, "logits of expert 2 are NaN"),
         ({"experts": [mlp((3,), 2, [4]), {}]}, ValueError, "Expert 1 is no state dict .* it is a TaskNetwork"),
         ({"experts": _experts(lambda k: mlp((3,), k, [5]))}, ValueError, "(?s)Expert 1 does not fit .*hidden1.weight"),
-        ({"importances": [{"hidden1.weight": torch.ones(4, 3)}]}, ValueError, "2 experts but 1 importances"),
+        ({"start": {"body.hidden1.weight": torch.ones(4, 2)}}, ValueError, "start has no .* for body.hidden1.weight"),
+        ({"start": mlp((3,), 2, [4]).body.state_dict()}, ValueError, "for body.hidden1.weight, body.hidden1.bias"),
         ({"parameters": "body"}, MisconfigurationException, "parameters must be one of .* got 'body'"),
         ({"per": "layer"}, MisconfigurationException, "per must be one of tensor, channel; got 'layer'"),
         ({"loss": "l1"}, MisconfigurationException, "loss must be one of kl, mse; got 'l1'"),

@@ -19,6 +19,7 @@ from pl_personalize.adaptations.heads import (
     TruePriors,
     TruePriorsAndMoments,
 )
+from pl_personalize.adaptations.learned import Learned
 from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.models import TaskNetwork
@@ -27,7 +28,7 @@ from pl_personalize.registry import Registry
 ADAPTATIONS: Registry[type[Adaptation]] = Registry(
     "adaptation",
     [
-        *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune),
+        *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune, Learned),
         *(Refit, Priors, Standardize, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
     ],
 )
