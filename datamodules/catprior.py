@@ -75,8 +75,12 @@ class CatPriorDataModule(SceneDataModule):
     @override
     def about_user(self, user: int | str) -> str:
         """Preferred classes."""
-        chosen = self.preferences()[self.profile_of(user)]
+        chosen = self.preferences_of(user)
         return "; ".join(f"{task}: {', '.join(chosen[task])}" for task in self.tasks)
+
+    def preferences_of(self, user: int | str) -> dict[str, Names]:
+        """Preferred classes of a user for each task."""
+        return self.preferences()[self.profile_of(user)]
 
     def preferences(self) -> Preferences:
         """Preferred classes for each profile and task."""

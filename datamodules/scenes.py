@@ -69,8 +69,8 @@ class SceneDataModule(TaskIncrementalDataModule):
     ``TestImages.txt`` and the unlisted ones, the *extra* images, to users (:meth:`check`, :meth:`allocate`,
     :meth:`pool_of`).
 
-    A *profile* is what distinguishes a user: preferences or a distortion. There is one user per profile and allocation
-    seed, named ``user1``, ``user2``, …, or with several seeds ``user1-seed1``, ``user1-seed2``, …
+    A *profile* is what distinguishes a user: preferences, a distortion or both. There is one user per profile and
+    allocation seed, named ``user1``, ``user2``, …, or with several seeds ``user1-seed1``, ``user1-seed2``, …
 
     Images are decoded once: resized to ``image_size`` (shorter side, bilinear with antialiasing), center-cropped to a
     square and stored as uint8; splits share them. Loaders normalize the batches.
@@ -132,15 +132,17 @@ class SceneDataModule(TaskIncrementalDataModule):
         if not seeds or len(set(seeds)) != len(seeds):
             raise MisconfigurationException(f"allocation_seeds must be one or several different seeds; got {seeds}.")
         self.supercategories = read_supercategories(supercategories)
-        self._profiles = [(profile, allocation_seed) for profile in range(num_users) for allocation_seed in seeds]
+        self.num_users = num_users
+        names = self.profile_names()
+        self._profiles = [(profile, allocation_seed) for profile in range(len(names)) for allocation_seed in seeds]
         suffixes = [f"-seed{allocation_seed}" if len(seeds) > 1 else "" for allocation_seed in seeds]
         super().__init__(
             tasks=tasks,
             classes=classes_of_tasks(self.supercategories, tasks),
-            users=[f"user{profile + 1}{suffix}" for profile in range(num_users) for suffix in suffixes],
+            users=[name + suffix for name in names for suffix in suffixes],
             **options,
         )
-        self.data_dir, self.num_users, self.allocation_seeds = Path(data_dir).expanduser(), num_users, tuple(seeds)
+        self.data_dir, self.allocation_seeds = Path(data_dir).expanduser(), tuple(seeds)
         self.mean, self.std = tuple(mean), tuple(std)
         self.image_size, self.augment, self.split_seed = image_size, augment, split_seed
         self.download, self.archive_md5 = download, archive_md5
@@ -181,6 +183,10 @@ class SceneDataModule(TaskIncrementalDataModule):
     @abstractmethod
     def allocate(self, pools: Pools, task: int, allocation_seed: int) -> list[UserFiles]:
         """Allocate images of a task to each profile."""
+
+    def profile_names(self) -> list[str]:
+        """Name of each profile; the names of the users begin with it."""
+        return [f"user{profile + 1}" for profile in range(self.num_users)]
 
     def pool_of(self, profile: int) -> UserPool:
         """Pool of a profile's images; profiles that see images alike share one."""

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from numpy.typing import NDArray
-from PIL import Image
 from typing_extensions import override
 
-from pl_personalize.datamodules import distortions
 from pl_personalize.datamodules.base import whole
-from pl_personalize.datamodules.image_files import center_square, read_rgb, resize_shorter
+from pl_personalize.datamodules.distortions import DISTORTIONS
+from pl_personalize.datamodules.scene_cameras import CameraSceneDataModule
 from pl_personalize.datamodules.scene_folder import LISTS, Pools
-from pl_personalize.datamodules.scenes import SceneDataModule, UserFiles, UserPool, assert_disjoint, shuffled
+from pl_personalize.datamodules.scenes import UserFiles, UserPool, assert_disjoint, shuffled
 from pl_personalize.functional.names import some
-from pl_personalize.functional.seeding import derive_seed
-
-DistortAt = Literal["resized", "reference"]
 
 
-class TransPriorDataModule(SceneDataModule):
+class TransPriorDataModule(CameraSceneDataModule):
     """The TransPrior benchmark of De Lange et al., CVPR 2020: users see scenes through different distortions.
 
     A user has half of the test images of each class in adapt and half in eval, and of ``extra_images`` images of each
     task half in each. The server's data are those of :class:`CatPriorDataModule`.
 
-    An image always looks the same to a user: the randomness of a distortion depends only on ``split_seed``, the profile
-    and the name of the file. The images of each profile are stored separately; ten profiles with the default options
-    take 7 GiB, so set ``cache_dir``.
+    The images of each profile are stored separately; ten profiles with the default options take 7 GiB, so set
+    ``cache_dir``.
 
     Args:
         *args: The folder of the scenes, as for :class:`SceneDataModule`.
         num_users: Number of user profiles, each with the distortion of that rank in ``DISTORTIONS``; at most 10.
         extra_images: Number of extra images of each task.
-        severity: Severity of the distortions, from 1 to 5.
-        distort_at: ``resized``: resize images to ``image_size``, distort them and crop, so that users see the same part
-            of a scene as the server. ``reference``: as in the published code, distort images as stored in the file and
-            crop them without resizing; small ones are padded with black.
-        **options: Further arguments of :class:`SceneDataModule`.
+        **options: Further arguments of :class:`CameraSceneDataModule`, such as ``severity``, but not ``cameras``.
 
     Raises:
         MisconfigurationException: If an option is out of range, or the table of supercategories is invalid.
@@ -52,51 +39,26 @@ class TransPriorDataModule(SceneDataModule):
         (10, 'saturation')
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        num_users: int = 10,
-        extra_images: int = 1000,
-        severity: int = 3,
-        distort_at: DistortAt = "resized",
-        **options: Any,
-    ) -> None:
-        if whole("num_users", num_users) > len(distortions.DISTORTIONS):
+    def __init__(self, *args: Any, num_users: int = 10, extra_images: int = 1000, **options: Any) -> None:
+        if whole("num_users", num_users, 1) > len(DISTORTIONS):
             raise MisconfigurationException(
-                f"num_users={num_users} is not supported: there are {len(distortions.DISTORTIONS)} distortions."
+                f"num_users={num_users} is not supported: there are {len(DISTORTIONS)} distortions."
             )
-        severity = whole("severity", severity)
-        if severity not in range(1, 6):
-            raise MisconfigurationException(f"severity must be 1, 2, 3, 4 or 5; got {severity}.")
-        if distort_at not in get_args(DistortAt):
-            raise MisconfigurationException(f"distort_at must be 'resized' or 'reference'; got {distort_at!r}.")
-        super().__init__(*args, num_users=num_users, **options)
+        super().__init__(*args, num_users=num_users, cameras=DISTORTIONS[:num_users], **options)
         self.extra_images = whole("extra_images", extra_images, 0)
-        self.severity, self.distort_at = severity, distort_at
 
     @override
     def decisive_options(self) -> dict[str, Any]:
-        own = {"extra_images": self.extra_images, "severity": self.severity, "distort_at": self.distort_at}
-        return super().decisive_options() | own
+        return super().decisive_options() | {"extra_images": self.extra_images}
 
     @override
     def about_user(self, user: int | str) -> str:
         """Name of the distortion."""
         return self.distortion_of(user)
 
-    def distortion_of(self, user: int | str) -> str:
-        """Name of a user's distortion."""
-        return distortions.DISTORTIONS[self.profile_of(user)]
-
     @override
-    def prepare_data(self) -> None:
-        """Also check that the packages required by the distortions are installed."""
-        super().prepare_data()
-        for name in distortions.DISTORTIONS[: self.num_users]:
-            try:
-                distortions.distort(np.zeros((8, 8, 3), np.uint8), name, severity=self.severity, seed=0)
-            except ImportError as error:  # a package or a system library is missing
-                raise MisconfigurationException(f"The distortion {name!r} is not available: {error}") from error
+    def pool_of(self, profile: int) -> UserPool:
+        return super().pool_of(profile)._replace(name=f"user{profile + 1}")
 
     @override
     def check(self, pools: Pools) -> None:
@@ -126,22 +88,3 @@ class TransPriorDataModule(SceneDataModule):
         assert_disjoint(adapt, evaluation)
         files = UserFiles(shuffled(adapt, *seed, "adapt"), shuffled(evaluation, *seed, "eval"))
         return [files] * self.num_users
-
-    @override
-    def pool_of(self, profile: int) -> UserPool:
-        name, versions = distortions.DISTORTIONS[profile], (np.__version__, distortions.opencv_version())
-        depends = name, *versions, self.severity, self.distort_at, self.split_seed, profile
-        return UserPool(f"user{profile + 1}", partial(self.read_distorted, profile=profile), depends)
-
-    def read_distorted(self, path: Path, profile: int) -> NDArray[np.uint8]:
-        """Decode an image file as the users of a profile see it."""
-        image = read_rgb(path)
-        if self.distort_at == "resized":
-            image = resize_shorter(image, self.image_size)
-        name, folder = distortions.DISTORTIONS[profile], path.parent.relative_to(self.data_dir / "Images").as_posix()
-        seed = derive_seed(self.split_seed, profile, folder, path.name)
-        try:
-            distorted = distortions.distort(np.asarray(image), name, severity=self.severity, seed=seed)
-        except Exception as error:  # raised by OpenCV or Pillow for extreme sizes
-            raise MisconfigurationException(f"{path} cannot be distorted ({name}): {error}") from error
-        return center_square(Image.fromarray(distorted), self.image_size)
