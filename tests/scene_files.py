@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pl_personalize.datamodules import CatPriorDataModule, TransPriorDataModule
+from pl_personalize.datamodules import CameraPriorDataModule, CatPriorDataModule, TransPriorDataModule
 from pl_personalize.datamodules.scenes import MEAN, STD
 
 TABLE = {
@@ -80,11 +80,20 @@ def names_of(images: Tensor, names: Mapping[tuple[int, int, int], str]) -> list[
 
 def catprior(folder: Path, **options: Any) -> CatPriorDataModule:
     """CatPrior for three profiles who prefer two classes of each task."""
-    fixed: dict[str, Any] = {
+    return CatPriorDataModule(folder, **_catprior_options(folder) | options)
+
+
+def cameraprior(folder: Path, **options: Any) -> CameraPriorDataModule:
+    """The same through two cameras, whose distortions do without OpenCV."""
+    fixed = _catprior_options(folder) | {"cameras": ["jpeg", "saturation"]}
+    return CameraPriorDataModule(folder, **fixed | options)
+
+
+def _catprior_options(folder: Path) -> dict[str, Any]:
+    return {
         "supercategories": folder / "supercategories.csv", "image_size": SIZE, "num_users": 3,
         "preferred_classes": 2, "extra_images": 3, "preferences": 1, "batch_size": 4, "eval_batch_size": 5,
     }  # fmt: skip
-    return CatPriorDataModule(folder, **fixed | options)
 
 
 def transprior(folder: Path, **options: Any) -> TransPriorDataModule:

@@ -6,10 +6,17 @@ import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from scene_files import catprior, transprior
+from scene_files import cameraprior, catprior, transprior
 from tiny_benchmark import Tiny
 
-from pl_personalize.datamodules import CatPriorDataModule, DigitsDataModule, NumbersDataModule, TransPriorDataModule
+from pl_personalize.datamodules import (
+    CameraPriorDataModule,
+    CatPriorDataModule,
+    DigitsDataModule,
+    NumbersDataModule,
+    TransPriorDataModule,
+)
+from pl_personalize.datamodules.distortions import DISTORTIONS
 
 BASE = {"task": None, "user": None, "batch_size": 20, "eval_batch_size": 256, "seed": 0, "split_seed": 27}
 SCENES = BASE | {
@@ -19,7 +26,9 @@ SCENES = BASE | {
 }  # fmt: skip
 NUMBERS = {"data_dir": "data", "sources": ("svhn", "mnist"), "download": False, "max_per_source": 10_000}
 CATPRIOR = {"num_users": 5, "preferred_classes": 3, "extra_images": 70, "preferences": None}
-TRANSPRIOR = {"num_users": 10, "extra_images": 1000, "severity": 3, "distort_at": "resized"}
+CAMERAS = {"severity": 3, "distort_at": "resized"}
+TRANSPRIOR = CAMERAS | {"num_users": 10, "extra_images": 1000}
+CAMERAPRIOR = CATPRIOR | CAMERAS | {"cameras": DISTORTIONS}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,7 @@ TRANSPRIOR = {"num_users": 10, "extra_images": 1000, "severity": 3, "distort_at"
         (NumbersDataModule, BASE | NUMBERS),
         (CatPriorDataModule, SCENES | CATPRIOR),
         (TransPriorDataModule, SCENES | TRANSPRIOR),
+        (CameraPriorDataModule, SCENES | CAMERAPRIOR),
     ],
 )
 def test_the_command_line_shows_every_option(datamodule, defaults):
@@ -101,6 +111,9 @@ def test_decisive_options_of_scenes(scenes, tmp_path):
     assert other["images"] != images
     same = catprior(scenes, cache_dir=tmp_path, download=True, archive_md5="0", seed=5, task=0, user=1, **options)
     assert decisive(same) == found | {"images": images}
+    both = decisive(cameraprior(scenes, cameras="jpeg", **options))
+    assert both == found | {"images": images, "cameras": ["jpeg"], "severity": 3, "distort_at": "resized"}
+    assert decisive(cameraprior(scenes, **options))["cameras"] == ["jpeg", "saturation"]
     found = decisive(transprior(scenes, severity=2, **options))
     assert found.pop("images") not in (images, other["images"])
     assert found == common | {"severity": 2, "distort_at": "resized"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scene_files import SIZE, catprior, transprior
+from scene_files import SIZE, cameraprior, catprior, transprior
 from tiny_benchmark import call
 from torch import nn
 
@@ -30,8 +30,12 @@ def network(classes: int) -> TaskNetwork:
 
 @pytest.mark.parametrize(
     ("make", "methods", "users", "seeds"),
-    [(catprior, ["FT", "MAS", "FIM-RACL"], 2, [1]), (transprior, ["Joint", "MAS-IMM"], 1, [1, 2])],
-    ids=["CatPrior", "TransPrior"],
+    [
+        (catprior, ["FT", "MAS", "FIM-RACL"], 2, [1]),
+        (transprior, ["Joint", "MAS-IMM"], 1, [1, 2]),
+        (cameraprior, ["FIM-RACL"], 1, [1]),
+    ],
+    ids=["CatPrior", "TransPrior", "CameraPrior"],
 )
 def test_all_methods_see_normalized_images(scenes, tmp_path, make, methods, users, seeds, plain_distortions):
     data = make(scenes, tasks=["home", "store"], num_users=users, allocation_seeds=seeds, augment=True)

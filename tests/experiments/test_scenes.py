@@ -1,4 +1,4 @@
-"""CatPrior and TransPrior as users run them: every configuration through the script itself, shrunk."""
+"""The benchmarks on scenes as users run them: every configuration through the script itself, shrunk."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,9 @@ from scripts import EXPERIMENTS, refusal, rows_of, run_script
 from pl_personalize.models import backbone, check_backbone
 
 CONFIGS = sorted(
-    path.name for prefix in ("catprior", "transprior") for path in (EXPERIMENTS / "configs").glob(f"{prefix}-*.yaml")
+    path.name
+    for kind in ("catprior", "transprior", "camera-prior")
+    for path in (EXPERIMENTS / "configs").glob(f"{kind}-*")
 )
 # A network with batch norm and one without, which take small images in no time.
 PLAIN, NORMED = "squeezenet1_1", "timm:test_efficientnet"
@@ -21,6 +23,12 @@ SMALL += ["--training.epochs", "1", "--adaptation.ft.epochs", "1", "--adaptation
 OF_THE_BENCHMARK = {
     "CatPrior": ["--extra_images", "4", "--preferred_classes", "1", "--preferences", "1"],
     "TransPrior": ["--extra_images", "8"],
+}
+OF_THE_BENCHMARK["CameraPrior"] = [*OF_THE_BENCHMARK["CatPrior"], "--cameras", "[contrast]"]
+SCRIPTS = {
+    "CatPrior": ["run_catprior.py"],
+    "TransPrior": ["run_transprior.py"],
+    "CameraPrior": ["benchmark.py", "pl_personalize.datamodules.CameraPriorDataModule"],
 }
 
 
@@ -44,20 +52,20 @@ def data_options(folder, benchmark, seeds="[1]"):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_of_scenes_runs(name, folder, tmp_path):
     config = yaml.safe_load((EXPERIMENTS / "configs" / name).read_text())
-    benchmark = "CatPrior" if name.startswith("catprior") else "TransPrior"
+    benchmark = next(known for known in SCRIPTS if name.replace("-", "").startswith(known.lower()))
     check_backbone(config["network"]["name"])
-    network = NORMED if "adaptations" in config else PLAIN
+    network = NORMED if "AdaBN" in config.get("adaptations", []) else PLAIN
     options = ["--config", EXPERIMENTS / "configs" / name, *data_options(folder, benchmark), "--network.name", network]
     options += ["--num_users", "1", "--extra_images", "4"]  # the options of a configuration count, not its users
     methods = config["methods"]
     if "adaptations" in config:  # each applies to every method: two will do
         methods = ["FIM-RACL", "FT"]
         options += ["--methods", json.dumps(methods)]
-    run_script(f"run_{benchmark.lower()}.py", *options, "--output_dir", tmp_path / "run")
+    run_script(*SCRIPTS[benchmark], *options, "--output_dir", tmp_path / "run")
 
     rows = rows_of(tmp_path / "run" / "results.csv")
     assert {row["method"] for row in rows} == set(methods)
-    assert {row["user"] for row in rows} == {"user1", "all"}
+    assert {row["user"] for row in rows} == {"user1-contrast" if benchmark == "CameraPrior" else "user1", "all"}
     assert {row["adaptation"] for row in rows} == set(config.get("adaptations", ["none"]))
     assert {row["benchmark"] for row in rows} == {benchmark}
     assert not Path("None").exists()  # where nothing is cached, there is no folder of that name
