@@ -11,16 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool = False) -> None:
-    """Refuse a value that is no finite number in a range.
-
-    Args:
-        option: What the option is called in the message.
-        value: Its value.
-        least: The lower end of the range.
-        exclusive: Whether the lower end itself is refused.
-
-    Raises:
-        MisconfigurationException: With the name of the option, its value and the range.
+    """Refuse a value that is no finite number of at least ``least``, or more than that if ``exclusive``.
 
     Example:
         >>> check_option("lr", 0.1, exclusive=True)
@@ -38,10 +29,6 @@ def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool =
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Raises:
-        MisconfigurationException: With the name of the option, its value and the choices.
-    """
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise MisconfigurationException(f"{option} must be one of {', '.join(choices)}; got {value!r}.")

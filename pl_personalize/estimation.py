@@ -159,11 +159,7 @@ def check_options(
     forward: Forward | None = None,
     **options: Any,
 ) -> None:
-    """Check options of :func:`estimate_importance`, including those of :class:`KindOptions`.
-
-    Raises:
-        ValueError: If one is unknown, out of range, or incompatible with another.
-    """
+    """Raise a ``ValueError`` if options of :func:`estimate_importance` are unknown, out of range or incompatible."""
     chosen = IMPORTANCE_KINDS.find(kind)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}; got {reduction!r}.")
@@ -175,11 +171,7 @@ def check_options(
 
 
 def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters whose importance is estimated, by name (relative to ``module``, if given).
-
-    Raises:
-        ValueError: If a name is unknown, or no parameter is left.
-    """
+    """The :func:`named_parameters` that need a gradient, or a ``ValueError`` if there are none."""
     chosen = {name: p for name, p in named_parameters(model, module, exclude).items() if p.requires_grad}
     if not chosen:
         where = f" in {module!r}" if module else ""
@@ -188,11 +180,7 @@ def select_parameters(model: nn.Module, module: str | None, exclude: Sequence[st
 
 
 def named_parameters(model: nn.Module, module: str | None, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
-    """All parameters of the model, or of ``module`` with names relative to it, except those excluded.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
+    """All parameters of the model, or of ``module`` with names relative to it, except those excluded."""
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of names; got the string {exclude!r}. Write ({exclude!r},).")
     every = dict(model.named_parameters(remove_duplicate=False))

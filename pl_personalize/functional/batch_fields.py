@@ -117,11 +117,7 @@ def map_samples(
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A copy of a batch in which each tensor is changed.
-
-    Raises:
-        ValueError: For a ``PackedSequence``.
-    """
+    """A copy of a batch in which each tensor is changed; a ``PackedSequence`` is an error."""
 
     def visit(part: Any) -> Any:
         if isinstance(part, Tensor):

@@ -167,11 +167,7 @@ def _is_volume(item: Any) -> bool:
 
 
 def as_logits(output: Any) -> Tensor:
-    """Logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Logits in a model's output: the tensor itself, its ``.logits``, or its entry ``"logits"``."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif not isinstance(output, Tensor):

@@ -13,15 +13,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
         -\frac{1}{n} \sum_i \sum_c \mathrm{softmax}(t_i / T)_c \, \log \mathrm{softmax}(s_i / T)_c
 
     As in Learning without Forgetting (Li and Hoiem, ECCV 2016, equation 2), in the convention of De Lange et al., CVPR
-    2020: there is no factor :math:`T^2`.
-
-    Args:
-        student: Logits (n, classes).
-        teacher: Logits of the same shape; no gradient reaches them.
-        temperature: T.
-
-    Returns:
-        A scalar.
+    2020: there is no factor :math:`T^2`. Both logits are (n, classes); no gradient reaches the teacher's.
 
     Raises:
         ValueError: If the shapes differ or the temperature is not positive.

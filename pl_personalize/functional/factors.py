@@ -22,10 +22,7 @@ _WEIGHT_NORM = (
 
 
 def factor_pairs(entries: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Names of entries whose product is a weight: low-rank factors, or norm and direction (weight norm).
-
-    Args:
-        entries: Tensors by name; for weight norm, their shapes must fit.
+    """Names of entries whose product is a weight: low-rank factors, or norm and direction of fitting shapes.
 
     Example:
         >>> factor_pairs({"q.lora_A.weight": torch.zeros(2, 6), "q.lora_B.weight": torch.zeros(5, 2)})

@@ -64,11 +64,7 @@ class ImportanceKind:
     batch_floor: float = 0.0
 
     def check(self, options: KindOptions, reduction: str) -> None:
-        """Check that the kind takes every option that differs from its default.
-
-        Raises:
-            ValueError: If it does not.
-        """
+        """Raise a ``ValueError`` unless the kind takes every option that differs from its default."""
         for option in ("draws", "labels", "class_dim"):
             value = getattr(options, option)
             if value != getattr(KindOptions, option) and option not in self.options:
@@ -82,11 +78,7 @@ class ImportanceKind:
         return batch_labels(batch, options.labels) if "labels" in self.options else None
 
     def cotangents(self, batch: Any, options: KindOptions, logits: Tensor) -> Iterable[Tensor]:
-        """Gradients of the objective with respect to the logits, of their shape.
-
-        Raises:
-            ValueError: If the kind cannot use the logits or labels.
-        """
+        """Gradients of the objective with respect to the logits, of their shape."""
         dim = options.class_dim
         scores = _with_classes_second(logits, dim) if "class_dim" in self.options else logits
         found = self.objective(scores, self.labels(batch, options), options)

@@ -24,15 +24,8 @@ class InertFile:
     other class or function that the file names is replaced, in the reader's list of allowed classes, by a class of the
     same name that accepts what a pickle does with its objects and does nothing.
 
-    Args:
-        path: The file. Its tensors are memory-mapped; those of a file in the format before PyTorch 1.6 are read, and
-            such a file may not name any classes.
-
-    Attributes:
-        content: The content of the file.
-
-    Raises:
-        Exception: Any error of PyTorch's reader, if the file is broken or does more than build objects.
+    Tensors are memory-mapped; those of a file in the format before PyTorch 1.6 are read, and such a file may not name
+    any classes. Files that are broken or do more than build objects raise the errors of PyTorch's reader.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -77,11 +77,7 @@ class MergeRule:
     prefixes: Callable[[MergeInputs, Any, int, Sequence[Tensor] | None], list[Tensor]] | None = None
 
     def make_options(self, given: Mapping[str, Any]) -> Any:
-        """Check options by name.
-
-        Raises:
-            ValueError: If the rule has no such option, or does not take its value.
-        """
+        """The options by name, or a ``ValueError`` if the rule does not take them."""
         known = [] if self.options is None else [field.name for field in fields(self.options)]
         if unknown := [name for name in given if name not in known]:
             raise ValueError(
@@ -93,13 +89,9 @@ class MergeRule:
     def merge(
         self, inputs: MergeInputs, options: Any, *, start: int = 0, out: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """The tensor in the merges of experts 1, 1..2, …, 1..T; the first is expert 1 itself.
+        """The tensor in the merges of experts 1, 1..2, …, 1..T from ``start`` (0) on; the first is expert 1 itself.
 
-        Args:
-            inputs: The tensor in all experts.
-            options: From :meth:`make_options`.
-            start: The first merge to return, counted from 0.
-            out: Contiguous tensors to write to, by default new ones. A single one may be an expert's own.
+        ``out`` are contiguous tensors to write to, by default new ones. A single one may be an expert's own.
 
         Raises:
             FloatingPointError: If a merged entry is NaN or infinite.

@@ -21,13 +21,10 @@ _SMALL, _LARGE = 1e-25, 1e25  # sums of importances whose products with paramete
 
 
 def check_importance(name: str, value: Tensor) -> Bounds:
-    """Check that a tensor can be an importance.
-
-    Returns:
-        The smallest and the largest entry; 0 and 0 for an empty tensor.
+    """The smallest and the largest entry of an importance (0 and 0 if empty), which is real, finite and not negative.
 
     Raises:
-        ValueError: If it is complex, or an entry is NaN, infinite or negative.
+        ValueError: If it is not.
     """
     if value.is_complex():
         raise ValueError(
@@ -76,9 +73,6 @@ def prefix_merges(
         options: What entries without importance become.
         start: The first merge to return, counted from 0.
         out: Contiguous tensors to write to, by default new ones; they may be the parameters' own.
-
-    Returns:
-        T - ``start`` tensors of the parameter's shape, with the type and device of the respective expert.
 
     Raises:
         FloatingPointError: If a result is NaN or infinite, because a parameter or an importance is.

@@ -95,11 +95,6 @@ def add_l2_gradient_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], st
     Like :func:`add_penalty_gradient_` without importances, but in two fused additions without temporary tensors; the
     results differ by rounding. L2-transfer of Lee et al., NeurIPS 2017, in the convention of De Lange et al., CVPR
     2020. Parameters whose ``.grad`` is ``None`` are skipped.
-
-    Args:
-        parameters: The parameters.
-        anchors: θ_ref, of the same shapes.
-        strength: λ.
     """
     pulled = [(p, a) for p, a in zip(parameters, anchors, strict=True) if p.grad is not None]
     if not pulled:

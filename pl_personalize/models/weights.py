@@ -21,20 +21,11 @@ _COUNTER = ".num_batches_tracked"
 def load_weights(
     module: nn.Module, state: Mapping[str, Any], head: str, *, source: str, unused: Sequence[str] = ()
 ) -> bool:
-    """Load a state dict whose head may be for other classes.
+    """Load a state dict into a network, and return whether its head was loaded too.
 
-    Args:
-        module: The network to load it into.
-        state: The state dict.
-        head: Name of the module's head, whose entries are ignored unless all have the module's shapes.
-        source: Where the state dict comes from, for messages.
-        unused: Prefixes of further names to ignore.
-
-    Returns:
-        Whether the head was loaded too.
-
-    Raises:
-        ArtifactError: If anything but the head is missing, unexpected, or has another shape. The module may be changed.
+    Entries of the head are ignored unless all have the network's shapes, and so are names that start with one of
+    ``unused``. If anything else is missing, unexpected, or has another shape, an :class:`ArtifactError` names the
+    ``source``; the network may then be changed.
     """
     own = module.state_dict()
     of_head = {name for name in own if name.startswith(f"{head}.")}

@@ -149,11 +149,7 @@ class TaskLearner(LightningModule):
         return loss
 
     def _class_labels(self, labels: Tensor, *, ignored: int | None = None) -> Tensor:
-        """Labels as losses and accuracies take them.
-
-        Raises:
-            MisconfigurationException: If one is no class of the network.
-        """
+        """Labels as losses and accuracies take them, or an error if one is no class of the network."""
         if labels.ndim == 2 and labels.shape[1] > 1:  # a probability of each class
             return labels
         try:

@@ -97,13 +97,8 @@ class GradientTape:
     r"""Sums :math:`\sum_i |\partial \langle c_i, f(x_i) \rangle / \partial \theta|^p` over samples, layer by layer.
 
     The forward pass keeps the layers' inputs; a layer's sum is formed as soon as the backward pass reaches its output.
-    Gradients of several uses of a layer or parameter are summed *before* the power is taken.
-
-    Args:
-        parameters: The parameters, by name. Shared ones appear once.
-        layers: Layers that own at least one of them.
-        power: 1 (absolute values) or 2 (squares).
-        max_scratch_bytes: Memory for per-sample gradients, which are held for as many samples at a time as fit.
+    Gradients of several uses of a layer or parameter are summed *before* the power is taken. Per-sample gradients are
+    held for as many samples at a time as fit into ``max_scratch_bytes``.
 
     ``bias_rounding`` adds up the rounding errors of biases' gradients, by name, while the tape is learning; ``reached``
     collects names of parameters that a gradient has reached, while it is not.

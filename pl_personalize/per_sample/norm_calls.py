@@ -45,15 +45,9 @@ def statistics_replaced(
     r"""Let ``handle`` choose the statistics by which batch-norm layers in eval mode normalize; buffers do not change.
 
     Each call of ``F.batch_norm`` in a layer's forward is intercepted if it gets the layer's running mean, or a copy of
-    it such as one in another precision. A layer may transpose, flatten or mask its input first.
-
-    Args:
-        layers: The layers, by name.
-        handle: ``(name, x, mean, variance) -> (mean, variance)``, with x of (N, C) or (N, C, \*). The returned
-            statistics have the types of the given ones.
-
-    Raises:
-        ValueError: Inside, if a layer does not normalize by ``F.batch_norm``.
+    it such as one in another precision. A layer may transpose, flatten or mask its input first; one that does not call
+    ``F.batch_norm`` is an error. ``handle`` is ``(name, x, mean, variance) -> (mean, variance)``, with x of (N, C) or
+    (N, C, \*), and keeps the types of the statistics.
     """
     running: list[str] = []
     seen: set[str] = set()

@@ -70,13 +70,6 @@ class PerSamplePowerSums:
     autograd on the first two samples: ``"closed form"``, a vectorized product of its ``"layer"``, a vectorized gradient
     of the whole ``"model"``, or a ``"loop"`` over samples, as do parameters of layers that a later batch uses
     differently.
-
-    Args:
-        model: The network. In eval mode, its output for a sample must not depend on the other samples.
-        parameters: The parameters to sum for, by full name.
-        power: 1 for absolute values, 2 for squares.
-        forward: ``(model, batch) -> output``, see :func:`~pl_personalize.functional.batches.as_logits`.
-        max_scratch_bytes: Memory for per-sample gradients, where these are needed.
     """
 
     def __init__(
@@ -153,10 +146,6 @@ class PerSamplePowerSums:
 
         ``cotangents`` maps the (n, *) logits to one or more gradients of the objective with respect to them, over which
         the powers are also summed.
-
-        Raises:
-            ValueError: If samples of a batch influence each other, the output is not finite, or the gradients of a
-                layer cannot be computed in the way that the check found.
         """
         batch = apply_to_collection(batch, Tensor, Tensor.detach)  # inputs need no gradient
         if self._samples_checked < min(2, num_samples):

@@ -17,12 +17,7 @@ Network = Callable[[Any], Tensor]
 def logits_of_independent_samples(
     network: Network, modules: Mapping[nn.Module, str], batch: Any, samples: Sequence[Any]
 ) -> Tensor:
-    """Detached logits (n, *) of a batch, after checking that each of its samples alone has the same.
-
-    Raises:
-        ValueError: If the network is random, fails on one sample, or mixes samples. The message names which of the
-            ``modules`` does, given with their names.
-    """
+    """Detached logits (n, *) of a batch, or an error that names the module that makes a sample alone have others."""
     together = network(batch).detach()
     check_logits(together, len(samples))
     if not _is_close(together, network(batch).detach()):
