@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +25,13 @@ from torch import Tensor
 
 from pl_personalize.functional.inert_pickle import InertFile
 from pl_personalize.functional.names import some
-from pl_personalize.functional.state_dicts import Versions, module_versions, shared_entries, with_versions
+from pl_personalize.functional.state_dicts import (
+    NamedEntries,
+    Versions,
+    module_versions,
+    shared_entries,
+    with_versions,
+)
 
 _KEY = "pl_personalize"
 _VERSION = 1
@@ -39,15 +45,7 @@ class ArtifactError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write a file so that, whatever happens, it has either its old content or all of the new.
-
-    Args:
-        path: The file; missing folders are created.
-        data: The content.
-
-    Returns:
-        The path.
-    """
+    """Write a file, in a new folder if need be, so that it has either its old content or all of the new."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
@@ -72,11 +70,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ArtifactError: If it is missing or not valid JSON.
-    """
+    """Read a JSON file, or raise an :class:`ArtifactError` if it is missing or not valid JSON."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -109,9 +103,6 @@ def save_tensors(
             ``_metadata`` are stored with it.
         kind: The kind of content, checked when the file is opened.
         metadata: JSON-serializable metadata.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: If an entry is not a tensor, or has a type that safetensors files cannot hold.
@@ -146,27 +137,16 @@ def save_tensors(
     return write_atomically(path, data)
 
 
-class _LazyTensors(Mapping[str, Tensor]):
+class _LazyTensors(NamedEntries[Tensor]):
     """The tensors of any safetensors file, read on access."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._names = file, dict.fromkeys(file.keys())
+        self._file, self._entries = file, {name: name for name in file.keys()}  # noqa: SIM118 (no mapping)
         self.aliases: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(self.aliases.get(name, name))
+        tensor: Tensor = self._file.get_tensor(self._entries[name])
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class TensorFile(_LazyTensors):
@@ -175,7 +155,6 @@ class TensorFile(_LazyTensors):
     Args:
         path: The file.
         kind: The expected kind of content.
-        verify: Compare the checksum, which reads the whole file once, one tensor at a time.
 
     Attributes:
         aliases: Tied entries, see :func:`~pl_personalize.functional.state_dicts.shared_entries`.
@@ -185,7 +164,7 @@ class TensorFile(_LazyTensors):
         ArtifactError: If the file is missing, truncated, modified, of another program or of another kind.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, kind: str, verify: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, kind: str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise ArtifactError(f"{path} does not exist; expected a file of kind {kind!r}.")
@@ -197,17 +176,15 @@ class TensorFile(_LazyTensors):
             raise ArtifactError(f"{path} holds {content['kind']!r}; expected {kind!r}.")
         if content["version"] != _VERSION:
             raise ArtifactError(f"{path} has format version {content['version']}; this release reads {_VERSION}.")
-        stored = _LazyTensors(file)
-        self._names, self.aliases = dict.fromkeys(content["names"]), content["aliases"]
         self.metadata: dict[str, Any] = {n: v for n, v in content["metadata"].items() if n != _MODULES}
         self._metadata: Versions | None = content["metadata"].get(_MODULES)
-        if not verify:
-            return
         expected = content.pop("sha256")
-        if (found := _checksum(content, stored)) != expected:
+        if (found := _checksum(content, _LazyTensors(file))) != expected:
             raise ArtifactError(
                 f"{path} was modified after it was written: its content has the SHA-256 {found}; expected {expected}."
             )
+        self.aliases = content["aliases"]
+        self._entries = {name: self.aliases.get(name, name) for name in content["names"]}
 
     def load(self) -> dict[str, Tensor]:
         """Read all tensors into a state dict, in which tied entries are one tensor."""
@@ -219,11 +196,7 @@ class TensorFile(_LazyTensors):
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read all tensors and the metadata of a file of :func:`save_tensors`.
-
-    Raises:
-        ArtifactError: See :class:`TensorFile`.
-    """
+    """Read all tensors and the metadata of a :class:`TensorFile`."""
     file = TensorFile(path, kind=kind)
     return file.load(), file.metadata
 
@@ -234,8 +207,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     No code in the file is run. Hyperparameters and other objects beside the state dict can be of any class, even one
     that cannot be imported, and are ignored.
 
-    Args:
-        path: The file. Its format is recognized by its content.
+    The format is recognized by the content.
 
     Returns:
         A state dict with its ``_metadata``, on the CPU: tensors, and other entries (``_extra_state``) if they are plain
@@ -255,14 +227,8 @@ def open_state_dict(path: str | os.PathLike[str], *, kind: str | None = None) ->
     """Open a state dict as :func:`read_state_dict` does, but leave its tensors in the file until they are used.
 
     Many such files can be open at once, but they must not be modified. Only files in the format that ``torch.save`` had
-    before PyTorch 1.6 are read as a whole.
-
-    Args:
-        path: The file.
-        kind: The expected kind of a file of :func:`save_tensors`; by default anything but importances.
-
-    Raises:
-        ArtifactError: See :func:`read_state_dict`.
+    before PyTorch 1.6 are read as a whole. ``kind`` is the expected kind of a file of :func:`save_tensors`, by default
+    anything but importances.
     """
     source = Path(path)
     if not source.is_file():

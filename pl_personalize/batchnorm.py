@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pl_personalize.artifacts import load_tensors, save_tensors
 from pl_personalize.functional.moments import MEAN, VARIANCE, in_precision_of, pooled_statistics
 from pl_personalize.functional.names import prefix_hint, some, submodule
+from pl_personalize.functional.state_dicts import NamedEntries
 
 ARTIFACT_KIND = "batchnorm"
 
 
-class BatchNormStatistics(Mapping[str, Tensor]):
+class BatchNormStatistics(NamedEntries[Tensor]):
     """Running means and variances by their names in a state dict: ``{layer}.running_mean``, ``{layer}.running_var``.
 
     Args:
@@ -35,13 +36,13 @@ class BatchNormStatistics(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, num_samples: int = 0, fingerprint: str | None = None) -> None:
-        self._tensors = dict(tensors)
+        self._entries = dict(tensors)
         self.num_samples, self.fingerprint = num_samples, fingerprint
         for layer in self.layers:
             for what in (MEAN, VARIANCE):
-                value = self._tensors.get(f"{layer}.{what}".removeprefix("."))
+                value = self.get(f"{layer}.{what}".removeprefix("."))
                 if value is None:
-                    raise ValueError(f"There is no {what} of the layer {layer!r}; there are {some(self._tensors)}.")
+                    raise ValueError(f"There is no {what} of the layer {layer!r}; there are {some(self)}.")
                 if not torch.isfinite(value).all() or (what == VARIANCE and (value < 0).any()):
                     raise ValueError(f"The {what} of the layer {layer!r} has negative, NaN or infinite entries.")
 
@@ -91,7 +92,7 @@ class BatchNormStatistics(Mapping[str, Tensor]):
     @property
     def layers(self) -> list[str]:
         """Names of the layers."""
-        return list(dict.fromkeys(name.rpartition(".")[0] for name in self._tensors))
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self))
 
     def apply(self, model: nn.Module) -> None:
         """Copy the statistics into the buffers of a model.
@@ -127,15 +128,6 @@ class BatchNormStatistics(Mapping[str, Tensor]):
         """
         tensors, metadata = load_tensors(path, kind=ARTIFACT_KIND)
         return cls(tensors, num_samples=metadata["num_samples"], fingerprint=metadata["fingerprint"])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def __repr__(self) -> str:
         return f"BatchNormStatistics({len(self.layers)} layers, num_samples={self.num_samples})"

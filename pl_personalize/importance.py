@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
 from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.names import prefix_hint, some
-from pl_personalize.functional.state_dicts import Bounds
+from pl_personalize.functional.state_dicts import Bounds, NamedEntries
 
 Kind = str
 """Name of an entry of :data:`~pl_personalize.functional.importance_kinds.IMPORTANCE_KINDS`, or of another source."""
@@ -20,7 +20,7 @@ Reduction = Literal["sample", "batch"]
 ARTIFACT_KIND = "importance"
 
 
-class Importance(Mapping[str, Tensor]):
+class Importance(NamedEntries[Tensor]):
     """Importance of each parameter: non-negative tensors by parameter name, with their origin.
 
     Args:
@@ -54,20 +54,11 @@ class Importance(Mapping[str, Tensor]):
         if num_samples < 1:
             raise ValueError(f"Importances need at least one sample; got num_samples={num_samples}.")
         self._bounds = {name: (_version(value), check_importance(name, value)) for name, value in values.items()}
-        self._values = dict(values)
+        self._entries = dict(values)
         self.kind = kind
         self.num_samples = num_samples
         self.reduction = reduction
         self.routes = dict(routes or {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def __repr__(self) -> str:
         return (
@@ -83,7 +74,7 @@ class Importance(Mapping[str, Tensor]):
     def bounds(self, name: str) -> Bounds | None:
         """Smallest and largest entry of a tensor, or ``None`` if it may have been changed in place since."""
         version, bounds = self._bounds[name]
-        return bounds if version is not None and _version(self._values[name]) == version else None
+        return bounds if version is not None and _version(self[name]) == version else None
 
     def to(self, *args: Any, **kwargs: Any) -> Importance:
         """A copy with every tensor moved or cast by :meth:`torch.Tensor.to`."""

@@ -229,13 +229,12 @@ def test_a_header_that_still_fits_the_data_is_refused(saved, old, new):
     assert str(saved) in _refused(saved)
 
 
-def test_without_verification_the_data_is_not_read(saved):
+def test_changed_data_are_refused(saved):
     data = bytearray(saved.read_bytes())
     data[-1] ^= 1
     saved.write_bytes(data)
 
     assert str(saved) in _refused(saved)
-    assert len(TensorFile(saved, kind="importance", verify=False)) == 3
 
 
 def _write_foreign(path):

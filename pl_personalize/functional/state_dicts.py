@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,12 +47,9 @@ class Bounded(Protocol):
 
 
 def shared_entries(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Find the entries that share the storage of an earlier one (tied weights).
+    """The name of each entry that shares the storage of an earlier one (tied weights), with the name of that one.
 
     Entries that are not tensors, and tensors without storage (sparse, meta or empty ones), are never shared.
-
-    Returns:
-        The name of each such entry, with the name of the earlier one.
     """
     if isinstance(tensors, Aliased):
         return tensors.aliases
@@ -95,14 +92,32 @@ def with_versions(entries: Mapping[str, Any], versions: Versions | None) -> dict
     return state
 
 
-class PrefixView(Mapping[str, Any]):
+Entry = TypeVar("Entry", covariant=True)
+
+
+class NamedEntries(Mapping[str, Entry]):
+    """Base class for mappings whose names, and by default values, are those of ``self._entries``."""
+
+    _entries: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Entry:
+        entry: Entry = self._entries[name]
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class PrefixView(NamedEntries[Any]):
     """The entries of a submodule in a state dict, with names relative to it, read on access.
 
     It passes on what the state dict knows: tied entries, module versions, and the kind and bounds of importances.
-
-    Args:
-        state: The state dict.
-        module: The name of the submodule, such as ``"body"``.
 
     Example:
         >>> body = PrefixView({"body.0.weight": torch.ones(2), "head.weight": torch.zeros(2)}, "body")
@@ -112,22 +127,16 @@ class PrefixView(Mapping[str, Any]):
 
     def __init__(self, state: Mapping[str, Any], module: str) -> None:
         self._state, self._module, self._prefix = state, module, f"{module}."
-        self._names = [name.removeprefix(self._prefix) for name in state if name.startswith(self._prefix)]
+        self._entries = {name.removeprefix(self._prefix): name for name in state if name.startswith(self._prefix)}
 
     def __getitem__(self, name: str) -> Any:
-        return self._state[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self._state[self._entries[name]]
 
     @property
     def aliases(self) -> dict[str, str]:
         """The tied entries, see :func:`shared_entries`."""
         shared = shared_entries(self._state)
-        firsts = [(shared.get(self._prefix + name, self._prefix + name), name) for name in self]
+        firsts = [(shared.get(full, full), name) for name, full in self._entries.items()]
         inside = {first: name for first, name in reversed(firsts)}
         return {name: inside[first] for first, name in firsts if inside[first] != name}
 
