@@ -41,36 +41,30 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
         ''
     """
     names, there = [str(name) for name in names], dict.fromkeys(map(str, known))
-    longer = []
-    for first, other in product(names[:1], there):
-        too_long, lacking = first.removesuffix(f".{other}"), other.removesuffix(f".{first}")
-        if too_long != first and {f"{too_long}.{name}" for name in there}.issuperset(names):
-            return f" Without the prefix '{too_long}.' the names would match."
-        if lacking != other and all(f"{lacking}.{name}" in there for name in names):
-            longer.append(f" With the prefix '{lacking}.' the names would match.")
-    return longer[0] if len(longer) == 1 else "" if longer else _hint_inside(names, there)
-
-
-def _hint_inside(names: list[str], there: dict[str, None]) -> str:
-    """The same for an inner part."""
-    lacking = set()
-    for first, other in product(names[:1], there):
-        if (part := _part_inside(first, other)) and all(_without(name, part) in there for name in names):
-            return f" Without '.{part}' the names would match."
-        if part := _part_inside(other, first):
-            shorter = {_without(name, part) for name in there}
-            if shorter.issuperset(names):
+    for text, part_of, without in (("the prefix ", _prefix, str.removeprefix), ("", _part_inside, _without)):
+        lacking = set()
+        for first, other in product(names[:1], there):
+            if (part := part_of(first, other)) and all(without(name, part) in there for name in names):
+                return f" Without {text}'{part}' the names would match."
+            if (part := part_of(other, first)) and {without(name, part) for name in there}.issuperset(names):
                 lacking.add(part)
-    return f" With '.{lacking.pop()}' the names would match." if len(lacking) == 1 else ""
+        if lacking:
+            return f" With {text}'{lacking.pop()}' the names would match." if len(lacking) == 1 else ""
+    return ""
+
+
+def _prefix(longer: str, shorter: str) -> str:
+    """What comes before the shorter name in the longer one, such as ``module.``; empty if they end differently."""
+    return longer.removesuffix(shorter) if longer.endswith(f".{shorter}") else ""
 
 
 def _part_inside(longer: str, shorter: str) -> str:
-    """The part whose removal turns the longer name into the shorter one; empty if there is none."""
+    """The part whose removal turns the longer name into the shorter one, such as ``.default``; empty if none does."""
     parts, left = longer.split("."), shorter.split(".")
     begin = next((k for k, (a, b) in enumerate(zip(parts, left, strict=False)) if a != b), len(left))
     more = len(parts) - len(left)
     for count in range(1, more + 1):  # the first occurrence, if there are several
-        part = ".".join(parts[begin : begin + count])
+        part = "." + ".".join(parts[begin : begin + count])
         if 0 < begin < len(left) and _without(longer, part) == shorter:
             return part
     return ""
@@ -78,7 +72,7 @@ def _part_inside(longer: str, shorter: str) -> str:
 
 def _without(name: str, part: str) -> str:
     """The name without any occurrence of a part."""
-    while (shorter := f".{name}.".replace(f".{part}.", ".", 1).strip(".")) != name:
+    while (shorter := f".{name}.".replace(f"{part}.", ".", 1).strip(".")) != name:
         name = shorter
     return name
 
