@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
+from pl_personalize.checks import check_choice, check_option
+
 
 class TaskAccuracyMatrix(Metric):
     r"""Accuracy on each task of the model after each task.
@@ -36,8 +38,7 @@ class TaskAccuracyMatrix(Metric):
 
     def __init__(self, num_tasks: int, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        if num_tasks < 1:
-            raise MisconfigurationException(f"num_tasks must be at least 1; got {num_tasks}.")
+        check_option("num_tasks", num_tasks, least=1)
         self.num_tasks = num_tasks
         self.add_state("correct", torch.zeros(num_tasks, num_tasks, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(num_tasks, num_tasks, dtype=torch.long), dist_reduce_fx="sum")
@@ -98,8 +99,7 @@ def forgetting(matrix: Tensor, divisor: Literal["tasks", "earlier"] = "tasks") -
         >>> forgetting(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
         tensor(0.2500)
     """
-    if divisor not in ("tasks", "earlier"):
-        raise MisconfigurationException(f"divisor must be 'tasks' or 'earlier'; got {divisor!r}.")
+    check_choice("divisor", divisor, ("tasks", "earlier"))
     tasks = matrix.shape[0]
     lost = (matrix.diagonal()[:-1] - matrix[-1, :-1]).sum()
     return lost / (tasks if divisor == "tasks" else max(tasks - 1, 1))

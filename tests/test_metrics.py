@@ -104,7 +104,7 @@ def test_an_index_out_of_range_is_refused(what, index):
 
 @pytest.mark.parametrize("num_tasks", [0, -3])
 def test_there_is_at_least_one_task(num_tasks):
-    with pytest.raises(MisconfigurationException, match=f"at least 1; got {num_tasks}"):
+    with pytest.raises(MisconfigurationException, match=f"num_tasks must be 1 or more; got {num_tasks}"):
         TaskAccuracyMatrix(num_tasks=num_tasks)
 
 

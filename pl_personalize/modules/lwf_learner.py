@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from pl_personalize.checks import check_option
 from pl_personalize.functional.distillation import distillation_loss
 from pl_personalize.functional.state_dicts import module_versions, with_versions
 from pl_personalize.models import TaskNetwork
@@ -63,10 +63,8 @@ class LwFLearner(TaskLearner):
                 "One of old_heads is the network's present head. Keep it, and call network.new_head(num_classes) first."
             )
         super().__init__(network, l2_transfer=0.0, **options)
-        if not (0 <= strength < inf and 0 < temperature < inf):
-            raise MisconfigurationException(
-                f"strength must not be negative, temperature positive, both finite; got {strength}, {temperature}."
-            )
+        check_option("strength", strength)
+        check_option("temperature", temperature, exclusive=True)
         self.strength, self.temperature = strength, temperature
         self.old_heads = nn.ModuleList(old_heads)
         # In a list, so that it is no part of the module: not trained, not in checkpoints, always in eval mode.

@@ -22,6 +22,7 @@ from pl_personalize.adaptations import (
     find_adaptation,
 )
 from pl_personalize.adaptations.adaptation import SENT, load_entries
+from pl_personalize.checks import check_choice
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import StateDict
@@ -83,8 +84,7 @@ class SequenceEvaluator(LightningModule):
         own_heads: Mapping[Cell, StateDict] | None = None,
     ) -> None:
         super().__init__()
-        if models not in get_args(Models):
-            raise MisconfigurationException(f"models must be one of {', '.join(get_args(Models))}; got {models!r}.")
+        check_choice("models", models, get_args(Models))
         if len(bodies) != len(heads) or not heads:
             raise MisconfigurationException(f"Give one body and one head per task; got {len(bodies)} and {len(heads)}.")
         self.network = network
@@ -298,14 +298,6 @@ class SequenceEvaluator(LightningModule):
     def on_test_end(self) -> None:
         """Release the models."""
         self._states = {}
-
-
-def _resize_head(network: TaskNetwork, state: StateDict) -> None:
-    """Give the network a head with as many classes as the one in the state dict."""
-    classes = len(state["head.weight"])
-    if classes != network.num_classes:
-        with torch.random.fork_rng(devices=[]):
-            network.new_head(classes)
 
 
 class _TrainersDevice:

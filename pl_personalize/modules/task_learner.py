@@ -16,14 +16,13 @@ from typing_extensions import override
 from pl_personalize.callbacks.parameter_penalty import ParameterPenalty
 from pl_personalize.callbacks.penalty_sources import anchor_of
 from pl_personalize.callbacks.plateau_schedule import PlateauSchedule
+from pl_personalize.checks import check_option
 from pl_personalize.functional.batches import as_input
 from pl_personalize.functional.labels import class_labels
+from pl_personalize.functional.objectives import IGNORE_INDEX
 from pl_personalize.functional.penalties import add_l2_gradient_
 from pl_personalize.functional.seeding import derive_seed, reseed
 from pl_personalize.models import TaskNetwork
-
-_IGNORED = -100
-"""A label that the cross-entropy of PyTorch passes over."""
 
 
 class TaskLearner(LightningModule):
@@ -80,10 +79,8 @@ class TaskLearner(LightningModule):
                 f"network must be a TaskNetwork, with a body and a head; got a {type(network).__name__}. Make one with "
                 "pl_personalize.models.split, or pl_personalize.models.backbone."
             )
-        if l2_transfer < 0 or lr <= 0:
-            raise MisconfigurationException(
-                f"lr must be positive and l2_transfer not negative; got {lr}, {l2_transfer}."
-            )
+        check_option("lr", lr, exclusive=True)
+        check_option("l2_transfer", l2_transfer)
         # By name: what subclasses take besides, such as networks, would not load with weights_only.
         self.save_hyperparameters(
             "lr", "momentum", "weight_decay", "l2_transfer", "seed", "task", "lr_patience", "stop_patience"
@@ -140,7 +137,7 @@ class TaskLearner(LightningModule):
         x, y = batch
         # On an accelerator, a look at the labels waits for it: in the first epoch alone.
         if self.current_epoch == 0 or y.device.type == "cpu":
-            y = self._class_labels(y, ignored=_IGNORED)
+            y = self._class_labels(y, ignored=IGNORE_INDEX)
         loss = self.training_loss(x, y)
         # A logged value costs Lightning about as much as a small network's step: log only what is written.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
