@@ -75,8 +75,7 @@ def merge(
         >>> merge([a, b], [{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 0.0])}])["w"].tolist()
         [0.75, 0.5]
     """
-    found = MERGE_RULES.find(rule)
-    plan = MergePlan(experts, importances, found, options, base, parameters, weights, normalize)
+    plan = MergePlan(experts, importances, MERGE_RULES.find(rule), options, base, parameters, weights, normalize)
     if out is not None:
         plan.check_out(out)
     merged = {name: values[-1] for names, values in plan.run(start=len(experts) - 1, out=out) for name in names}
@@ -102,8 +101,7 @@ def merge_prefixes(
         T state dicts. In the t-th, entries that are not merged come from expert t, and entries are tied that are tied
         in each of the experts 1..t.
     """
-    found = MERGE_RULES.find(rule)
-    plan = MergePlan(experts, importances, found, options, base, parameters, weights, normalize)
+    plan = MergePlan(experts, importances, MERGE_RULES.find(rule), options, base, parameters, weights, normalize)
     merged: list[dict[str, Tensor]] = [{} for _ in experts]
     for names, values in plan.run(start=0):
         for state, value in zip(merged, values, strict=True):

@@ -153,17 +153,17 @@ def as_input(batch: Any) -> Any:
             f"The input in a batch of type {type(batch).__name__} is unknown: pass forward=lambda model, batch: ... to "
             "call the model on it."
         )
-    if isinstance(batch, list) and len(batch) > 2 and all(map(_is_volume, batch)):
+    if (
+        isinstance(batch, list)
+        and len(batch) > 2
+        and all(isinstance(item, Tensor) and item.is_floating_point() and item.dim() > 3 for item in batch)
+    ):
         raise ValueError(
             f"A batch that is a list of {len(batch)} tensors, the first of shape {tuple(batch[0].shape)}, may hold one "
             "sample in each, such as clips, or several inputs. Stack samples; for several inputs pass "
             "forward=lambda model, batch: ... to call the model on them."
         )
     return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def _is_volume(item: Any) -> bool:
-    return isinstance(item, Tensor) and item.is_floating_point() and item.dim() > 3
 
 
 def as_logits(output: Any) -> Tensor:
@@ -243,13 +243,9 @@ def _without_tensors(batch: Any) -> Any:
 def concatenate_batches(batches: Sequence[Any]) -> Any | None:
     """Several batches as one, or ``None`` if they do not fit together."""
     sizes = [batch_size(batch) for batch in batches]
-    rows: list[list[Tensor]] = []
-    lists: list[list[Any]] = []
-    rest = []
-    for batch, size in zip(batches, sizes, strict=True):
-        rows.append([])
-        lists.append([])
-        rest.append(map_samples(batch, size, rows[-1].append, lists[-1].append))
+    rows: list[list[Tensor]] = [[] for _ in batches]
+    lists: list[list[Any]] = [[] for _ in batches]
+    rest = [map_samples(batches[k], sizes[k], rows[k].append, lists[k].append) for k in range(len(batches))]
     alike = {tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors) for tensors in rows}
     types = {tuple(map(type, some_lists)) for some_lists in lists}
     if len(alike) != 1 or len(types) != 1 or not all(are_same(rest[0], other) for other in rest):

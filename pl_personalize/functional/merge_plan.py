@@ -14,7 +14,6 @@ from pl_personalize.functional.merging import check_importance
 from pl_personalize.functional.names import prefix_hint, some
 from pl_personalize.functional.state_dicts import (
     Bounded,
-    Bounds,
     StateDict,
     Versions,
     kind_of,
@@ -124,7 +123,10 @@ class MergePlan:
             return MergeInputs(thetas, self.weights, base=base)
         names = self._sources[source]
         omegas = [importance[name] for importance, name in zip(self.importances, names, strict=True)]
-        bounds = [self._known[k](name) or _check_importance(k, name, omegas[k]) for k, name in enumerate(names)]
+        bounds = [
+            self._known[k](name) or check_importance(name, omegas[k], f" for expert {k + 1}")
+            for k, name in enumerate(names)
+        ]
         scales = self.scales
         if self.normalize == "layer":
             scales = [1 / (high or 1.0) for _, high in bounds]
@@ -292,13 +294,6 @@ def _check_tensors(state: StateDict, has: str) -> None:
         + (", as a checkpoint has" if named == "state_dict" else "")
         + (f"; pass its entry {named!r}." if named else "; pass tensors by name.")
     )
-
-
-def _check_importance(k: int, name: str, value: Tensor) -> Bounds:
-    try:
-        return check_importance(name, value)
-    except ValueError as error:
-        raise ValueError(f"Expert {k + 1}: {error}") from error
 
 
 def _description(value: Any) -> str:

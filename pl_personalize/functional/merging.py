@@ -20,7 +20,7 @@ _CHUNK_ELSEWHERE = 2**24
 _SMALL, _LARGE = 1e-25, 1e25  # sums of importances whose products with parameters are safe in float32
 
 
-def check_importance(name: str, value: Tensor) -> Bounds:
+def check_importance(name: str, value: Tensor, whose: str = "") -> Bounds:
     """The smallest and the largest entry of an importance (0 and 0 if empty), which is real, finite and not negative.
 
     Raises:
@@ -28,14 +28,14 @@ def check_importance(name: str, value: Tensor) -> Bounds:
     """
     if value.is_complex():
         raise ValueError(
-            f"The importance of {name!r} is {value.dtype}; importances are real, even those of complex parameters."
+            f"The importance of {name!r}{whose} is {value.dtype}; importances are real, even of complex parameters."
         )
     if value.numel() == 0:
         return 0.0, 0.0
     low, high = (float(bound) for bound in torch.aminmax(value.detach()))
     if not (low >= 0 and high < float("inf")):
         what = "NaN" if low != low or high != high else ("a negative entry" if low < 0 else "an infinite entry")
-        raise ValueError(f"The importance of {name!r} has {what}; importances must be finite and not negative.")
+        raise ValueError(f"The importance of {name!r}{whose} has {what}; importances must be finite and not negative.")
     return low, high
 
 
@@ -90,7 +90,10 @@ def prefix_merges(
     # None below 1: an importance that underflows in float32 would count as zero.
     smallest = min(factors)
     factors = [factor / smallest for factor in factors]
-    low, high = _bounds_of_sums(inputs.bounds, factors)
+    low, high = 0.0, math.inf  # of the sums of the first importances, for any number of them
+    if inputs.bounds is not None:
+        low = factors[0] * inputs.bounds[0][0]
+        high = sum(factor * most for factor, (_, most) in zip(factors, inputs.bounds, strict=True))
     chunk = _CHUNK_CPU * torch.get_num_threads() if device.type == "cpu" else _CHUNK_ELSEWHERE
     columns = [[torch.split(t.detach().reshape(-1), chunk) for t in group] for group in (parameters, importances)]
     targets = [torch.split(t.detach().view(-1), chunk) for t in results]
@@ -214,13 +217,6 @@ class _ChunkMerger:
 
 def _as(dtype: torch.dtype, values: list[Tensor]) -> list[Tensor]:
     return [value if value.dtype == dtype else value.to(dtype) for value in values]
-
-
-def _bounds_of_sums(bounds: Sequence[Bounds] | None, factors: Sequence[float]) -> Bounds:
-    """Bounds of the sums of the first importances, for any number of them."""
-    if bounds is None:
-        return 0.0, math.inf
-    return factors[0] * bounds[0][0], sum(factor * high for factor, (_, high) in zip(factors, bounds, strict=True))
 
 
 def _is_finite(values: Tensor) -> bool:
