@@ -44,13 +44,7 @@ class TaskAccuracyMatrix(Metric):
         self.add_state("total", torch.zeros(num_tasks, num_tasks, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor, *, model: int, task: int) -> None:
-        """Count the correct predictions of a batch.
-
-        Args:
-            predictions: (n,) predicted classes.
-            labels: (n,) true classes.
-            model: Index of the model: the one after task ``model``.
-            task: Index of the task of the batch.
+        """Count the correct predictions (n,) of labels (n,) of a task, by the model after task ``model``, both from 0.
 
         Raises:
             MisconfigurationException: If ``model`` or ``task`` is out of range, or the shapes differ.

@@ -67,12 +67,8 @@ def prefix_merges(
     weighted mean. The first is expert 1 itself. Tensors are read once, in chunks that fit the processor's cache, with
     little extra memory. Sums are in float32 where its range suffices, else in float64.
 
-    Args:
-        inputs: The parameter in each expert, complex in all or in none. ``scales`` do not affect the mean of entries
-            without importance; ``bounds`` save computing them.
-        options: What entries without importance become.
-        start: The first merge to return, counted from 0.
-        out: Contiguous tensors to write to, by default new ones; they may be the parameters' own.
+    Arguments are those of :attr:`MergeRule.prefixes`; ``out`` may be the parameters' own tensors. The ``scales`` of the
+    inputs do not affect the mean of entries without importance.
 
     Raises:
         FloatingPointError: If a result is NaN or infinite, because a parameter or an importance is.

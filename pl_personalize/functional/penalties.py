@@ -61,15 +61,8 @@ def add_penalty_gradient_(
     one becomes dense, and parameters that need no gradient are skipped. The gradient of a complex parameter is the
     direction of steepest ascent, as everywhere in PyTorch.
 
-    Args:
-        parameters: Leaf tensors of any shapes.
-        anchors: θ_ref, of the same shapes, types and devices.
-        importances: Ω, of the same shapes and devices; may be float32 for parameters of half precision. ``None``: 1
-            everywhere.
-        strength: λ.
-
-    Raises:
-        ValueError: If the numbers of tensors or their shapes differ, or a tensor is complex that must be real.
+    Arguments and errors are those of :func:`quadratic_penalty`, on one device. Parameters are leaf tensors, anchors
+    have their types, and importances may be float32 for parameters of half precision.
 
     Example:
         >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)

@@ -142,10 +142,6 @@ class SequenceEvaluator(LightningModule):
             cells = [(t, i) for t in range(0 if self.models == "all" else count - 1, count) for i in range(t + 1)]
         return [cell for cell in cells if not self.entries or cell in self.entries]
 
-    def head_of(self, model: int, task: int) -> StateDict:
-        """The head that a model is tested with on a task, both from 0."""
-        return self.own_heads.get((model, task), self.heads[task])
-
     def load_bodies(self) -> Sequence[StateDict]:
         """The bodies to test; called when a test starts."""
         return self.bodies
@@ -246,7 +242,7 @@ class SequenceEvaluator(LightningModule):
                     )
         return {
             (t, i): placed[t]
-            | self._placed("head.", self.head_of(t, i))
+            | self._placed("head.", self.own_heads.get((t, i), self.heads[i]))
             | self._placed("", self.entries.get((t, i), {}))
             for t, i in cells
         }

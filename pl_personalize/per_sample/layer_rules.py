@@ -4,11 +4,7 @@ The gradient of each *single sample* with respect to each parameter follows from
 gradient ``grad`` of the objective with respect to its output, without another backward pass.
 
 Rules are looked up by the function that the layer runs, ``type(layer).forward``, not by ``isinstance``: a subclass that
-computes something else must not inherit its parent's formula. To add a layer type, register one function::
-
-    @register_layer_rule(nn.Linear)
-    def linear(layer, x, grad):
-        return {"weight": ..., "bias": ...}  # each (n, *parameter.shape)
+computes something else must not inherit its parent's formula. To add a layer type, register one function.
 """
 
 from __future__ import annotations
