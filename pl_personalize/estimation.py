@@ -17,10 +17,9 @@ from pl_personalize.functional.batches import Forward, Labels, batch_size, call_
 from pl_personalize.functional.importance_kinds import IMPORTANCE_KINDS, KindOptions
 from pl_personalize.functional.names import prefix_hint, some, submodule
 from pl_personalize.importance import Importance, Kind, Reduction
-from pl_personalize.per_sample.batch_power_sums import BatchPowerSums
 from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.module_state import isolated, model_kept
-from pl_personalize.per_sample.power_sums import PerSamplePowerSums
+from pl_personalize.per_sample.power_sums import BatchPowerSums, PerSamplePowerSums
 
 
 def estimate_importance(

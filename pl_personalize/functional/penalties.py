@@ -61,8 +61,8 @@ def add_penalty_gradient_(
     one becomes dense, and parameters that need no gradient are skipped. The gradient of a complex parameter is the
     direction of steepest ascent, as everywhere in PyTorch.
 
-    Arguments and errors are those of :func:`quadratic_penalty`, on one device. Parameters are leaf tensors, anchors
-    have their types, and importances may be float32 for parameters of half precision.
+    Arguments and errors are those of :func:`quadratic_penalty`. Parameters are leaf tensors; anchors have their types
+    and devices, importances their devices, and float32 if need be for parameters of half precision.
 
     Example:
         >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)

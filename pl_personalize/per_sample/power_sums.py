@@ -1,4 +1,4 @@
-"""Exact sums of powers of per-sample gradients for any network: checked closed forms, with slower fallbacks."""
+"""Sums of powers of gradients: exact per sample, by checked closed forms with slower fallbacks, and of batch means."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from pl_personalize.per_sample.gradient_tape import (
     GradientTape,
     TapeError,
     layers_with,
+    sum_type,
 )
 from pl_personalize.per_sample.interrupts import InterruptsHeld
-from pl_personalize.per_sample.layer_rules import add_power_sums_
+from pl_personalize.per_sample.layer_rules import add_power_sums_, raise_to
 from pl_personalize.per_sample.module_state import ForwardState, evaluating
 from pl_personalize.per_sample.norm_calls import right_norm_gradients
 from pl_personalize.per_sample.sample_independence import described, logits_of_independent_samples
@@ -392,3 +393,42 @@ def _other_sample(batch: Any, num_samples: int) -> int | None:
     """Index of the first sample that differs from sample 0, if any."""
     first = slice_batch(batch, num_samples, [0])
     return next((k for k in range(1, num_samples) if not are_same(first, slice_batch(batch, num_samples, [k]))), None)
+
+
+class BatchPowerSums(ExitStack):
+    r"""Accumulates :math:`|\partial \frac1n \sum_i \langle c_i, f(x_i) \rangle / \partial \theta|^p` over batches.
+
+    Counterpart of :class:`PerSamplePowerSums` (De Lange et al., CVPR 2020).
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, power: int, forward: Forward
+    ) -> None:
+        super().__init__()
+        self._model, self._parameters, self._power, self._forward = model, list(parameters.values()), power, forward
+        self.sums = {name: torch.zeros_like(p, dtype=sum_type(p)) for name, p in parameters.items()}
+        self.reached: set[str] = set()
+        self.routes = dict.fromkeys(parameters, "batch")
+
+    def __enter__(self) -> Self:
+        self.enter_context(evaluating(self._model))
+        self.enter_context(right_norm_gradients())
+        self._state = ForwardState(self._model)
+        return self
+
+    def add(self, batch: Any, num_samples: int, cotangents: Cotangents) -> None:
+        """Add the powers of one batch's gradient."""
+        logits = as_logits(self._forward(self._model, batch))
+        check_logits(logits, num_samples)
+        if not logits.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        directions = list(cotangents(logits.detach()))
+        for k, direction in enumerate(directions, start=1):
+            gradients = torch.autograd.grad(
+                logits, self._parameters, direction / num_samples, k < len(directions), allow_unused=True
+            )
+            for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
+                if gradient is not None:  # squared in the precision of the sum
+                    total.add_(raise_to(gradient.abs().to(total.dtype), self._power))
+                    self.reached.add(name)
+        self._state.put_back()
