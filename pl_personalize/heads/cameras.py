@@ -19,7 +19,8 @@ def _gain(images: Tensor, draw: np.random.Generator) -> Tensor:
 
 
 def _gamma(images: Tensor, draw: np.random.Generator) -> Tensor:
-    return images.pow(2.0 ** float(draw.uniform(-1, 1)))
+    exponent: float = 2.0 ** float(draw.uniform(-1, 1))
+    return images.pow(exponent)
 
 
 def _blur(images: Tensor, draw: np.random.Generator, least: float = 0.4, most: float = 2.0) -> Tensor:

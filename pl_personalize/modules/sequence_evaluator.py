@@ -201,7 +201,9 @@ class SequenceEvaluator(LightningModule):
         with torch.inference_mode(False):
             with computing_anew(self.network):  # cached values cannot be copied, and belong to other weights
                 network = copy.deepcopy(self.network).train()
-            _resize_head(network, state)
+            if (classes := len(state["head.weight"])) != network.num_classes:
+                with torch.random.fork_rng(devices=[]):
+                    network.new_head(classes)
             load_entries(network, state)
         return network
 
