@@ -19,13 +19,13 @@ def _gain(images: Tensor, draw: np.random.Generator) -> Tensor:
 
 
 def _gamma(images: Tensor, draw: np.random.Generator) -> Tensor:
-    exponent: float = 2.0 ** float(draw.uniform(-1, 1))
-    return images.pow(exponent)
+    return images ** float(2 ** draw.uniform(-1, 1))
 
 
 def _blur(images: Tensor, draw: np.random.Generator, least: float = 0.4, most: float = 2.0) -> Tensor:
     size = min(9, 2 * min(images.shape[2:]) - 1)
-    return transforms.gaussian_blur(images, [size, size], [draw.uniform(least, most)] * 2)
+    blurred: Tensor = transforms.gaussian_blur(images, [size, size], [draw.uniform(least, most)] * 2)
+    return blurred
 
 
 def _noise(images: Tensor, draw: np.random.Generator) -> Tensor:
