@@ -15,7 +15,7 @@ from pl_personalize.callbacks.module_contexts import gather_rows, silent_and_syn
 from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head
-from pl_personalize.heads.adapt import Shift
+from pl_personalize.heads.adapt import Shift, check_shift
 from pl_personalize.heads.features import HeadOf
 
 
@@ -64,6 +64,8 @@ class AdaptHead(EstimationCallback):
     ) -> None:
         super().__init__(dataloader, weights="last", **options)
         self.reference = reference if isinstance(reference, HeadReference) else HeadReference.load(reference)
+        with naming_errors(self):
+            check_shift(shift)
         self._head, self._shift = head, shift
 
     @property
@@ -107,6 +109,14 @@ class AdaptHead(EstimationCallback):
         before = self.outcome
         if before is not None and before.is_applied(pl_module):
             before.undo(pl_module)
+            try:
+                return self._adapt(trainer, pl_module, batches)
+            except BaseException:
+                before.apply(pl_module)
+                raise
+        return self._adapt(trainer, pl_module, batches)
+
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> HeadAdaptation:
         with silent_and_synchronized(trainer, pl_module):
             return adapt_head(
                 pl_module,

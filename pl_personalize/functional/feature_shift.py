@@ -81,7 +81,7 @@ def standardized(head: Linear, mean: Tensor, std: Tensor, source_mean: Tensor, s
     .. math::
         f' = \frac{f - \mathrm{mean}}{\mathrm{std}} \mathrm{std}_\mathrm{source} + \mathrm{mean}_\mathrm{source}
 
-    The ratio of the stds is limited to 0.1 to 10: features that hardly vary, such as those of dead units, say little.
+    The ratio of the stds is limited to 0.1 to 10, and is 1 for features that do not vary, as with a single image.
 
     Args:
         head: The head for f'.
@@ -90,8 +90,9 @@ def standardized(head: Linear, mean: Tensor, std: Tensor, source_mean: Tensor, s
         source_mean: Mean of the server's features, (d,).
         source_std: Their standard deviation, (d,).
     """
-    floor = torch.finfo(std.dtype).tiny
-    weight = head.weight * (source_std.clamp_min(floor) / std.clamp_min(floor)).clamp(0.1, 10)
+    varies = std > 1e-3 * source_std
+    ratio = (source_std / std.where(varies, torch.ones_like(std))).clamp(0.1, 10)
+    weight = head.weight * ratio.where(varies, torch.ones_like(ratio))
     return Linear(weight, head.bias + head.weight @ source_mean - weight @ mean)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Literal, Self, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,8 @@ def adapt_head(
         models, all_images, references = [model], [images], [cast("HeadReference", reference)]
     else:
         models, all_images, references = list(model), list(images), list(cast("Sequence[HeadReference]", reference))
-    if not len(models) == len(all_images) == len(references):
+    check_shift(shift)
+    if not len(models) == len(all_images) == len(references) or not models:
         raise ValueError(
             f"Give one model, one iterable of images and one reference per task; got {len(models)}, "
             f"{len(all_images)} and {len(references)}."
@@ -188,14 +189,30 @@ def adapt_head(
             _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
             for one, batches, ref in zip(models, all_images, references, strict=True)
         ]
+        if len({id(task.layer.layer) for task in tasks}) < len(tasks):
+            raise ValueError(
+                "Two tasks have the same head: give each task a copy of the model, with a head of its own."
+            )
         evidence: dict[str, float] = {}
         if shift is None:
             shift = _found(tasks, evidence)
         found = [task.adapted(shift, evidence) for task in tasks]
         for task, one in zip(tasks, found, strict=True):
+            task.layer.fitting(one.after)  # refuses before anything changes
+        for task, one in zip(tasks, found, strict=True):
             task.layer.write(one.after)
         outcomes = [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
     return outcomes[0] if isinstance(model, nn.Module) else outcomes
+
+
+def check_shift(shift: str | None) -> None:
+    """Refuse a shift that does not exist.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor a :data:`Shift`.
+    """
+    if shift is not None and shift not in get_args(Shift):
+        raise ValueError(f"shift must be one of {', '.join(get_args(Shift))}, or None to test; got {shift!r}.")
 
 
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:

@@ -56,19 +56,25 @@ class HeadOf:
         return Linear(weight.clone(), bias.detach().cpu().double().clone())
 
     def write(self, head: Linear) -> None:
-        """Copy a weight and a bias into the layer.
+        """Copy a weight and a bias into the layer; raises as :meth:`fitting` does, and the layer is then unchanged."""
+        weight, bias = self.fitting(head)
+        assert self.layer.bias is not None
+        with torch.no_grad():
+            self.layer.weight.copy_(weight)
+            self.layer.bias.copy_(bias)
+
+    def fitting(self, head: Linear) -> Linear:
+        """A weight and a bias in the shape and precision of the layer.
 
         Raises:
-            ValueError: If an entry is too large for the layer's precision. The layer is then unchanged.
+            ValueError: If an entry is too large for the precision.
         """
         bias = self.layer.bias
         assert bias is not None
         weight, shift = head.weight.to(self.layer.weight).view_as(self.layer.weight), head.bias.to(bias)
         if not (torch.isfinite(weight).all() and torch.isfinite(shift).all()):
             raise ValueError(f"The new weight of the head {self.name!r} is not finite in {weight.dtype}.")
-        with torch.no_grad():
-            self.layer.weight.copy_(weight)
-            bias.copy_(shift)
+        return Linear(weight, shift)
 
     def read(self, batches: Iterable[Any], *, progress: bool = False) -> Iterator[tuple[Any, Tensor]]:
         """Yield each batch with its features (n, d), in float64 on the CPU, from one forward pass in eval mode.
@@ -76,6 +82,8 @@ class HeadOf:
         Raises:
             ValueError: If the network has no head, is not linear in its features, or a feature is not finite.
         """
+        if isinstance(batches, Tensor):
+            raise ValueError(f"Pass an iterable of batches, such as [x], not a tensor of shape {tuple(batches.shape)}.")
         model = self.model
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         calls: list[tuple[str, Tensor, Any]] = []

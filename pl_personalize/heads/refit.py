@@ -134,16 +134,20 @@ class _Samples(NamedTuple):
 def _training(
     layer: HeadOf, batches: Iterable[Any], labels: Labels | None, progress: bool
 ) -> tuple[ClassMoments, Tensor, Tensor]:
-    """Moments of all training samples, and the features and labels of as many as are kept in memory."""
+    """Moments of all training samples, and the features and labels of as many as fit into memory, from all parts."""
     total: ClassMoments | None = None
     kept: list[tuple[Tensor, Tensor]] = []
-    size = 0
+    seen, stride = 0, 1
     for batch, features in layer.read(batches, progress=progress):
         classes = _labels(batch, labels, len(features), layer)
         found = ClassMoments.of(features, classes, layer.num_classes)
         total = found if total is None else total.plus(found)
-        if (size := size + features.numel()) <= _KEPT:
-            kept.append((features.float(), classes))
+        rows = (torch.arange(seen, seen + len(features)) % stride == 0).nonzero()[:, 0]
+        kept.append((features[rows].float(), classes[rows]))
+        seen += len(features)
+        while sum(part.numel() for part, _ in kept) > _KEPT:
+            joined = [torch.cat(parts)[::2] for parts in zip(*kept, strict=True)]
+            kept, stride = [(joined[0], joined[1])], 2 * stride
     if total is None:
         raise ValueError("There are no training samples: pass batches of samples with labels.")
     return total, torch.cat([part for part, _ in kept]), torch.cat([part for _, part in kept])
@@ -271,6 +275,8 @@ def _reference(
     most = max(1, min(_GROUPS, width // (2 * num_classes)))  # half of the directions are left
     for label in range(num_classes):
         mine = samples.features[samples.classes == label]
+        if not len(mine):
+            continue
         mine = mine[:: 1 + len(mine) // _CLUSTERED]  # all parts of the data, which may be sorted
         groups = nearest_centers(mine, max(1, min(most, len(mine) // _GROUP_SIZE)))
         parts = ClassMoments.of(mine, groups, most, squares=False)

@@ -128,6 +128,17 @@ def test_a_later_run_starts_from_the_refitted_head(server, tmp_path):
     assert torch.equal(first.before.bias, before["net.2.bias"].double())
 
 
+def test_after_an_error_the_model_is_as_it_was(server, tmp_path):
+    model, callback = server[0], AdaptHead(server[1].reference)
+    runs = trainer(tmp_path, callback)
+    runs.predict(model, loader(data(MIX, count=200, seed=5)))
+    adapted = entries(model)
+    with pytest.raises(MisconfigurationException, match="NaN"):
+        runs.predict(model, loader((torch.full((9, 12), float("nan")),)))
+    assert changed(model, adapted) == set()
+    assert callback.outcome.is_applied(model)
+
+
 def test_other_images_than_the_predicted_ones(server, tmp_path):
     callback = AdaptHead(server[1].reference, loader(data(MIX, count=200, seed=5)), shift="label")
     trainer(tmp_path, callback).predict(server[0], loader(data(count=10, seed=6)))

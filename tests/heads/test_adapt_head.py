@@ -1,6 +1,7 @@
 """Heads adapted on a device: which shift is found, what is corrected, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from pl_personalize import HeadAdaptation, adapt_head, refit_head
 from pl_personalize.functional.label_shift import em_priors
+from pl_personalize.heads.features import HeadOf
+from pl_personalize.heads.reference import head_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +184,40 @@ def test_a_reference_of_another_model_is_refused(refitted):
         adapt_head([model, model], [[], []], [reference])
     with pytest.raises(ValueError, match="another head"):
         adapt_head([model, other], [unlabelled(seed=5)] * 2, [reference] * 2)
+
+
+def test_nothing_is_written_unless_every_head_fits(server):
+    model, reference = copy.deepcopy(server[0]), server[1]
+    half = copy.deepcopy(model).half()
+    half.head.weight.data.fill_(60_000.0)
+    half_reference = replace(reference, fingerprint=head_fingerprint(HeadOf(half, "head").linear))
+    before = entries(model)
+    images = [unlabelled(seed=5), [0.01 * data(count=80, seed=6)[0].half()]]
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        adapt_head(
+            [model, half], images, [replace(reference, std=10 * reference.std), half_reference], shift="covariate"
+        )
+    assert changed(model, before) == set()
+
+
+def test_one_head_for_two_tasks_is_refused(server):
+    model, reference = copy.deepcopy(server[0]), server[1]
+    with pytest.raises(ValueError, match="Two tasks have the same head"):
+        adapt_head([model, model], [unlabelled(seed=5), unlabelled(seed=6)], [reference] * 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "shift", "message"),
+    [
+        ([data()[0]], "lable", "shift must be one of none, label, covariate, both, or None to test; got 'lable'"),
+        (data()[0], None, "iterable of batches"),
+    ],
+)
+def test_other_arguments_are_refused(server, images, shift, message):
+    with pytest.raises(ValueError, match=message):
+        adapt_head(copy.deepcopy(server[0]), images, server[1], shift=shift)
+    with pytest.raises(ValueError, match="got 0, 0 and 0"):
+        adapt_head([], [], [])
 
 
 # Cameras

@@ -7,6 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from pl_personalize import ArtifactError, HeadReference, refit_head
+from pl_personalize.heads import refit
 from pl_personalize.models import ConvHead, TaskNetwork, backbone
 
 
@@ -84,6 +85,18 @@ def _rows_of_the_other_process(rest):
         (x, y), (v, w) = ((network().body(inputs).double(), labels) for inputs, labels in rest)
     yield from (part[None] for part in ClassMoments.of(x, y, CLASSES))
     yield from (x, y, v, w)
+
+
+def test_what_does_not_fit_into_memory_is_a_part_of_all_samples(monkeypatch):
+    inputs, labels = data(seed=1)
+    order = labels.argsort()  # the first samples are of one class
+    whole, part = network(), network()
+    refit_head(whole, *SERVER)
+    monkeypatch.setattr(refit, "_KEPT", 120 * FEATURES)
+    refit_head(part, loader((inputs[order], labels[order]), 200), SERVER[1])
+    torch.testing.assert_close(part.head.bias, whole.head.bias, rtol=0, atol=0.6)
+    test = data(count=2000, seed=3)
+    assert accuracy(part, test) == pytest.approx(accuracy(whole, test), abs=0.01)
 
 
 def test_what_is_known_of_the_server():
