@@ -190,9 +190,7 @@ def adapt_head(
             for one, batches, ref in zip(models, all_images, references, strict=True)
         ]
         if len({id(task.layer.layer) for task in tasks}) < len(tasks):
-            raise ValueError(
-                "Two tasks have the same head: give each task a copy of the model, with a head of its own."
-            )
+            raise ValueError("Two tasks have the same head: give each task a model with a head of its own.")
         evidence: dict[str, float] = {}
         if shift is None:
             shift = _found(tasks, evidence)
