@@ -10,16 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from pl_personalize.callbacks.data_source import Stage
-from pl_personalize.callbacks.estimation_callback import EstimationCallback
-from pl_personalize.callbacks.module_contexts import gather_rows, silent_and_synchronized
+from pl_personalize.callbacks.head_callback import HeadCallback
+from pl_personalize.callbacks.module_contexts import silent_and_synchronized
 from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head
 from pl_personalize.heads.adapt import Shift, check_shift
-from pl_personalize.heads.features import HeadOf
 
 
-class AdaptHead(EstimationCallback):
+class AdaptHead(HeadCallback):
     """Adapts a refitted head to a user's unlabelled images, see :func:`~pl_personalize.adapt_head`.
 
     In a ``predict`` run::
@@ -50,7 +49,6 @@ class AdaptHead(EstimationCallback):
             folder cannot be used. The model is then unchanged.
     """
 
-    folder = "heads"
     default_filename = "head-adaptation"
 
     def __init__(
@@ -62,15 +60,15 @@ class AdaptHead(EstimationCallback):
         shift: Shift | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataloader, weights="last", **options)
+        super().__init__(dataloader, head=head, **options)
         self.reference = reference if isinstance(reference, HeadReference) else HeadReference.load(reference)
         with naming_errors(self):
             check_shift(shift)
-        self._head, self._shift = head, shift
+        self._shift = shift
 
     @property
     def outcome(self) -> HeadAdaptation | None:
-        """What was found and changed; ``None`` before."""
+        """The last outcome; ``None`` before."""
         found: HeadAdaptation | None = self.result(HeadAdaptation.load)
         return found
 
@@ -78,14 +76,6 @@ class AdaptHead(EstimationCallback):
     def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Only in ``predict`` runs."""
         return trainer.state.fn == "predict"
-
-    @override
-    def check_module(self, pl_module: LightningModule) -> bool:
-        """Refuse the name of a layer that cannot be a head."""
-        if self._head is not None:
-            with naming_errors(self, pl_module):
-                HeadOf(pl_module, self._head)
-        return True
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,13 +108,5 @@ class AdaptHead(EstimationCallback):
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> HeadAdaptation:
         with silent_and_synchronized(trainer, pl_module):
-            return adapt_head(
-                pl_module,
-                batches,
-                self.reference,
-                head=self._head,
-                forward=self.forward,
-                shift=self._shift,
-                gather=gather_rows(trainer),
-                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
-            )
+            options = self.head_options(trainer)
+            return adapt_head(pl_module, batches, self.reference, shift=self._shift, **options)

@@ -9,15 +9,15 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from pl_personalize.callbacks.data_source import DataSource, Stage
-from pl_personalize.callbacks.estimation_callback import EstimationCallback
-from pl_personalize.callbacks.module_contexts import gather_rows, on_its_device, silent_and_synchronized
+from pl_personalize.callbacks.head_callback import HeadCallback
+from pl_personalize.callbacks.module_contexts import on_its_device, silent_and_synchronized
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.functional.batches import Labels, batch_labels
 from pl_personalize.heads import HeadReference, refit_head
 from pl_personalize.heads.features import HeadOf
 
 
-class RefitHead(EstimationCallback):
+class RefitHead(HeadCallback):
     """Refits the last layer to its features on the server's data, see :func:`~pl_personalize.refit_head`.
 
     At the end of ``fit``, of the weights in memory::
@@ -53,7 +53,6 @@ class RefitHead(EstimationCallback):
         MisconfigurationException: Before the first step, for data, labels, a head or a folder that cannot be used.
     """
 
-    folder = "heads"
     default_filename = "head-reference"
 
     def __init__(
@@ -67,25 +66,17 @@ class RefitHead(EstimationCallback):
         directions: int = 40,
         **options: Any,
     ) -> None:
-        super().__init__("train" if dataloader is None else dataloader, weights="last", **options)
+        super().__init__("train" if dataloader is None else dataloader, head=head, **options)
         with naming_errors(self):
             self._val = DataSource(val)
-        self._head, self._labels = head, labels
-        self._options = {"cameras": cameras, "directions": directions}
+        self._labels = labels
+        self._options: dict[str, Any] = {"cameras": cameras, "directions": directions}
 
     @property
     def reference(self) -> HeadReference | None:
-        """What a device needs to adapt the head; ``None`` before."""
+        """The last reference, which a device needs to adapt the head; ``None`` before."""
         found: HeadReference | None = self.result(HeadReference.load)
         return found
-
-    @override
-    def check_module(self, pl_module: LightningModule) -> bool:
-        """Refuse the name of a layer that cannot be a head."""
-        if self._head is not None:
-            with naming_errors(self, pl_module):
-                HeadOf(pl_module, self._head)
-        return True
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,10 +123,7 @@ class RefitHead(EstimationCallback):
                 pl_module,
                 batches,
                 self._val_data,
-                head=self._head,
-                forward=self.forward,
                 labels=self._labels,
-                gather=gather_rows(trainer),
-                progress=trainer.progress_bar_callback is not None and trainer.is_global_zero,
                 **self._options,
+                **self.head_options(trainer),
             )

@@ -54,7 +54,7 @@ def prefix_hint(names: Iterable[str], known: Iterable[str]) -> str:
 
 
 def _prefix(longer: str, shorter: str) -> str:
-    """What comes before the shorter name in the longer one, such as ``module.``; empty if they end differently."""
+    """The part of the longer name before the shorter one, such as ``module.``; empty if they end differently."""
     return longer.removesuffix(shorter) if longer.endswith(f".{shorter}") else ""
 
 

@@ -29,7 +29,7 @@ _DOUBT, _LEVELS = 0.01, {"covariate": 1e-5, "label": 0.05}
 
 @dataclass(frozen=True)
 class HeadAdaptation:
-    """What was found on a user's images of one task, and the head for them.
+    """Outcome of adapting a head to a user's images of one task: the shift that was found, and the head for it.
 
     It describes the user (their class priors!) and is meant to stay on their device.
 

@@ -1,4 +1,4 @@
-"""What a device needs to know of the server's data to adapt a head."""
+"""The server's part of adapting a head: moments of its features, and limits for tests."""
 
 from __future__ import annotations
 

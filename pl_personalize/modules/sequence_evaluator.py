@@ -151,7 +151,7 @@ class SequenceEvaluator(LightningModule):
         return Received(*cell, seed=seed, bodies=bodies, sent=self._sent(cell))
 
     def _sent(self, cell: Cell) -> dict[str, Tensor]:
-        """What an earlier adaptation sent along with its entries."""
+        """The tensors that an earlier adaptation sent along with its entries."""
         entries = self.entries.get(cell, {})
         return {name.removeprefix(SENT): value for name, value in entries.items() if name.startswith(SENT)}
 

@@ -97,7 +97,7 @@ class TaskLearner(LightningModule):
         return _L2Transfer(strength, anchor=entries, module="network.body", log_name=None) if strength else None
 
     def model_state(self) -> dict[str, Tensor]:
-        """What is kept of the trained model: its entries ``body.…`` and ``head.…``."""
+        """The entries of the trained model that are kept: ``body.…`` and ``head.…``."""
         return self.network.state_dict()
 
     @override

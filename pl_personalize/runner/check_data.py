@@ -1,4 +1,4 @@
-"""What is checked of all data before the first training."""
+"""Checks of all data before the first training."""
 
 from __future__ import annotations
 
