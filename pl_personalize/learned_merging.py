@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from pl_personalize.batchnorm import BatchNormStatistics
 from pl_personalize.checks import check_choice, check_option
+from pl_personalize.functional.batch_fields import map_tensors
 from pl_personalize.functional.batches import as_logits, batch_size, call_model, copy_batch
 from pl_personalize.functional.names import some
 from pl_personalize.functional.seeding import derive_seed
@@ -27,6 +28,7 @@ Parameters = Literal["coefficients", "heads", "all"]
 Loss = Literal["kl", "mse"]
 Per = Literal["tensor", "channel"]
 _COEFFICIENT_LR = 0.01
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def learn_merge(
@@ -55,9 +57,9 @@ def learn_merge(
     fitted to the logits that the task's own expert has for the user's images, which are computed once. Nothing leaves
     the device, so this is an alternative to uploading importances to a server that merges by them.
 
-    Everything runs in eval mode (no dropout), with the batch-norm statistics of the start; γ and β are learned like
-    other parameters. A step of Adam takes a batch of each task. The network, the experts and the global random number
-    generators do not change.
+    Networks and images in half precision are computed with in float32. Everything runs in eval mode (no dropout), with
+    the batch-norm statistics of the start; γ and β are learned like other parameters. A step of Adam takes a batch of
+    each task. The network, the experts and the global random number generators do not change.
 
     Args:
         network: The architecture, on the device to learn on; its own parameters are not used.
@@ -113,7 +115,9 @@ def learn_merge(
             trained += [body[name].requires_grad_() for name in coefficients.names]
         if parameters != "coefficients":
             fit(trained, lambda: coefficients.tied(body), lr)
-        return _merged(networks, coefficients.tied(body))
+        merged = _merged(networks, coefficients.tied(body))
+    own = network.state_dict()
+    return {name: value.to(own[_single_task_name(name)].dtype) for name, value in merged.items()}
 
 
 def _check_tasks(experts: Sequence[StateDict], images: Sequence[Iterable[Any]]) -> None:
@@ -136,6 +140,8 @@ def _load(network: TaskNetwork, expert: StateDict, task: int) -> TaskNetwork:
         raise ValueError(f"Expert {task + 1} is no state dict of a TaskNetwork, with head.weight: {found}.")
     loaded = copy.deepcopy(network)
     loaded.new_head(len(expert["head.weight"]))
+    if any(p.dtype in _HALF for p in loaded.parameters()):
+        loaded.float()
     try:
         loaded.load_state_dict(dict(expert))
     except RuntimeError as error:
@@ -148,7 +154,7 @@ def _answers(expert: TaskNetwork, batches: Iterable[Any], device: torch.device, 
     found = []
     for batch in batches:
         if batch_size(batch):
-            kept = copy_batch(move_data_to_device(batch, device))
+            kept = map_tensors(move_data_to_device(batch, device), _in_full_precision)
             with torch.no_grad():
                 found.append((kept, as_logits(call_model(expert, copy_batch(kept)))))
     if not found:
@@ -156,6 +162,11 @@ def _answers(expert: TaskNetwork, batches: Iterable[Any], device: torch.device, 
     if not all(torch.isfinite(logits).all() for _, logits in found):
         raise ValueError(f"The logits of expert {task + 1} are NaN or infinite for some images of its task.")
     return found
+
+
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    """A copy, in float32 if it was in half precision."""
+    return tensor.float() if tensor.dtype in _HALF else tensor.clone()
 
 
 class _Task(nn.Module):
@@ -253,3 +264,8 @@ def _merged(networks: Sequence[TaskNetwork], body: Mapping[str, Tensor]) -> dict
     merged = networks[-1].body
     merged.load_state_dict(body, strict=False)
     return MultiHeadNetwork(merged, [network.head for network in networks]).state_dict()
+
+
+def _single_task_name(name: str) -> str:
+    """The name in a TaskNetwork of an entry of the network of all tasks."""
+    return "head." + name.split(".", 2)[2] if name.startswith("heads.") else name

@@ -255,3 +255,14 @@ def test_misuse_is_refused(change, error, message):
 
     with pytest.raises(error, match=message):
         learn_merge(mlp((3,), 2, [4]), **{**arguments, **change})
+
+
+def test_half_precision_is_learned_in_float32():
+    experts = [{n: v.half() for n, v in state.items()} for state in _experts(lambda k: mlp((3,), k, [16]))]
+    images = [[batch.half() for batch in task] for task in _images(16, 3)]
+    state = learn_merge(mlp((3,), 2, [16]).half(), experts, images, epochs=2)
+    full = [{n: v.float() for n, v in expert.items()} for expert in experts]
+    expected = learn_merge(mlp((3,), 2, [16]), full, [[b.float() for b in task] for task in images], epochs=2)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    for name, value in state.items():
+        assert torch.equal(value, expected[name].half())
