@@ -15,7 +15,7 @@ from pl_personalize.functional.batches import Forward
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
 from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
-from pl_personalize.heads.features import Gather, HeadOf
+from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
 from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
 from pl_personalize.heads.refit import CAMERA_ALPHA
 
@@ -171,8 +171,8 @@ def adapt_head(
         What was found and changed; for several tasks a list.
 
     Raises:
-        ValueError: If there are no images, a feature is not finite, a reference belongs to another head, or the
-            numbers of models, images and references differ. Nothing has changed then.
+        ValueError: If there are no images, a feature is not finite, a reference belongs to another model, or the
+            numbers of models, images and references differ; also if another process fails. Nothing has changed then.
     """
     if isinstance(model, nn.Module):
         models, all_images, references = [model], [images], [cast("HeadReference", reference)]
@@ -239,16 +239,26 @@ class _Task:
         self, layer: HeadOf, batches: Iterable[Any], reference: HeadReference, gather: Gather | None, progress: bool
     ) -> None:
         self.layer, self.reference = layer, reference
-        parts = [features for _, features in layer.read(batches, progress=progress)]
-        if not parts:
-            raise ValueError("There are no images to adapt to: pass at least one batch.")
-        self.features = torch.cat(parts) if gather is None else gather(torch.cat(parts))
+
+        def read() -> Tensor:
+            parts = [features for _, features in layer.read(batches, progress=progress)]
+            if not parts:
+                raise ValueError("There are no images to adapt to: pass at least one batch.")
+            for other, same in (
+                ("head", head_fingerprint(layer.linear) == reference.fingerprint),
+                ("body", layer.body_fingerprint == reference.body_fingerprint),
+            ):
+                if not same:
+                    raise ValueError(
+                        f"The reference belongs to another {other} than that of this {type(layer.model).__name__} with "
+                        f"the head {layer.name!r}: pass the model that refit_head changed, before it is adapted, and "
+                        "the reference that it returned."
+                    )
+            return torch.cat(parts)
+
+        features = read_everywhere(read, gather)
+        self.features = features if gather is None else gather(features)
         self.head = layer.linear
-        if head_fingerprint(self.head) != reference.fingerprint:
-            raise ValueError(
-                f"The reference belongs to another head than {layer.name!r} of this {type(layer.model).__name__}: pass "
-                "the model that refit_head changed, before it is adapted, and the reference that it returned."
-            )
         self.source = reference.class_priors.double()
 
     @property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pl_personalize.artifacts import tensor_checksum
 from pl_personalize.functional.batches import Forward, as_logits, call_model
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.models.splitting import find_head
@@ -17,6 +18,29 @@ from pl_personalize.per_sample.module_state import evaluating, isolated, model_k
 
 Gather = Callable[[Tensor], Tensor]
 """Concatenates the rows of a tensor over processes, which may hold different numbers of them."""
+T = TypeVar("T")
+
+
+def read_everywhere(read: Callable[[], T], gather: Gather | None) -> T:
+    """What ``read`` returns on this process.
+
+    Raises:
+        ValueError: On every process, if another one failed; that one raises its own error.
+    """
+    if gather is None:
+        return read()
+    failed: Exception | None = None
+    try:
+        found = read()
+    except Exception as error:  # the others wait for this process
+        failed = error
+    failures = gather(torch.tensor([int(failed is not None)]))
+    if failed is not None:
+        raise failed
+    if failures.any():
+        count = int(failures.sum())
+        raise ValueError(f"{count} of {len(failures)} processes could not read their data; see their errors.")
+    return found
 
 
 class HeadOf:
@@ -36,6 +60,7 @@ class HeadOf:
     def __init__(self, model: nn.Module, name: str | None = None, forward: Forward | None = None) -> None:
         self.model, self.name, self._forward = model, name, forward or call_model
         self._layer = None if name is None else _layer(model, name)
+        self._called: list[nn.Module] = []
 
     @property
     def layer(self) -> nn.Linear | nn.Conv2d:
@@ -54,6 +79,13 @@ class HeadOf:
         weight, bias = self.layer.weight.detach().cpu().double().flatten(1), self.layer.bias
         assert bias is not None
         return Linear(weight.clone(), bias.detach().cpu().double().clone())
+
+    @property
+    def body_fingerprint(self) -> str:
+        """Checksum of the parameters of all other modules that the forward pass called, in the order of the calls."""
+        modules = [module for module in dict.fromkeys(self._called) if module is not self.layer]
+        parameters = dict.fromkeys(p for module in modules for p in module.parameters(recurse=False))
+        return tensor_checksum({str(number): p.detach().cpu() for number, p in enumerate(parameters)})
 
     def write(self, head: Linear) -> None:
         """Copy a weight and a bias into the layer; raises as :meth:`fitting` does, and the layer is then unchanged."""
@@ -101,6 +133,9 @@ class HeadOf:
             }
             for handle in handles.values():
                 contexts.callback(handle.remove)
+            watches = [m.register_forward_pre_hook(lambda m, _: self._called.append(m)) for m in model.modules()]
+            for watch in watches:
+                contexts.callback(watch.remove)
             checked = False
             for batch in Batches(batches, device, progress=progress):
                 calls.clear()
@@ -111,14 +146,14 @@ class HeadOf:
                 if not checked:
                     if self.name is None:
                         self._layer, self.name = _layer(model, name), name
-                    _check_linear(model, name, inputs, output, logits)
-                    for other in handles.keys() - {name}:
-                        handles[other].remove()
+                    for other in (*watches, *(handles[other] for other in handles.keys() - {name})):
+                        other.remove()
                     checked = True
                 elif len(calls) != 1:
                     raise ValueError(
                         f"The head {name!r} must be called once in a forward pass; got {len(calls)} calls."
                     )
+                _check_linear(model, name, inputs, output, logits)
                 features = (inputs.mean((2, 3)) if inputs.dim() == 4 else inputs).double().cpu()
                 calls.clear()
                 if not torch.isfinite(features).all():

@@ -16,6 +16,7 @@ from pl_personalize.functional.feature_shift import CameraShifts, covariate_stat
 from pl_personalize.functional.names import some
 
 ARTIFACT_KIND = "head-reference"
+_CHECKSUMS = ("fingerprint", "body_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class HeadReference:
         camera_ratios: Logarithm of the ratios of their stds, (M, d), float16.
         camera_evidence: Mean log-likelihood ratio of label shift for each camera without one, (M,).
         camera_scale: Factor that calibrates logits after the correction of a camera, ().
-        num_samples: Number of validation samples.
+        num_samples: Effective number of validation samples.
         fingerprint: Checksum of the refitted head.
+        body_fingerprint: Checksum of the parameters of the body, without batch-norm statistics.
     """
 
     class_priors: Tensor
@@ -58,13 +60,15 @@ class HeadReference:
     camera_scale: Tensor
     num_samples: int
     fingerprint: str
+    body_fingerprint: str
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything as tensors by name; see :meth:`from_tensors`."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         found["num_samples"] = torch.tensor(self.num_samples)
-        found["fingerprint"] = torch.frombuffer(bytearray.fromhex(self.fingerprint), dtype=torch.uint8)
+        for name in _CHECKSUMS:
+            found[name] = torch.frombuffer(bytearray.fromhex(found[name]), dtype=torch.uint8)
         return found
 
     @classmethod
@@ -78,7 +82,7 @@ class HeadReference:
             raise ValueError(f"A head reference has the tensors {some(missing)}, which are missing.")
         found: dict[str, Any] = {item.name: tensors[item.name] for item in fields(cls)}
         found["num_samples"] = int(found["num_samples"])
-        found["fingerprint"] = bytes(found["fingerprint"].tolist()).hex()
+        found |= {name: bytes(found[name].tolist()).hex() for name in _CHECKSUMS}
         return cls(**found)
 
     @property

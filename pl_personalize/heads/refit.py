@@ -35,7 +35,7 @@ from pl_personalize.functional.feature_shift import (
 from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
 from pl_personalize.functional.names import some
 from pl_personalize.heads.cameras import Camera, on_inputs, random_cameras
-from pl_personalize.heads.features import Gather, HeadOf
+from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
 from pl_personalize.heads.reference import HeadReference, head_fingerprint
 
 SIZES = (10, 40, 160)
@@ -95,18 +95,22 @@ def refit_head(
 
     Raises:
         ValueError: If there are no samples, a class of the head has no training samples, a label is no class of the
-            head, a feature is not finite, all features are constant, or the network is not linear in its features. The
-            model is then unchanged.
+            head, a feature is not finite, all features are constant, the network is not linear in its features, or
+            another process fails. The model is then unchanged.
     """
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         layer = HeadOf(model, head, forward)
-        moments, kept, kept_classes = _training(layer, train, labels, progress)
         chosen = _Chosen(camera_images) if cameras else None
-        features, classes = _samples(layer, val, labels, progress, chosen)
+        moments, kept, kept_classes, features, classes = read_everywhere(
+            lambda: (*_training(layer, train, labels, progress), *_samples(layer, val, labels, progress, chosen)),
+            gather,
+        )
         if gather is not None:
             moments = ClassMoments(*(gather(part[None]).sum(0) for part in moments))
             kept, kept_classes, features, classes = map(gather, (kept, kept_classes, features, classes))
-        _check_samples(moments, classes)
+            if chosen is not None:
+                chosen = chosen.gathered(gather)
+        _check_samples(moments)
 
         shrinkage, discriminant = _best_discriminant(moments, features, classes)
         everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
@@ -123,7 +127,7 @@ def refit_head(
             taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
             reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
         layer.write(refitted)
-        return replace(reference, fingerprint=head_fingerprint(layer.linear))
+        return replace(reference, fingerprint=head_fingerprint(layer.linear), body_fingerprint=layer.body_fingerprint)
 
 
 class _Samples(NamedTuple):
@@ -166,12 +170,25 @@ class _Chosen:
         inputs = as_input(batch)
         if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
             raise ValueError("cameras= needs float images (n, channels, height, width) as the input; leave it out.")
+        if self.inputs and inputs.shape[1:] != self.inputs[0].shape:
+            sizes = f"{tuple(self.inputs[0].shape)} and {tuple(inputs.shape[1:])}"
+            raise ValueError(f"cameras= needs images of one size; got {sizes}. Resize them, or leave it out.")
+        self._keep(inputs.cpu(), features, classes)
+
+    def _keep(self, inputs: Tensor, features: Tensor, classes: Tensor) -> None:
         for row, number in enumerate(classes.tolist()):
             if self._seen[number] < self._count:
                 self._seen[number] += 1
-                self.inputs.append(inputs[row].cpu())
+                self.inputs.append(inputs[row])
                 self.features.append(features[row])
                 self.classes.append(number)
+
+    def gathered(self, gather: Gather) -> _Chosen:
+        """The first samples of all processes."""
+        found = _Chosen(self._count)
+        parts = torch.stack(self.inputs), torch.stack(self.features), torch.tensor(self.classes)
+        found._keep(*map(gather, parts))
+        return found
 
 
 def _samples(
@@ -199,14 +216,17 @@ def _labels(batch: Any, labels: Labels | None, count: int, layer: HeadOf) -> Ten
     return found.long()
 
 
-def _check_samples(moments: ClassMoments, classes: Tensor) -> None:
+def _check_samples(moments: ClassMoments) -> None:
     if missing := (moments.counts == 0).nonzero()[:, 0].tolist():
         raise ValueError(
             f"There are no training samples of the classes {some(map(str, missing))} of the head's "
             f"{len(moments.counts)} classes. Pass samples of every class, or give the head only the classes that exist."
         )
     if not moments.within.diagonal().sum() > 1e-12 * moments.squares.diagonal().sum():
-        raise ValueError("The features are constant within every class, so they have no covariance: check the model.")
+        raise ValueError(
+            "The features are constant within every class, so they have no covariance: pass several training samples "
+            "of each class, and check the model."
+        )
 
 
 def _best_discriminant(moments: ClassMoments, features: Tensor, classes: Tensor) -> tuple[float, Linear]:
@@ -282,13 +302,13 @@ def _reference(
         parts = ClassMoments.of(mine, groups, most, squares=False)
         means.append(parts.means[parts.counts > 0])
     features, classes = samples.features[-num_val:], samples.classes[-num_val:]
-    mean, std = features.mean(0), features.std(0, correction=0)
+    mean, std, weights = _moments_at(moments, features, classes)
     rows = outside_directions(moments.within, span_basis(torch.cat(means) - moments.mean), directions)
     scores = (features - mean) @ rows.T
     spread = scores.square().mean(0).sqrt()
     mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=num_classes))
     camera = _camera_null(scores, spread, classes, mixes, moments)
-    nulls = (_prior_null(logits, classes, moments.priors, mixes, size) for size in SIZES)
+    nulls = (_prior_null(logits, classes, moments.priors, mixes, weights, size) for size in SIZES)
     prior, settings = zip(*nulls, strict=True)
     return HeadReference(
         moments.priors.float(),
@@ -304,9 +324,26 @@ def _reference(
         *(torch.zeros(0, len(mean), dtype=torch.float16),) * 2,
         torch.zeros(0),
         torch.ones(()),
-        num_samples=len(classes),
+        num_samples=round(float(1 / weights.square().sum())),
         fingerprint="",
+        body_fingerprint="",
     )
+
+
+def _moments_at(moments: ClassMoments, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of validation features under the server's class priors, and the samples' weights.
+
+    The validation samples may have another class mix; a class without any is known from its training samples.
+    """
+    weights = _weights(moments.priors[None], classes)[0]
+    absent = moments.priors * (torch.bincount(classes, minlength=len(moments.priors)) == 0)
+    known = 1 - absent.sum()
+    weights = weights / known
+    own = weights @ features
+    mean = known * own + absent @ moments.means
+    variance = known * (weights @ (features - own).square() + (own - mean).square())
+    variance += absent @ (moments.means - mean).square() + absent.sum() * moments.within.diagonal()
+    return mean, variance.sqrt(), weights
 
 
 def _class_mixes(count: int, present: Tensor) -> Tensor:
@@ -336,7 +373,7 @@ def _camera_null(scores: Tensor, std: Tensor, classes: Tensor, mixes: Tensor, mo
 
 
 def _prior_null(
-    logits: Tensor, classes: Tensor, source: Tensor, mixes: Tensor, size: int
+    logits: Tensor, classes: Tensor, source: Tensor, mixes: Tensor, plain_weights: Tensor, size: int
 ) -> tuple[list[float], list[float]]:
     """For sets of a size: mean and variance of the evidence without a shift, and the best settings of EM."""
     count = int(max(20, min(_SETS, _ELEMENTS // (size * len(source)))))
@@ -354,7 +391,7 @@ def _prior_null(
                 best = loss, alpha, scale
     assert best is not None
     _, alpha, scale = best
-    plain = logits[torch.randint(len(classes), (count, size), generator=generator)]
+    plain = logits[torch.multinomial(plain_weights.expand(count, -1), size, replacement=True, generator=generator)]
     estimated = em_priors(plain, source, alpha=alpha, scale=scale, max_iter=100, tol=1e-4)
     evidence = label_shift_evidence(plain, source, estimated)
     return [float(evidence.mean()), float(evidence.var())], [alpha, scale]

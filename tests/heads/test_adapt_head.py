@@ -178,21 +178,52 @@ def test_images_that_cannot_be_used_change_nothing(refitted, batches, message):
 def test_a_reference_of_another_model_is_refused(refitted):
     model, reference = refitted
     other = network(1)
-    with pytest.raises(ValueError, match="belongs to another head than 'head' of this TaskNetwork"):
+    with pytest.raises(ValueError, match="belongs to another head than that of this TaskNetwork with the head 'head'"):
         adapt_head(other, unlabelled(seed=5), reference)
+    trained = copy.deepcopy(model)
+    trained.body[0].weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match="belongs to another body than that of this TaskNetwork"):
+        adapt_head(trained, unlabelled(seed=5), reference)
     with pytest.raises(ValueError, match="one reference per task; got 2, 2 and 1"):
         adapt_head([model, model], [[], []], [reference])
     with pytest.raises(ValueError, match="another head"):
         adapt_head([model, other], [unlabelled(seed=5)] * 2, [reference] * 2)
 
 
+def test_a_reference_fits_other_batchnorm_statistics_and_a_larger_model():
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    reference = refit_head(model, *SERVER)
+    model[1].running_mean += 0.1
+    larger = nn.ModuleDict({"network": model, "unused": nn.Linear(3, 3)})
+    outcome = adapt_head(
+        larger, unlabelled(seed=5), reference, head="network.2", forward=lambda m, x: m["network"](x[0])
+    )
+    assert outcome.num_images == 80
+
+
+def test_no_process_goes_on_if_another_fails(refitted):
+    model, reference = refitted
+    before = entries(model)
+    with pytest.raises(ValueError, match="1 of 2 processes could not read their data"):
+        adapt_head(model, unlabelled(MIX, seed=5), reference, gather=lambda rows: torch.cat([rows, 1 - rows]))
+    sent = []
+    with pytest.raises(ValueError, match="no images"):
+        adapt_head(model, [], reference, gather=lambda rows: sent.append(rows) or torch.cat([rows, 1 - rows]))
+    assert [rows.tolist() for rows in sent] == [[1]]
+    assert changed(model, before) == set()
+
+
 def test_nothing_is_written_unless_every_head_fits(server):
     model, reference = copy.deepcopy(server[0]), server[1]
     half = copy.deepcopy(model).half()
     half.head.weight.data.fill_(60_000.0)
-    half_reference = replace(reference, fingerprint=head_fingerprint(HeadOf(half, "head").linear))
     before = entries(model)
     images = [unlabelled(seed=5), [0.01 * data(count=80, seed=6)[0].half()]]
+    layer = HeadOf(half, "head")
+    list(layer.read(images[1]))
+    half_reference = replace(
+        reference, fingerprint=head_fingerprint(layer.linear), body_fingerprint=layer.body_fingerprint
+    )
     wide = replace(reference, std=10 * reference.std)
     with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
         adapt_head([model, half], images, [wide, half_reference], shift="covariate")

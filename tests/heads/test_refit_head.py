@@ -1,5 +1,8 @@
 """Heads refitted on the server: what is found, which networks, and what is refused."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from head_cases import CLASSES, FEATURES, SERVER, accuracy, changed, data, entries, loader, network
@@ -60,31 +63,51 @@ def test_batch_sizes_do_not_matter():
     torch.testing.assert_close(references[1].class_means, references[0].class_means)
 
 
-def test_processes_together_find_what_one_finds():
-    whole, model = network(), network()
-    expected = refit_head(whole, *SERVER)
-    halves = [loader(tuple(t[::2] for t in split.dataset.tensors)) for split in SERVER]
-    rest = [tuple(t[1::2] for t in split.dataset.tensors) for split in SERVER]
-    gathered = iter(_rows_of_the_other_process(rest))
+def together(*calls):
+    """What calls with an argument ``gather`` return that run together, as processes do."""
+    rows, barrier = [None] * len(calls), threading.Barrier(len(calls))
 
-    def gather(rows):
-        return torch.cat([rows, next(gathered).to(rows.dtype)])
+    def run(rank, call):
+        def gather(own):
+            rows[rank] = own
+            barrier.wait()
+            found = torch.cat(rows)
+            barrier.wait()
+            return found
 
-    found = refit_head(model, *halves, gather=gather)
-    assert found.num_samples == expected.num_samples == 400
-    torch.testing.assert_close(found.class_means, expected.class_means, rtol=1e-4, atol=1e-5)
-    assert accuracy(model, data(count=2000, seed=3)) == pytest.approx(
-        accuracy(whole, data(count=2000, seed=3)), abs=0.01
-    )
+        return call(gather)
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(run, *item) for item in enumerate(calls)]]
 
 
-def _rows_of_the_other_process(rest):
-    from pl_personalize.functional.discriminant import ClassMoments
+@pytest.mark.parametrize("cameras", [0, 4])
+def test_processes_together_find_what_one_finds(cameras):
+    def model():
+        return nn.Sequential(nn.Flatten(), nn.Linear(768, 20), nn.Tanh(), nn.Linear(20, 2))
 
-    with torch.no_grad():
-        (x, y), (v, w) = ((network().body(inputs).double(), labels) for inputs, labels in rest)
-    yield from (part[None] for part in ClassMoments.of(x, y, CLASSES))
-    yield from (x, y, v, w)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = model().state_dict()
+    models = [model() for _ in range(3)]
+    for one in models:
+        one.load_state_dict(state)
+    train, val = images(120, 0), images(60, 1)
+    options = {"cameras": cameras, "camera_images": 100}
+    expected = refit_head(models[2], loader(train), loader(val), **options)
+
+    def part(rank):
+        rows = slice(40) if rank == 0 else slice(40, None)
+        halves = [loader(tuple(t[rows] for t in split)) for split in (train, val)]
+        return lambda gather: refit_head(models[rank], *halves, gather=gather, **options)
+
+    references = together(part(0), part(1))
+    for name, value in references[0].tensors.items():
+        assert torch.equal(value, references[1].tensors[name]), name
+        if "fingerprint" not in name:
+            torch.testing.assert_close(value, expected.tensors[name], rtol=1e-3, atol=1e-3)
+    assert torch.equal(models[0][3].weight, models[1][3].weight)
+    torch.testing.assert_close(models[0][3].weight, models[2][3].weight, rtol=1e-3, atol=1e-3)
 
 
 def test_what_does_not_fit_into_memory_is_a_part_of_all_samples(monkeypatch):
@@ -106,10 +129,30 @@ def test_what_is_known_of_the_server():
     everything, labels = torch.cat(features), torch.cat([split.dataset.tensors[1] for split in SERVER])
     means = torch.stack([everything[labels == k].mean(0) for k in range(CLASSES)])
     torch.testing.assert_close(reference.class_means.double(), means, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(reference.mean.double(), features[1].mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(reference.std.double(), features[1].std(0, correction=0), rtol=1e-4, atol=1e-5)
+    weights = (labels.bincount() / len(labels) / SERVER[1].dataset.tensors[1].bincount())[SERVER[1].dataset.tensors[1]]
+    mean = weights.double() @ features[1]
+    torch.testing.assert_close(reference.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    variance = weights.double() @ (features[1] - mean).square()
+    torch.testing.assert_close(reference.std.double(), variance.sqrt(), rtol=1e-4, atol=1e-5)
     assert float(reference.class_priors.sum()) == pytest.approx(1)
-    assert repr(reference) == f"HeadReference({CLASSES} classes, {FEATURES} features, num_samples=400)"
+    assert repr(reference) == f"HeadReference({CLASSES} classes, {FEATURES} features, num_samples=395)"
+
+
+@pytest.mark.parametrize("absent", [-1, 3])
+def test_moments_are_those_under_the_class_priors_whatever_the_validation_samples_are(absent):
+    inputs, labels = data([0.6, 0.1, 0.1, 0.1, 0.1], count=6000, seed=2)
+    chosen = labels != absent
+    reference = refit_head(network(), SERVER[0], loader((inputs[chosen], labels[chosen])))
+    features = network().body(data(count=20_000, seed=3)[0]).detach()
+    weights = reference.class_priors[data(count=20_000, seed=3)[1]]
+    mean = weights @ features / weights.sum()
+    torch.testing.assert_close(reference.mean, mean, rtol=0, atol=0.03)
+    variance = weights @ (features - mean).square() / weights.sum()
+    torch.testing.assert_close(reference.std, variance.sqrt(), rtol=0.05, atol=0)
+
+
+def test_samples_that_count_less_are_fewer():
+    assert refit_head(network(), SERVER[0], loader(data(count=40, seed=2))).num_samples < 40
 
 
 def test_a_file_holds_the_reference_and_little_more(tmp_path):
@@ -187,6 +230,22 @@ class AfterHead(nn.Module):
         return self.after(self.last(self.body(x)))
 
 
+def test_cameras_need_images_of_one_size():
+    val = [images(8, 1, 16), images(8, 2, 20)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"images of one size; got \(3, 16, 16\) and \(3, 20, 20\)"):
+        refit_head(model, loader(images(40, 0)), val, cameras=2)
+    refit_head(model, loader(images(40, 0)), val)
+
+
+def test_an_operation_after_the_head_is_found_in_any_batch():
+    model = AfterHead(nn.Hardtanh(-30, 30))
+    inputs, labels = data(seed=1)
+    inputs[-1] *= 1e4
+    with pytest.raises(ValueError, match="not linear"):
+        refit_head(model, loader((inputs, labels)), SERVER[1])
+
+
 def no_bias():
     return nn.Sequential(nn.Linear(12, 8), nn.Linear(8, CLASSES, bias=False))
 
@@ -222,6 +281,7 @@ def with_labels(change):
         (with_labels(lambda y: y + 1), SERVER[1], "the classes 0 to 4; labels go from 1 to 5"),
         (with_labels(lambda y: y.float()), SERVER[1], "must be class indices"),
         (loader((data()[0],)), SERVER[1], "label"),
+        (loader((data(count=5)[0], torch.arange(5))), SERVER[1], "pass several training samples of each class"),
         (loader((torch.zeros(50, 12), torch.arange(50) % 5)), SERVER[1], "constant within every class"),
         (loader((data()[0].fill_(float("nan")), data()[1])), SERVER[1], "NaN or infinite"),
     ],
