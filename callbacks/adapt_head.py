@@ -15,7 +15,7 @@ from pl_personalize.callbacks.module_contexts import silent_and_synchronized
 from pl_personalize.callbacks.pass_over_data import refuse_dropped_samplers
 from pl_personalize.callbacks.requirements import naming_errors
 from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head
-from pl_personalize.heads.adapt import Shift, check_shift
+from pl_personalize.heads.adapt import Estimator, Shift, check_estimator, check_shift
 
 
 class AdaptHead(HeadCallback):
@@ -34,6 +34,7 @@ class AdaptHead(HeadCallback):
             default the images that are predicted. Labels are ignored.
         head: Name of the last layer, see :func:`~pl_personalize.adapt_head`.
         shift: The shift to correct, if it is known; by default it is tested.
+        estimator: How class priors are estimated, see :func:`~pl_personalize.adapt_head`.
         forward: ``(module, batch) -> logits``, if calling the module on the input is not enough.
         dirpath: Folder of the file; by default ``heads`` in the first logger's folder, else in the Trainer's
             ``default_root_dir``.
@@ -58,13 +59,15 @@ class AdaptHead(HeadCallback):
         *,
         head: str | None = None,
         shift: Shift | None = None,
+        estimator: Estimator = "em",
         **options: Any,
     ) -> None:
         super().__init__(dataloader, head=head, **options)
         self.reference = reference if isinstance(reference, HeadReference) else HeadReference.load(reference)
         with naming_errors(self):
             check_shift(shift)
-        self._shift = shift
+            check_estimator(estimator)
+        self._shift, self._estimator = shift, estimator
 
     @property
     def outcome(self) -> HeadAdaptation | None:
@@ -109,4 +112,5 @@ class AdaptHead(HeadCallback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> HeadAdaptation:
         with silent_and_synchronized(trainer, pl_module):
             options = self.head_options(trainer)
-            return adapt_head(pl_module, batches, self.reference, shift=self._shift, **options)
+            options |= {"shift": self._shift, "estimator": self._estimator}
+            return adapt_head(pl_module, batches, self.reference, **options)

@@ -12,6 +12,7 @@ from pl_personalize.adaptations.expert_statistics import Average, Last, OfTheTas
 from pl_personalize.adaptations.fine_tune import FineTune
 from pl_personalize.adaptations.heads import (
     Auto,
+    BlackBoxPriors,
     Priors,
     Refit,
     Standardize,
@@ -29,7 +30,7 @@ ADAPTATIONS: Registry[type[Adaptation]] = Registry(
     "adaptation",
     [
         *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune, Learned),
-        *(Refit, Priors, Standardize, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
+        *(Refit, Priors, BlackBoxPriors, Standardize, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
     ],
 )
 

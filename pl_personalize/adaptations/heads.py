@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from pl_personalize.functional.batches import Forward, batch_labels
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
 from pl_personalize.heads import HeadReference, adapt_head, refit_head
-from pl_personalize.heads.adapt import Shift
+from pl_personalize.heads.adapt import Estimator, Shift
 from pl_personalize.heads.features import HeadOf
 from pl_personalize.models import TaskNetwork
 
+FOUND = "shift"
+"""Name of what :class:`Auto` sends along: the number of the shift that it found."""
 _REFERENCE = "reference."
 
 
@@ -70,6 +72,7 @@ class _AdaptedHead(Adaptation):
     """Base class for adaptations of a refitted head to the user's unlabelled images."""
 
     shift: ClassVar[Shift | None]
+    estimator: ClassVar[Estimator] = "em"
     reads: ClassVar[Reads] = "unlabelled"
     follows: ClassVar[str | None] = Refit.name
     pools_tasks: ClassVar[bool] = True
@@ -92,6 +95,7 @@ class _AdaptedHead(Adaptation):
             head="head",
             forward=_forward(cases[0].device),
             shift=shift,
+            estimator=self.estimator,
         )
         return outcomes[0].shift
 
@@ -104,6 +108,16 @@ class Priors(_AdaptedHead):
     text: ClassVar[str] = "class priors estimated on the user's unlabelled images"
     reference: ClassVar[str] = "Saerens et al., Neural Computation 2002"
     shift: ClassVar[Shift | None] = "label"
+
+
+@dataclass(frozen=True)
+class BlackBoxPriors(Priors):
+    """The same by black-box shift estimation, regularized."""
+
+    name: ClassVar[str] = "bbse"
+    text: ClassVar[str] = "class priors by regularized black-box shift estimation on the user's unlabelled images"
+    reference: ClassVar[str] = "Lipton et al., ICML 2018; Azizzadenesheli et al., ICLR 2019"
+    estimator: ClassVar[Estimator] = "bbse"
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,11 @@ class Auto(_AdaptedHead):
                 case.network.load_state_dict(head, strict=False)
                 adapt_batchnorm(case.network, case.device.images(), module="body", forward=_forward(case.device))
             self._adapt(cases, found)
-            return [dict(case.network.state_dict()) for case in cases]
-        return [_head(case.network) for case in cases]
+            entries = [dict(case.network.state_dict()) for case in cases]
+        else:
+            entries = [_head(case.network) for case in cases]
+        note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(found))}
+        return [own | note for own in entries]
 
 
 class _Oracle(Adaptation):

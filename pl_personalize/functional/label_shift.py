@@ -45,10 +45,14 @@ def em_priors(
     return priors
 
 
-def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean predicted probabilities (K, K) of labelled samples of each class, row by class."""
+def confusion(logits: Tensor, labels: Tensor, source: Tensor) -> Tensor:
+    """Mean predicted probabilities (K, K) of labelled samples of each class, row by class.
+
+    The row of a class without samples is ``source``, (K,), which tells nothing of it.
+    """
     one_hot = torch.nn.functional.one_hot(labels, logits.shape[1]).double()
-    return (one_hot.T @ logits.softmax(1)) / one_hot.sum(0)[:, None]
+    counts = one_hot.sum(0)[:, None]
+    return torch.where(counts > 0, (one_hot.T @ logits.softmax(1)) / counts.clamp_min(1), source)
 
 
 def bbse_priors(predicted: Tensor, confusion: Tensor, source: Tensor, *, strength: float = 0.0) -> Tensor:
@@ -59,13 +63,13 @@ def bbse_priors(predicted: Tensor, confusion: Tensor, source: Tensor, *, strengt
     ICLR 2019).
 
     Args:
-        predicted: Mean predicted probabilities of the unlabelled samples, (K,).
+        predicted: Mean predicted probabilities of the unlabelled samples, (K,) or of several sets (…, K).
         confusion: Those of the source's samples of each class, (K, K), row by class; see :func:`confusion`.
         source: The source's class priors π, (K,).
         strength: Strength of the regularization; 0 for plain BBSE.
 
     Returns:
-        q, (K,), which sums to 1.
+        q, (…, K), which sums to 1.
 
     Example:
         >>> half = torch.tensor([0.5, 0.5], dtype=torch.float64)
@@ -74,9 +78,10 @@ def bbse_priors(predicted: Tensor, confusion: Tensor, source: Tensor, *, strengt
         tensor([0.7000, 0.3000], dtype=torch.float64)
     """
     normal = confusion @ confusion.T + strength * torch.eye(len(source), dtype=confusion.dtype)
-    right = confusion @ (predicted - confusion.T @ source)
-    priors = (source + torch.linalg.lstsq(normal, right[:, None]).solution[:, 0]).clamp_min(_SMALLEST)
-    found: Tensor = priors / priors.sum()
+    right = (predicted - source @ confusion) @ confusion.T
+    solution = torch.linalg.lstsq(normal, right.reshape(-1, len(source)).T).solution.T
+    priors = (source + solution.view_as(predicted)).clamp_min(_SMALLEST)
+    found: Tensor = priors / priors.sum(-1, keepdim=True)
     return found
 
 

@@ -14,13 +14,14 @@ from pl_personalize.artifacts import load_tensors, save_tensors
 from pl_personalize.functional.batches import Forward
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
-from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
+from pl_personalize.functional.label_shift import bbse_priors, em_priors, label_shift_evidence
 from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
 from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
 from pl_personalize.heads.refit import CAMERA_ALPHA
 
 ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]
+Estimator = Literal["em", "bbse"]
 _LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
 _SIMILAR = 3  # cameras
 _TOLERANCE = 0.005  # mean squared shift, in variances, that is not worth a correction
@@ -111,6 +112,7 @@ def adapt_head(
     head: str | None = None,
     forward: Forward | None = None,
     shift: Shift | None = None,
+    estimator: Estimator = "em",
     gather: Gather | None = None,
     progress: bool = False,
 ) -> HeadAdaptation: ...
@@ -125,6 +127,7 @@ def adapt_head(
     head: str | None = None,
     forward: Forward | None = None,
     shift: Shift | None = None,
+    estimator: Estimator = "em",
     gather: Gather | None = None,
     progress: bool = False,
 ) -> list[HeadAdaptation]: ...
@@ -138,6 +141,7 @@ def adapt_head(
     head: str | None = None,
     forward: Forward | None = None,
     shift: Shift | None = None,
+    estimator: Estimator = "em",
     gather: Gather | None = None,
     progress: bool = False,
 ) -> HeadAdaptation | list[HeadAdaptation]:
@@ -164,6 +168,8 @@ def adapt_head(
         head: Name of the last layer; by default the last linear layer or convolution that a forward pass calls.
         forward: ``(model, batch) -> logits``, if calling the model on the input is not enough.
         shift: The shift to correct, if it is known; by default it is tested.
+        estimator: How class priors are estimated: ``"em"``, or ``"bbse"`` by regularized black-box shift estimation,
+            see :func:`~pl_personalize.functional.label_shift.bbse_priors`.
         gather: See :func:`refit_head`.
         progress: Show a progress bar if a pass takes more than two seconds.
 
@@ -179,6 +185,7 @@ def adapt_head(
     else:
         models, all_images, references = list(model), list(images), list(cast("Sequence[HeadReference]", reference))
     check_shift(shift)
+    check_estimator(estimator)
     if not len(models) == len(all_images) == len(references) or not models:
         raise ValueError(
             f"Give one model, one iterable of images and one reference per task; got {len(models)}, "
@@ -186,7 +193,7 @@ def adapt_head(
         )
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         tasks = [
-            _Task(HeadOf(one, head, forward), batches, ref, gather, progress)
+            _Task(HeadOf(one, head, forward), batches, ref, estimator, gather, progress)
             for one, batches, ref in zip(models, all_images, references, strict=True)
         ]
         if len({id(task.layer.layer) for task in tasks}) < len(tasks):
@@ -213,6 +220,16 @@ def check_shift(shift: str | None) -> None:
         raise ValueError(f"shift must be one of {', '.join(get_args(Shift))}, or None to test; got {shift!r}.")
 
 
+def check_estimator(estimator: str) -> None:
+    """Refuse an estimator that does not exist.
+
+    Raises:
+        ValueError: If it is no :data:`Estimator`.
+    """
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}.")
+
+
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
     """The shift that the tasks show together; the evidence is noted."""
     evidence["covariate"] = tail(*(sum(values) for values in zip(*(task.camera() for task in tasks), strict=True)))
@@ -236,9 +253,15 @@ class _Task:
     """The features of a user's images of one task, beside the server's reference."""
 
     def __init__(
-        self, layer: HeadOf, batches: Iterable[Any], reference: HeadReference, gather: Gather | None, progress: bool
+        self,
+        layer: HeadOf,
+        batches: Iterable[Any],
+        reference: HeadReference,
+        estimator: Estimator,
+        gather: Gather | None,
+        progress: bool,
     ) -> None:
-        self.layer, self.reference = layer, reference
+        self.layer, self.reference, self.estimator = layer, reference, estimator
 
         def read() -> Tensor:
             parts = [features for _, features in layer.read(batches, progress=progress)]
@@ -305,13 +328,18 @@ class _Task:
 
     def priors(self, head: Linear) -> Tensor:
         """Class priors of the images."""
-        alpha, scale = self.reference.at("prior_settings", self.count)
-        return em_priors(head(self.features), self.source, alpha=alpha, scale=scale)
+        logits = head(self.features)
+        alpha, scale, strength = self.reference.at("prior_settings", self.count)
+        if self.estimator == "em":
+            return em_priors(logits, self.source, alpha=alpha, scale=scale)
+        predicted = logits.softmax(1).mean(0)
+        return bbse_priors(predicted, self.reference.confusion.double(), self.source, strength=strength)
 
     def label(self) -> tuple[float, float, float]:
         """The statistic of label shift, and its mean and variance without a shift."""
         evidence = label_shift_evidence(self.head(self.features), self.source, self.priors(self.head))
-        return (float(evidence), *self.reference.at("prior_null", self.count))
+        mean, variance = self.reference.at("prior_null", self.count)
+        return float(evidence), mean, variance
 
     def adapted(self, shift: Shift, evidence: dict[str, float]) -> HeadAdaptation:
         """The head for a shift."""

@@ -34,7 +34,9 @@ class HeadReference:
             mixes, and by what share both grow with each image, (3,).
         sizes: Numbers of images that the following tables were made for, (s,).
         prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, (s, 2).
-        prior_settings: Pseudo-counts and scale of the EM algorithm, (s, 2).
+        prior_settings: Pseudo-counts and scale of the EM algorithm, and strength of the regularization of black-box
+            shift estimation, (s, 3).
+        confusion: Mean predicted probabilities of the validation samples of each class, (K, K), row by class.
         camera_shifts: Shifts of the features' means by random cameras, (M, d), float16; M = 0 without cameras.
         camera_ratios: Logarithm of the ratios of their stds, (M, d), float16.
         camera_evidence: Mean log-likelihood ratio of label shift for each camera without one, (M,).
@@ -54,6 +56,7 @@ class HeadReference:
     sizes: Tensor
     prior_null: Tensor
     prior_settings: Tensor
+    confusion: Tensor
     camera_shifts: Tensor
     camera_ratios: Tensor
     camera_evidence: Tensor
@@ -126,7 +129,7 @@ class HeadReference:
         means = self.class_means.double()
         return span_basis(means - means.mean(0))
 
-    def at(self, table: str, num_images: int) -> tuple[float, float]:
+    def at(self, table: str, num_images: int) -> tuple[float, ...]:
         """A row of a table for a number of images, interpolated in its logarithm."""
         sizes, values = self.sizes.double().log(), getattr(self, table).double()
         position = torch.tensor(float(num_images)).log().clamp(sizes[0], sizes[-1])
@@ -134,8 +137,7 @@ class HeadReference:
         lower = max(upper - 1, 0)
         gap = sizes[upper] - sizes[lower]
         share = (position - sizes[lower]) / gap if gap > 0 else torch.tensor(0.0)
-        first, second = (values[lower] * (1 - share) + values[upper] * share).tolist()
-        return first, second
+        return tuple((values[lower] * (1 - share) + values[upper] * share).tolist())
 
 
 def head_fingerprint(head: Linear) -> str:

@@ -32,7 +32,7 @@ from pl_personalize.functional.feature_shift import (
     span_basis,
     standardized,
 )
-from pl_personalize.functional.label_shift import em_priors, label_shift_evidence
+from pl_personalize.functional.label_shift import bbse_priors, confusion, em_priors, label_shift_evidence
 from pl_personalize.functional.names import some
 from pl_personalize.heads.cameras import Camera, on_inputs, random_cameras
 from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
@@ -42,6 +42,7 @@ SIZES = (10, 40, 160)
 _SETS, _ELEMENTS = 100, 100_000  # simulated users of each size, and their logits at most
 _CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
+_STRENGTHS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _FOLDS = 5
 _GROUPS, _GROUP_SIZE, _CLUSTERED = 16, 8, 2000  # clusters of a class at most, their samples, and the class's samples
 CAMERA_ALPHA = 2.0  # pseudo-counts where a camera was corrected
@@ -308,7 +309,8 @@ def _reference(
     spread = scores.square().mean(0).sqrt()
     mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=num_classes))
     camera = _camera_null(scores, spread, classes, mixes, moments)
-    nulls = (_prior_null(logits, classes, moments.priors, mixes, weights, size) for size in SIZES)
+    matrix = confusion(logits, classes, moments.priors)
+    nulls = (_prior_null(logits, classes, moments.priors, matrix, mixes, weights, size) for size in SIZES)
     prior, settings = zip(*nulls, strict=True)
     return HeadReference(
         moments.priors.float(),
@@ -321,6 +323,7 @@ def _reference(
         torch.tensor(SIZES),
         torch.tensor(prior),
         torch.tensor(settings),
+        matrix.float(),
         *(torch.zeros(0, len(mean), dtype=torch.float16),) * 2,
         torch.zeros(0),
         torch.ones(()),
@@ -373,28 +376,30 @@ def _camera_null(scores: Tensor, std: Tensor, classes: Tensor, mixes: Tensor, mo
 
 
 def _prior_null(
-    logits: Tensor, classes: Tensor, source: Tensor, mixes: Tensor, plain_weights: Tensor, size: int
+    logits: Tensor, classes: Tensor, source: Tensor, matrix: Tensor, mixes: Tensor, plain_weights: Tensor, size: int
 ) -> tuple[list[float], list[float]]:
-    """For sets of a size: mean and variance of the evidence without a shift, and the best settings of EM."""
+    """For sets of a size: mean and variance of the evidence without a shift, and the best settings of EM and BBSE."""
     count = int(max(20, min(_SETS, _ELEMENTS // (size * len(source)))))
     generator = torch.Generator().manual_seed(size)
     weights = _weights(mixes[:count], classes)
     drawn = torch.multinomial(weights, size, replacement=True, generator=generator)
-    best: tuple[float, float, float] | None = None
-    for alpha in _ALPHAS:
-        for scale in _EM_SCALES:
-            priors = em_priors(logits[drawn], source, alpha=alpha, scale=scale, max_iter=30, tol=1e-3)
-            shifted = logits + (priors / source).log()[:, None]
-            losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(classes)), classes]
-            loss = float((losses * weights).sum(1).mean())
-            if best is None or loss < best[0]:
-                best = loss, alpha, scale
-    assert best is not None
-    _, alpha, scale = best
+
+    def loss(priors: Tensor) -> float:
+        """Mean negative log-likelihood of the users' samples under estimated priors."""
+        shifted = logits + (priors / source).log()[:, None]
+        losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(classes)), classes]
+        return float((losses * weights).sum(1).mean())
+
+    def em(alpha: float, scale: float) -> Tensor:
+        return em_priors(logits[drawn], source, alpha=alpha, scale=scale, max_iter=30, tol=1e-3)
+
+    alpha, scale = min(((a, s) for a in _ALPHAS for s in _EM_SCALES), key=lambda settings: loss(em(*settings)))
+    predicted = logits[drawn].softmax(2).mean(1)
+    strength = min(_STRENGTHS, key=lambda s: loss(bbse_priors(predicted, matrix, source, strength=s)))
     plain = logits[torch.multinomial(plain_weights.expand(count, -1), size, replacement=True, generator=generator)]
     estimated = em_priors(plain, source, alpha=alpha, scale=scale, max_iter=100, tol=1e-4)
     evidence = label_shift_evidence(plain, source, estimated)
-    return [float(evidence.mean()), float(evidence.var())], [alpha, scale]
+    return [float(evidence.mean()), float(evidence.var())], [alpha, scale, strength]
 
 
 def _cameras(

@@ -53,11 +53,19 @@ def test_refit_is_refit_head_and_sends_the_reference():
         assert torch.equal(found[f"sent.reference.{name}"], value)
 
 
-@pytest.mark.parametrize(("name", "shift"), [("priors", "label"), ("standardize", "covariate"), ("auto", None)])
-def test_the_device_steps_are_adapt_head(name, shift):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("priors", {"shift": "label"}),
+        ("bbse", {"shift": "label", "estimator": "bbse"}),
+        ("standardize", {"shift": "covariate"}),
+        ("auto", {}),
+    ],
+)
+def test_the_device_steps_are_adapt_head(name, options):
     expected = network()
     reference = refit_head(expected, *SERVER)
-    adapt_head(expected, Device().images(), reference, shift=shift)
+    adapt_head(expected, Device().images(), reference, **options)
     model, _ = adapted(f"refit+{name}")
     torch.testing.assert_close(model.head.weight, expected.head.weight)
     torch.testing.assert_close(model.head.bias, expected.head.bias)

@@ -54,6 +54,17 @@ def test_class_priors_are_found_and_go_to_the_bias(refitted):
     assert outcome.evidence["label"] < 0.05 < outcome.evidence["covariate"]
 
 
+def test_class_priors_by_black_box_shift_estimation(refitted):
+    model, reference = refitted
+    test = data(MIX, count=3000, seed=4)
+    was = accuracy(model, test)
+    outcome = adapt_head(model, unlabelled(MIX, count=300, seed=5), reference, shift="label", estimator="bbse")
+    torch.testing.assert_close(outcome.class_priors, torch.tensor(MIX, dtype=torch.float64), rtol=0, atol=0.1)
+    assert accuracy(model, test) > was + 0.02
+    with pytest.raises(ValueError, match="estimator must be one of em, bbse; got 'rlls'"):
+        adapt_head(model, unlabelled(seed=5), reference, estimator="rlls")
+
+
 def test_a_camera_is_found_and_features_are_standardized(refitted):
     model, reference = refitted
     before, test = entries(model), data(count=3000, seed=4, camera=CAMERA)
@@ -112,7 +123,7 @@ def test_every_number_comes_from_the_server(server):
     found = adapt_head(copy.deepcopy(model), loader((images, labels)), reference)
     wrong = adapt_head(copy.deepcopy(model), loader((images, labels.flip(0))), reference)
     assert torch.equal(found.after.bias, wrong.after.bias)
-    alpha, scale = reference.at("prior_settings", 200)
+    alpha, scale, _ = reference.at("prior_settings", 200)
     with torch.no_grad():
         expected = em_priors(model(images).double(), reference.class_priors.double(), alpha=alpha, scale=scale)
     torch.testing.assert_close(found.class_priors, expected, rtol=1e-4, atol=1e-5)
