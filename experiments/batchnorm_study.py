@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from finished_run import FinishedRun
+from finished_run import DATAMODULES, FinishedRun
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -49,7 +49,7 @@ def main(
         num_threads: Threads for PyTorch.
     """
     torch.set_num_threads(num_threads)
-    run = FinishedRun(run_dir)
+    run = FinishedRun(run_dir, DATAMODULES)
     if not statistics_names(run.network(0).body):
         raise MisconfigurationException(f"{run_dir} is a run of {run.network_options.title}, which has no batch norm.")
     tasks, data = range(len(run.data.tasks)), run.data

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pl_personalize.artifacts import read_json
-from pl_personalize.datamodules import DigitsDataModule, NumbersDataModule
+from pl_personalize.datamodules import (
+    CameraPriorDataModule,
+    CatPriorDataModule,
+    DigitsDataModule,
+    NumbersDataModule,
+    TaskIncrementalDataModule,
+    TransPriorDataModule,
+)
+from pl_personalize.datamodules.scenes import SceneDataModule
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner import NetworkOptions
 from pl_personalize.stages.workspace import load_expert
@@ -22,15 +30,32 @@ DATAMODULES: dict[str, type[DigitsDataModule | NumbersDataModule]] = {
 }
 
 
-class FinishedRun:
-    """A run of Digits or Numbers in a folder."""
+SCENES: dict[str, type[SceneDataModule]] = {
+    "CatPrior": CatPriorDataModule,
+    "TransPrior": TransPriorDataModule,
+    "CameraPrior": CameraPriorDataModule,
+}
+D = TypeVar("D", bound=TaskIncrementalDataModule)
 
-    def __init__(self, path: Path) -> None:
+
+class FinishedRun(Generic[D]):
+    """A run in a folder.
+
+    Args:
+        path: The folder.
+        benchmarks: The data modules by the names of the benchmarks.
+
+    Raises:
+        MisconfigurationException: If it is of another benchmark.
+    """
+
+    def __init__(self, path: Path, benchmarks: Mapping[str, type[D]]) -> None:
         self.path, self._options = path, read_json(path / "manifest.json")["options"]
         benchmark = self._options.get("benchmark")
-        if benchmark not in DATAMODULES:
-            raise MisconfigurationException(f"{path} is a run of {benchmark}, not of {' or '.join(DATAMODULES)}.")
-        self.data = DATAMODULES[benchmark](**self._group("data"))
+        if benchmark not in benchmarks:
+            raise MisconfigurationException(f"{path} is a run of {benchmark}, not of {' or '.join(benchmarks)}.")
+        options = {name: value for name, value in self._group("data").items() if name != "images"}  # a checksum
+        self.data = benchmarks[benchmark](**options)
         self.network_options = NetworkOptions(**self._group("network"))
 
     def _group(self, name: str) -> dict[str, Any]:

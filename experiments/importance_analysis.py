@@ -18,7 +18,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from finished_run import FinishedRun
+from finished_run import DATAMODULES, FinishedRun
 from importance_study.pairs import ALL, KINDS, Images, ImportanceName, correlate, estimate_all, groups, title
 from importance_study.report import draw_scatter, report, typical
 from jsonargparse.typing import PositiveInt
@@ -110,7 +110,7 @@ def main(
             if benchmark == "digits":
                 data = DigitsDataModule(split_seed=split_seed)
             train(benchmark, data, NetworkOptions(hidden=hidden), epochs, seeds, run_dir)
-        run = FinishedRun(run_dir)
+        run = FinishedRun(run_dir, DATAMODULES)
         data = run.data
         where, sets = str(run_dir), expert_sets(run, seeds)
     data.prepare_data()

@@ -90,7 +90,7 @@ def adapt_batchnorm(
         rank_zero_warn(f"{type(model).__name__} has no batch-norm layers, so there is nothing to adapt.")
         return BatchNormStatistics({})
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    data = Batches(dataloader, device, progress=progress)
+    data = Batches(dataloader, device, title="Batch norm" if progress else None)
     with isolated(device), torch.no_grad(), model_kept(model), evaluating(model):
         run = (ExactPass if exact else BatchwisePass)(model, layers, forward or call_model, prior_samples, all_reduce)
         run.estimate(data, int(max_scratch_mb * 2**20))

@@ -137,7 +137,7 @@ class HeadOf:
             for watch in watches:
                 contexts.callback(watch.remove)
             checked = False
-            for batch in Batches(batches, device, progress=progress):
+            for batch in Batches(batches, device, title="Features" if progress else None):
                 calls.clear()
                 logits = as_logits(self._forward(model, batch))
                 if not calls:

@@ -33,18 +33,18 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Batches:
-    """Batches on a device, which can be read several times."""
+    """Batches on a device, which can be read several times; with a progress bar of a title, if there is one."""
 
-    def __init__(self, source: Iterable[Any], device: torch.device, *, progress: bool = False) -> None:
-        self._source, self._device, self._progress = source, device, progress
+    def __init__(self, source: Iterable[Any], device: torch.device, *, title: str | None = None) -> None:
+        self._source, self._device, self._title = source, device, title
         self._kept: list[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         if self._kept is not None:
             yield from (copy_batch(batch) for batch in self._kept)
             return
-        hidden = not self._progress
-        for batch in tqdm(self._source, desc="Batch norm", unit="batch", delay=2, disable=hidden, leave=False):
+        hidden = self._title is None
+        for batch in tqdm(self._source, desc=self._title, unit="batch", delay=2, disable=hidden, leave=False):
             if batch_size(batch):
                 yield move_data_to_device(batch, self._device)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from pl_personalize.heads.adapt import Shift
 from pl_personalize.runner.figures import draw_matrices, draw_methods, lowest_accuracy
 from pl_personalize.runner.following import versions
 from pl_personalize.runner.paper import PaperResult
@@ -22,6 +24,7 @@ from pl_personalize.runner.results import (
     mean_and_std,
     result_frame,
     results_table,
+    task_accuracies,
     write_csv,
     write_markdown,
 )
@@ -29,6 +32,8 @@ from pl_personalize.runner.server_run import ServerRun
 from pl_personalize.runner.significance import Comparison, compare, marks
 from pl_personalize.runner.variants import Variant
 from pl_personalize.stages.run_folder import RunFolder
+
+_HARM = 0.01 + 1e-6  # accuracy, with rounding
 
 
 def report(
@@ -43,7 +48,7 @@ def report(
     path, comparisons, experiment = folder.path, compare(rows), runs[0].experiment
     tables = result_tables(rows, comparisons, experiment.paper)
     text = legend(rows, marked=bool(comparisons), paper_note=experiment.paper_note if experiment.paper else None)
-    text = "\n\n".join(filter(None, [text, experts_table(runs)]))
+    text = "\n\n".join(filter(None, [text, harm_table(runs), shift_table(runs), experts_table(runs)]))
     title = f"{rows[0].benchmark}, {rows[0].backbone}"
     if write:
         write_csv(path / "results.csv", rows)
@@ -94,6 +99,49 @@ def result_tables(
     best = {key: mark for labels in by_method for key, mark in marks(rows, comparisons, labels).items()}
     users = sorted(dict.fromkeys(row.user for row in rows), key=lambda user: user != ALL_USERS)
     return [adaptation_table(rows, user, best) for user in users]
+
+
+def harm_table(runs: Sequence[ServerRun]) -> str:
+    """How many pairs of user and task lose more than a point by an adaptation; empty without adaptations."""
+    counts: dict[Variant, list[int]] = {}
+    references: dict[str, None] = {}
+    for run in runs:
+        for method in run.methods:
+            variants = [variant for variant in run.variants if variant.method == method.name]
+            base = next((v for v in variants if not run.experiment.sequence(v).personal), None)
+            if base is None:
+                continue
+            for variant in variants:
+                if variant == base:
+                    continue
+                references[base.adaptation] = None
+                count = counts.setdefault(variant, [0, 0])
+                for user in run.data.users:
+                    before, after = (task_accuracies(run.matrix(v, user), method.name) for v in (base, variant))
+                    count[0] += int((before - after > _HARM).sum())
+                    count[1] += len(after)
+    if not counts:
+        return ""
+    adaptations = list(dict.fromkeys(variant.adaptation for variant in counts))
+    lines = [["harmed", *adaptations]]
+    for name in dict.fromkeys(variant.method for variant in counts):
+        cells = [counts.get(Variant(name, adaptation)) for adaptation in adaptations]
+        lines.append([name, *["–" if cell is None else f"{cell[0]}/{cell[1]}" for cell in cells]])
+    heading = f"Pairs of user and task that lose more than a point against {' or '.join(map(repr, references))}:"
+    return f"{heading}\n\n{markdown_table(lines)}"
+
+
+def shift_table(runs: Sequence[ServerRun]) -> str:
+    """The shifts that were found; empty if none was looked for."""
+    found: dict[str, Counter[Shift | None]] = {}
+    for run in runs:
+        for variant in run.variants:
+            shifts = Counter(run.found_shift(variant, user) for user in run.data.users)
+            if None not in shifts:
+                found[variant.label] = found.get(variant.label, Counter()) + shifts
+    lines = [["shift found", *get_args(Shift)]]
+    lines += [[label, *[str(counts[shift]) for shift in get_args(Shift)]] for label, counts in found.items()]
+    return f"Shifts found, in number of users of all seeds:\n\n{markdown_table(lines)}" if found else ""
 
 
 def experts_table(runs: Sequence[ServerRun]) -> str:

@@ -52,11 +52,16 @@ def result_row(
 ) -> ResultRow:
     """Summarize an accuracy matrix (model × task, in [0, 1])."""
     if method in METHODS and METHODS[method].one_each:
-        accuracy, lost = matrix.diagonal().mean(), None
+        accuracy, lost = task_accuracies(matrix, method).mean(), None
     else:
         accuracy = average_accuracy(matrix)
         lost = None if matrix.diagonal().isnan().any() else 100 * float(forgetting(matrix))
     return ResultRow(benchmark, backbone, method, adaptation, user, seed, 100 * float(accuracy), lost)
+
+
+def task_accuracies(matrix: Tensor, method: str) -> Tensor:
+    """Accuracy on each task, in the end: of the last model, or of each task's own."""
+    return matrix.diagonal() if method in METHODS and METHODS[method].one_each else matrix[-1]
 
 
 def result_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:

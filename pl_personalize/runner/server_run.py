@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from pl_personalize.adaptations import AdaptationSequence, Entries
+from pl_personalize.adaptations.adaptation import SENT
+from pl_personalize.adaptations.heads import FOUND, Auto
 from pl_personalize.artifacts import TensorFile, save_tensors
 from pl_personalize.datamodules import TaskIncrementalDataModule
 from pl_personalize.functional.batches import as_input
+from pl_personalize.heads.adapt import Shift
 from pl_personalize.methods import METHODS, Family, Method
 from pl_personalize.models import TaskNetwork
 from pl_personalize.modules import MergeModule, SequenceEvaluator, TaskLearner
@@ -110,6 +113,14 @@ class ServerRun:
         """The accuracies, model by task, in [0, 1]; NaN where there is none."""
         rows = self.workspace.result(f"test/{variant.label}/{user}")["matrix"]
         return torch.tensor([[float("nan") if value is None else value for value in row] for row in rows])
+
+    def found_shift(self, variant: Variant, user: str) -> Shift | None:
+        """The shift that the last model of a variant found for a user; ``None`` if it does not look for one."""
+        sequences = self._sequences(variant)
+        if not sequences or sequences[-1].steps[-1].name != Auto.name:
+            return None
+        *_, last = load_adapted(self._adapted_path(variant.method, sequences[-1], user)).values()
+        return get_args(Shift)[int(last[f"{SENT}{FOUND}"])]  # type: ignore[no-any-return]
 
     def validation(self) -> dict[str, float]:
         """The best validation accuracy of each trained model, in [0, 1], by the last part of its stage's name."""
