@@ -16,6 +16,7 @@ from pl_personalize.adaptations.heads import (
     Priors,
     Refit,
     Standardize,
+    TestedAdaBN,
     TrueMoments,
     TruePriors,
     TruePriorsAndMoments,
@@ -30,7 +31,7 @@ ADAPTATIONS: Registry[type[Adaptation]] = Registry(
     "adaptation",
     [
         *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune, Learned),
-        *(Refit, Priors, BlackBoxPriors, Standardize, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
+        *(Refit, Priors, BlackBoxPriors, Standardize, TestedAdaBN, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
     ],
 )
 

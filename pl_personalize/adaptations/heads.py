@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pl_personalize.adaptation import adapt_batchnorm
-from pl_personalize.adaptations.adaptation import SENT, Adaptation, Case, Device, Entries, Reads, Received
-from pl_personalize.batchnorm import batchnorm_layers
+from pl_personalize.adaptations.adaptation import SENT, Adaptation, Case, Device, Entries, Reads, Received, load_entries
+from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.checks import check_option
 from pl_personalize.functional.batches import Forward, batch_labels
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
-from pl_personalize.heads import HeadReference, adapt_head, refit_head
+from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head, refit_head
 from pl_personalize.heads.adapt import Estimator, Shift
 from pl_personalize.heads.features import HeadOf
 from pl_personalize.models import TaskNetwork
@@ -36,6 +36,14 @@ def _forward(device: Device) -> Forward:
 
 def _head(network: TaskNetwork) -> Entries:
     return {f"head.{name}": value for name, value in network.head.state_dict().items()}
+
+
+def _copied(entries: Entries) -> Entries:
+    return {name: value.clone() for name, value in entries.items()}
+
+
+def _statistics(network: TaskNetwork) -> Entries:
+    return {f"body.{name}": value for name, value in BatchNormStatistics.of(network.body).items()}
 
 
 def _reference(received: Received) -> HeadReference:
@@ -86,9 +94,9 @@ class _AdaptedHead(Adaptation):
         self._adapt(cases, self.shift)
         return [_head(case.network) for case in cases]
 
-    def _adapt(self, cases: Sequence[Case], shift: Shift | None) -> Shift:
-        """Adapt the heads in place; returns the shift that was found."""
-        outcomes = adapt_head(
+    def _adapt(self, cases: Sequence[Case], shift: Shift | None) -> HeadAdaptation:
+        """Adapt the heads in place; returns what was found, which is the same for all tasks, for the first of them."""
+        return adapt_head(
             [case.network for case in cases],
             [case.device.images() for case in cases],
             [_reference(case.received) for case in cases],
@@ -96,8 +104,7 @@ class _AdaptedHead(Adaptation):
             forward=_forward(cases[0].device),
             shift=shift,
             estimator=self.estimator,
-        )
-        return outcomes[0].shift
+        )[0]
 
 
 @dataclass(frozen=True)
@@ -129,29 +136,51 @@ class Standardize(_AdaptedHead):
     shift: ClassVar[Shift | None] = "covariate"
 
 
-@dataclass(frozen=True)
-class Auto(_AdaptedHead):
-    """The shift of the user found by tests and corrected: the head, and batch norm if it is a covariate shift."""
+class _Tested(_AdaptedHead):
+    """Base class for adaptations to the shift that is found by tests, of batch norm too."""
 
-    name: ClassVar[str] = "auto"
-    text: ClassVar[str] = "the head (and batch norm, if the camera differs) adapted to the shift that is found"
     shift: ClassVar[Shift | None] = None
+
+    def _found(self, cases: Sequence[Case]) -> tuple[HeadAdaptation, bool]:
+        """Adapt the heads, or else batch norm; returns what was found, and whether it is batch norm."""
+        before = [_copied(_head(case.network)) for case in cases]
+        found = self._adapt(cases, None)
+        if not (found.style_differs and batchnorm_layers(cases[0].network.body)):
+            return found, False
+        for case, head in zip(cases, before, strict=True):
+            load_entries(case.network, head)
+            adapt_batchnorm(case.network, case.device.images(), module="body", forward=_forward(case.device))
+        return found, True
+
+
+@dataclass(frozen=True)
+class TestedAdaBN(_Tested):
+    """AdaBN for users whose images differ from the server's in more than class frequencies, as a test tells."""
+
+    name: ClassVar[str] = "tested-AdaBN"
+    text: ClassVar[str] = "AdaBN, if the user's images differ from the server's in more than class frequencies"
+    needs_batchnorm: ClassVar[bool] = True
 
     @override
     def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
-        before = [_head(case.network) for case in cases]
-        before = [{name: value.clone() for name, value in entries.items()} for entries in before]
-        found = self._adapt(cases, None)
-        if found == "covariate" and batchnorm_layers(cases[0].network.body):
-            for case, head in zip(cases, before, strict=True):
-                case.network.load_state_dict(head, strict=False)
-                adapt_batchnorm(case.network, case.device.images(), module="body", forward=_forward(case.device))
-            self._adapt(cases, found)
-            entries = [dict(case.network.state_dict()) for case in cases]
-        else:
-            entries = [_head(case.network) for case in cases]
-        note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(found))}
-        return [own | note for own in entries]
+        _, adapted = self._found(cases)
+        return [_statistics(case.network) if adapted else {} for case in cases]
+
+
+@dataclass(frozen=True)
+class Auto(_Tested):
+    """The shift of the user found by tests and corrected: the head, and batch norm as :class:`TestedAdaBN` does."""
+
+    name: ClassVar[str] = "auto"
+    text: ClassVar[str] = "the head, and batch norm where there is some, adapted to the shift that is found"
+
+    @override
+    def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
+        found, adapted = self._found(cases)
+        if adapted and found.shift in ("covariate", "both"):
+            self._adapt(cases, "covariate")
+        note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(found.shift))}
+        return [_head(case.network) | (_statistics(case.network) if adapted else {}) | note for case in cases]
 
 
 class _Oracle(Adaptation):

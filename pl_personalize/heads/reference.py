@@ -32,6 +32,10 @@ class HeadReference:
         direction_std: Standard deviation of the validation samples along these, (r,).
         camera_null: Mean and variance of the statistic of covariate shift without a shift, but under random class
             mixes, and by what share both grow with each image, (3,).
+        style_directions: Directions outside the span of the class means alone, (r, d), in which users differ who see
+            one of several kinds of images that the server has.
+        style_std: As ``direction_std``, for these.
+        style_null: As ``camera_null``, for these.
         sizes: Numbers of images that the following tables were made for, (s,).
         prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, (s, 2).
         prior_settings: Pseudo-counts and scale of the EM algorithm, and strength of the regularization of black-box
@@ -53,6 +57,9 @@ class HeadReference:
     directions: Tensor
     direction_std: Tensor
     camera_null: Tensor
+    style_directions: Tensor
+    style_std: Tensor
+    style_null: Tensor
     sizes: Tensor
     prior_null: Tensor
     prior_settings: Tensor
@@ -110,11 +117,12 @@ class HeadReference:
         """
         return cls.from_tensors(load_tensors(path, kind=ARTIFACT_KIND)[0])
 
-    def covariate_statistic(self, features: Tensor) -> float:
-        """The statistic of covariate shift of features (n, d)."""
-        scores = (features - self.mean.double()) @ self.directions.double().T
+    def covariate_statistic(self, features: Tensor, *, style: bool = False) -> float:
+        """The statistic of covariate shift of features (n, d), in ``directions`` or in ``style_directions``."""
+        rows, std = (self.style_directions, self.style_std) if style else (self.directions, self.direction_std)
+        scores = (features - self.mean.double()) @ rows.double().T
         count = 1 / (1 / len(features) + 1 / self.num_samples)  # the server's mean is that of a sample, too
-        return float(covariate_statistic(scores, self.direction_std.double(), count))
+        return float(covariate_statistic(scores, std.double(), count))
 
     @property
     def cameras(self) -> CameraShifts | None:

@@ -304,11 +304,16 @@ def _reference(
         means.append(parts.means[parts.counts > 0])
     features, classes = samples.features[-num_val:], samples.classes[-num_val:]
     mean, std, weights = _moments_at(moments, features, classes)
-    rows = outside_directions(moments.within, span_basis(torch.cat(means) - moments.mean), directions)
-    scores = (features - mean) @ rows.T
-    spread = scores.square().mean(0).sqrt()
     mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=num_classes))
-    camera = _camera_null(scores, spread, classes, mixes, moments)
+
+    def test(centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions outside the span of centers, the scores' stds along these, and the null distribution."""
+        rows = outside_directions(moments.within, span_basis(centers - moments.mean), directions)
+        scores = (features - mean) @ rows.T
+        spread = scores.square().mean(0).sqrt()
+        return rows.float(), spread.float(), _camera_null(scores, spread, classes, mixes, moments).float()
+
+    camera, style = test(torch.cat(means)), test(moments.means)
     matrix = confusion(logits, classes, moments.priors)
     nulls = (_prior_null(logits, classes, moments.priors, matrix, mixes, weights, size) for size in SIZES)
     prior, settings = zip(*nulls, strict=True)
@@ -317,9 +322,7 @@ def _reference(
         moments.means.float(),
         mean.float(),
         std.float(),
-        rows.float(),
-        spread.float(),
-        camera.float(),
+        *(*camera, *style),
         torch.tensor(SIZES),
         torch.tensor(prior),
         torch.tensor(settings),

@@ -11,7 +11,18 @@ from pl_personalize.adaptations.reestimated_statistics import AdaBNSupervised, R
 
 def test_the_adaptations_of_the_package():
     names = ["none", "last", "average", "expert", "reference", "recalibrate", "AdaBN", "AdaBN-S", "FT"]
-    names += ["learned", "refit", "priors", "bbse", "standardize", "auto", "true-priors", "true-moments", "true-both"]
+    names += [
+        "learned",
+        "refit",
+        "priors",
+        "bbse",
+        "standardize",
+        "tested-AdaBN",
+        "auto",
+        "true-priors",
+        "true-moments",
+        "true-both",
+    ]
     assert list(ADAPTATIONS) == names
     for name, kind in ADAPTATIONS.items():
         sequence = find_adaptation(name)

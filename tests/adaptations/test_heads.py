@@ -99,6 +99,24 @@ def test_batch_norm_is_adapted_only_to_another_camera():
         assert same != changes
 
 
+@pytest.mark.parametrize(
+    ("device", "adapted"),
+    [
+        (Device(data(MIX, count=300, seed=5)), False),
+        (Device(data(count=300, seed=5)), False),
+        (Device(data(count=300, seed=5, camera=CAMERA)), True),
+    ],
+)
+def test_adabn_is_for_users_whose_images_differ_in_more_than_class_frequencies(device, adapted):
+    found = find_adaptation("recalibrate+refit+tested-AdaBN").adapt(with_norm(), device, Received(0, 0))
+    name = "AdaBN" if adapted else "recalibrate"
+    expected = find_adaptation(name).adapt(with_norm(), device, Received(0, 0))
+    refitted = find_adaptation("recalibrate+refit").adapt(with_norm(), device, Received(0, 0))
+    torch.testing.assert_close(found["body.1.running_mean"], expected["body.1.running_mean"])
+    assert torch.equal(found["head.weight"], refitted["head.weight"])
+    assert find_adaptation("refit+tested-AdaBN").why_not(network()) == "'tested-AdaBN' needs a network with batch norm"
+
+
 def test_bounds_are_no_worse_than_what_they_bound():
     test = data(MIX, count=3000, seed=6, camera=CAMERA)
     device = Device(data(MIX, count=300, seed=5, camera=CAMERA))
