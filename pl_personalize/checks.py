@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
-def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool = False) -> None:
-    """Refuse a value that is no finite number of at least ``least``, or more than that if ``exclusive``.
+def check_option(option: str, value: Any, *, least: float = 0, most: float = inf, exclusive: bool = False) -> None:
+    """Refuse a value that is no finite number from ``least`` to ``most``, or more than ``least`` if ``exclusive``.
 
     Example:
         >>> check_option("lr", 0.1, exclusive=True)
@@ -23,8 +23,9 @@ def check_option(option: str, value: Any, *, least: float = 0, exclusive: bool =
     if not isinstance(value, bool | str):
         with suppress(TypeError):
             number = float(value)
-    if not ((least < number if exclusive else least <= number) and number < inf):
+    if not ((least < number if exclusive else least <= number) and number < inf and number <= most):
         range_ = "positive" if exclusive and least == 0 else f"{least:g} or more"
+        range_ += f", and at most {most:g}" if most < inf else ""
         raise MisconfigurationException(f"{option} must be {range_}; got {value!r}.")
 
 

@@ -22,7 +22,7 @@ from pl_personalize.adaptations.heads import (
     TruePriorsAndMoments,
 )
 from pl_personalize.adaptations.learned import Learned
-from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, Recalibrate
+from pl_personalize.adaptations.reestimated_statistics import AdaBN, AdaBNSupervised, EarlyAdaBN, Recalibrate
 from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.models import TaskNetwork
 from pl_personalize.registry import Registry
@@ -30,7 +30,19 @@ from pl_personalize.registry import Registry
 ADAPTATIONS: Registry[type[Adaptation]] = Registry(
     "adaptation",
     [
-        *(Unchanged, Last, Average, OfTheTask, Published, Recalibrate, AdaBN, AdaBNSupervised, FineTune, Learned),
+        *(
+            Unchanged,
+            Last,
+            Average,
+            OfTheTask,
+            Published,
+            Recalibrate,
+            AdaBN,
+            EarlyAdaBN,
+            AdaBNSupervised,
+            FineTune,
+            Learned,
+        ),
         *(Refit, Priors, BlackBoxPriors, Standardize, TestedAdaBN, Auto, TruePriors, TrueMoments, TruePriorsAndMoments),
     ],
 )

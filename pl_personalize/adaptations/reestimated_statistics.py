@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from typing_extensions import override
 from pl_personalize.adaptation import check_adaptation, estimate_batchnorm
 from pl_personalize.adaptations.adaptation import Adaptation, Device, Entries, Reads, Received, load_entries
 from pl_personalize.adaptations.expert_statistics import affine_names
+from pl_personalize.batchnorm import batchnorm_layers
 from pl_personalize.callbacks import AdaBNS
 from pl_personalize.checks import check_option
 from pl_personalize.functional.seeding import derive_seed
@@ -82,6 +84,35 @@ class AdaBN(_Reestimated):
     @override
     def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
         return self._estimate(network, device.images(), device)
+
+
+@dataclass(frozen=True)
+class EarlyAdaBN(AdaBN):
+    """AdaBN in the first layers only: those see a camera, late ones class frequencies too.
+
+    The others keep their statistics, which :class:`Recalibrate` should have re-estimated before
+    (``recalibrate+early-AdaBN``).
+
+    Attributes:
+        depth: Share of the batch-norm layers that are adapted, from the input.
+    """
+
+    name: ClassVar[str] = "early-AdaBN"
+    text: ClassVar[str] = "AdaBN in the first quarter of the batch-norm layers"
+    reference: ClassVar[str] = "after HybridTTN, Lim et al., ICLR 2023"
+
+    depth: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("early-AdaBN: depth", self.depth, most=1, exclusive=True)
+
+    @override
+    def adapt(self, network: TaskNetwork, device: Device, received: Received) -> Entries:
+        layers = list(batchnorm_layers(network.body))
+        early = {f"body.{name}" for name in layers[: math.ceil(self.depth * len(layers))]}
+        found = super().adapt(network, device, received)
+        return {name: value for name, value in found.items() if name.rpartition(".")[0] in early}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_benchmark import Tiny, plain, with_norm
+from torch import nn
 
 from pl_personalize.adaptations import AdaptationSequence, Received, find_adaptation
 from pl_personalize.adaptations.adaptation import load_entries
 from pl_personalize.callbacks import AdaBNS
+from pl_personalize.models import TaskNetwork
 
 STATISTICS = ["running_mean", "running_var"]
 MODEL, TASK = 2, 1
@@ -153,6 +155,24 @@ def test_fine_tuning_replaces_everything(make):
     ((epochs, lr, _, model, callbacks),) = device.trained
     assert (epochs, lr, model, callbacks) == (2, 0.3, MODEL, [])
     assert not torch.equal(found["head.weight"], network(9, make).head.weight)
+
+
+def test_early_adabn_adapts_the_first_layers():
+    def deep(classes):
+        layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()] * 2
+        return TaskNetwork(nn.Sequential(*copy.deepcopy(nn.ModuleList(layers))), nn.Linear(4, classes))
+
+    device, received = Device(), Received(MODEL, TASK)
+    every, half, few = (
+        find_adaptation(name, options).adapt(network(0, deep), device, received)
+        for name, options in (("AdaBN", {}), ("early-AdaBN", {"depth": 0.5}), ("early-AdaBN", {}))
+    )
+    assert half.keys() == few.keys() == {f"body.1.{name}" for name in STATISTICS}
+    assert every.keys() == half.keys() | {f"body.4.{name}" for name in STATISTICS}
+    for name, value in half.items():
+        assert torch.equal(value, every[name])
+    with pytest.raises(MisconfigurationException, match="depth must be positive, and at most 1; got 2"):
+        find_adaptation("early-AdaBN", {"depth": 2})
 
 
 @pytest.mark.parametrize("name", ["FT", "AdaBN-S"])

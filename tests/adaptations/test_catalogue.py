@@ -10,7 +10,7 @@ from pl_personalize.adaptations.reestimated_statistics import AdaBNSupervised, R
 
 
 def test_the_adaptations_of_the_package():
-    names = ["none", "last", "average", "expert", "reference", "recalibrate", "AdaBN", "AdaBN-S", "FT"]
+    names = ["none", "last", "average", "expert", "reference", "recalibrate", "AdaBN", "early-AdaBN", "AdaBN-S", "FT"]
     names += [
         "learned",
         "refit",
@@ -91,7 +91,7 @@ def test_what_is_true_of_a_step_is_true_of_the_sequence(name, true_of_it):
 
 
 def test_a_sequence_says_which_step_does_not_apply():
-    for name in ("last", "average", "expert", "reference", "recalibrate", "AdaBN", "AdaBN-S"):
+    for name in ("last", "average", "expert", "reference", "recalibrate", "AdaBN", "early-AdaBN", "AdaBN-S"):
         assert find_adaptation(f"FT+{name}").why_not(plain(2)) == f"'{name}' needs a network with batch norm"
         assert find_adaptation(f"FT+{name}").why_not(with_norm(2)) is None
     assert find_adaptation("FT").why_not(plain(2)) is None
