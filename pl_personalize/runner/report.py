@@ -92,7 +92,7 @@ def result_tables(
 ) -> list[str]:
     """Methods × users or, if there are several adaptations, methods × adaptations for each user (``all`` first)."""
     variants = result_frame(rows).drop_duplicates("label")
-    by_method = [list(group["label"]) for _, group in variants.groupby("method", sort=False)]
+    by_method = [list(group.loc[~group["oracle"], "label"]) for _, group in variants.groupby("method", sort=False)]
     if len(variants) == len(by_method):
         competitors = list(variants.loc[~variants["bound"], "label"])
         return [results_table(rows, marks(rows, comparisons, competitors), paper)]

@@ -65,13 +65,17 @@ def task_accuracies(matrix: Tensor, method: str) -> Tensor:
 
 
 def result_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
-    """Data frame of the rows, with their ``label`` and whether the method is a ``bound`` rather than a competitor."""
+    """Data frame of the rows with their ``label``.
+
+    ``bound`` tells whether the method is a bound rather than a competitor, and ``oracle`` whether the adaptation is.
+    """
     rows = list(rows)
     frame = pd.DataFrame(rows, columns=[field.name for field in fields(ResultRow)])
     return frame.assign(
         forgetting=frame["forgetting"].astype(float),
         label=[row.label for row in rows],
         bound=[row.method in METHODS and METHODS[row.method].bound is not None for row in rows],
+        oracle=[any(s in ADAPTATIONS and ADAPTATIONS[s].bound for s in row.adaptation.split("+")) for row in rows],
     )
 
 
@@ -205,7 +209,11 @@ def legend(rows: Sequence[ResultRow], *, marked: bool = False, paper_note: str |
         texts = [f"{name}: {known.text}" for name, known in ADAPTATIONS.items() if name in steps]
         sentences.append(f"Adaptations (–: not applicable): {'; '.join(texts)}.")
     if marked:
-        best = "the best adaptation of a method" if len(adaptations) > 1 else "the best method, bounds excluded"
+        best = (
+            "the best adaptation of a method, bounds excluded"
+            if len(adaptations) > 1
+            else "the best method, bounds excluded"
+        )
         sentences.append(
             f"* {best}; ↓ significantly below it (paired t-test over seeds, for all users on their means; "
             "Holm-corrected, p < 0.05)."

@@ -43,9 +43,9 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
 
     For ``all`` users, the means over users are compared. Pairs of seed and user would not be independent: the users of
     a seed share its experts, and differences between users would be mistaken for noise. Bounds are compared only with
-    themselves under other adaptations. Holm's correction covers the pairs of one user that answer one question: which
-    method is best under an adaptation, or which adaptation is best for a method. With fewer than three seeds, nothing
-    is compared.
+    themselves under other adaptations, and adaptations that are bounds not at all. Holm's correction covers the pairs
+    of one user that answer one question: which method is best under an adaptation, or which adaptation is best for a
+    method. With fewer than three seeds, nothing is compared.
     """
     frame = result_frame(row for row in rows if row.user != ALL_USERS)
     users, seeds = list(frame["user"].unique()), sorted(frame["seed"].unique())
@@ -57,6 +57,8 @@ def compare(rows: Sequence[ResultRow]) -> list[Comparison]:
     }
     questions: dict[str, list[str]] = {}
     for row in frame.drop_duplicates("label").itertuples():
+        if row.oracle:
+            continue
         if not row.bound:
             questions.setdefault(f"methods under {row.adaptation}", []).append(row.label)
         questions.setdefault(f"adaptations of {row.method}", []).append(row.label)

@@ -159,8 +159,8 @@ def test_fine_tuning_replaces_everything(make):
 
 def test_early_adabn_adapts_the_first_layers():
     def deep(classes):
-        layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()] * 2
-        return TaskNetwork(nn.Sequential(*copy.deepcopy(nn.ModuleList(layers))), nn.Linear(4, classes))
+        layers = [layer for _ in range(2) for layer in (nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())]
+        return TaskNetwork(nn.Sequential(*layers), nn.Linear(4, classes))
 
     device, received = Device(), Received(MODEL, TASK)
     every, half, few = (

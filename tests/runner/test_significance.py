@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -38,6 +39,14 @@ def test_pairs_are_of_one_seed():
     assert found["all", "A", "B"].p == pytest.approx(stats.ttest_rel(*means).pvalue)
     assert found["all", "A", "B"].pairs == 4
     assert found["all", "A", "B"].difference == pytest.approx(1.0)
+
+
+def test_adaptations_that_are_bounds_do_not_compete():
+    table = [
+        replace(row, method="FIM-IMM", adaptation={"A": "none", "B": "refit", "C": "refit+true-priors"}[row.method])
+        for row in rows(TABLE)
+    ]
+    assert {(one.method, one.other) for one in compare(table)} == {("FIM-IMM", "FIM-IMM+refit")}
 
 
 def test_noise_is_told_from_a_difference():
