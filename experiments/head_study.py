@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from finished_run import SCENES, FinishedRun
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scipy import stats
 from torch import Tensor, nn
 
 from pl_personalize.adaptations import Case, Received, find_adaptation
@@ -41,7 +42,7 @@ from pl_personalize.heads.cameras import FAMILIES
 from pl_personalize.heads.features import HeadOf
 from pl_personalize.models import TaskNetwork
 from pl_personalize.runner.command_line import run_script
-from pl_personalize.runner.results import markdown_table, mean_and_std
+from pl_personalize.runner.results import FEWEST_SEEDS, markdown_table, mean_and_std
 
 ADAPTATIONS = ("priors", "bbse", "standardize", "auto", "true-priors", "true-moments", "true-both")
 SIZES = (5, 10, 20, 40, 80, 160)
@@ -207,7 +208,7 @@ class Study:
         for task, network in enumerate(self.networks):
             names = [(n, k) for k, scene in enumerate(self.data.classes[task]) for n in self.data.pools().extra[scene]]
             names = [(name, label) for name, label in names if name not in taken]
-            images = (torch.from_numpy(self.data.read_scene(self.data.data_dir / "Images" / n)) for n, _ in names)
+            images = (torch.tensor(self.data.read_scene(self.data.data_dir / "Images" / name)) for name, _ in names)
             labels = torch.tensor([label for _, label in names])
             stacked = torch.stack([image.permute(2, 0, 1) for image in images])
             parts = zip(stacked.split(64), labels.split(64), strict=True)
@@ -223,8 +224,9 @@ class Study:
         """Different samples to adapt to and to evaluate on, with the server's class priors."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "unshifted", number, task))
         weights = (priors / torch.bincount(pool.labels, minlength=len(priors)).clamp_min(1))[pool.labels]
-        rows = torch.multinomial(weights, 2 * IMAGES, generator=generator)
-        return pool.at(rows[:IMAGES]), pool.at(rows[IMAGES:])
+        size = min(IMAGES, len(pool.labels) // 2)
+        rows = torch.multinomial(weights, 2 * size, generator=generator)
+        return pool.at(rows[:size]), pool.at(rows[size:])
 
     def rows(self, user: User, group: str, curve: bool) -> Iterable[dict[str, Any]]:
         """The lines of ``results.csv`` for a user."""
@@ -257,9 +259,9 @@ class Study:
             networks, shift = adapted(server, user.adapt, "auto", left)
             yield row("refit+auto, family left out", count, accuracies(networks, user.eval), shift)
         for size in SIZES if curve else ():
+            if sum(min(len(own.labels), size) for own in user.adapt) < 0.9 * size * len(user.adapt):
+                break
             for draw in range(DRAWS):
-                if min(len(own.labels) for own in user.adapt) < size:
-                    continue
                 some = [
                     own.at(permutation(len(own.labels), self.seed, user.name, draw, task)[:size])
                     for task, own in enumerate(user.adapt)
@@ -268,16 +270,25 @@ class Study:
                 yield row("curve", size, accuracies(networks, user.eval), shift)
 
 
+def p_value(found: pd.Series, others: pd.Series) -> str:
+    """The p of a paired t-test of means by seed; empty with fewer than three seeds or without a difference."""
+    if len(found) < FEWEST_SEEDS or found.equals(others):
+        return ""
+    return f"{stats.ttest_rel(found, others).pvalue:.2g}"
+
+
 def tables(frame: pd.DataFrame) -> str:
     """The tables of all lines."""
     found = []
     for group, rows in frame[frame["adaptation"] != "curve"].groupby("group", sort=False):
-        lines = [["adaptation", "accuracy", "harmed", *get_args(Shift)]]
+        lines = [["adaptation", "accuracy", "p, none", "p, refit", "harmed", *get_args(Shift)]]
+        means = rows.groupby(["adaptation", "seed"], sort=False)["accuracy"].mean()
         for name, one in rows.groupby("adaptation", sort=False):
             counts = Counter(one["shift"])
             shifts = [str(counts[shift]) if one["shift"].any() else "" for shift in get_args(Shift)]
-            by_seed = list(one.groupby("seed")["accuracy"].mean())
-            lines.append([name, mean_and_std(by_seed), f"{one['harmed'].sum()}/{one['tasks'].sum()}", *shifts])
+            p_values = [p_value(means[name], means[other]) for other in ("none", "refit")]
+            harmed = f"{one['harmed'].sum()}/{one['tasks'].sum()}"
+            lines.append([name, mean_and_std(list(means[name])), *p_values, harmed, *shifts])
         title = {"users": "Users of the benchmark", "unshifted": "Users without a shift"}[group]
         found.append(f"{title}:\n\n{markdown_table(lines)}")
     curve = frame[frame["adaptation"] == "curve"]
@@ -295,8 +306,9 @@ def tables(frame: pd.DataFrame) -> str:
         lines += [[str(camera), *map(str, line)] for camera, line in zip(table.index, table.to_numpy(), strict=True)]
         found.append(f"By camera:\n\n{markdown_table(lines)}")
     found.append(
-        "Accuracy in percent, mean ± standard deviation over seeds. harmed: pairs of user and task that lose more than "
-        "a point against the merged model as it is (none). The other columns: users for whom a shift was found."
+        "Accuracy in percent, mean ± standard deviation over seeds; p of paired t-tests over seeds against none and "
+        "refit. harmed: pairs of user and task that lose more than a point against the merged model as it is (none). "
+        "The other columns: users for whom a shift was found."
     )
     return "\n\n".join(found)
 

@@ -111,3 +111,55 @@ def test_the_paper_is_beside_its_own_networks(folder, tmp_path, monkeypatch):
     )
     assert "paper" in output
     assert "MIT Indoor" in output
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A finished run of users with preferences and a camera, two seeds."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    options = [*data_options(folder, "CameraPrior"), "--network.name", PLAIN, "--methods", "[FIM-IMM]"]
+    options += ["--seeds", "[1, 2]", "--models", "last", "--adaptations", "[none, refit]"]
+    run_script(*SCRIPTS["CameraPrior"], *options, "--output_dir", path)
+    return path
+
+
+def test_heads_of_a_finished_run_are_studied(finished):
+    """The models as they are have the accuracies of the run's own table."""
+    output = run_script("head_study.py", finished)
+    rows = rows_of(finished / "head-study" / "FIM-IMM" / "results.csv")
+
+    for line in rows_of(finished / "results.csv"):
+        same = {"seed": line["seed"], "user": line["user"], "adaptation": line["adaptation"], "group": "users"}
+        found = [row["accuracy"] for row in rows if line["user"] != "all" and same.items() <= row.items()]
+        assert line["user"] == "all" or [float(value) for value in found] == pytest.approx([float(line["avg_acc"])])
+    groups = {(row["group"], row["adaptation"]) for row in rows}
+    assert {("users", "refit+true-both"), ("users", "curve"), ("unshifted", "refit+auto")} <= groups
+    assert {row["images"] for row in rows if row["adaptation"] == "curve"} == {"5.0"}  # there are some seven of a task
+    assert (
+        (finished / "head-study" / "FIM-IMM" / "results.md")
+        .read_text()
+        .endswith(output.partition("Users of")[2].partition("\n\nResults: ")[0] + "\n")
+    )
+    assert "| contrast |" in output
+
+
+def test_a_family_of_random_cameras_can_be_left_out(finished):
+    options = ["--cameras", "9", "--seeds", "[2]", "--parts", "[users]"]
+    run_script("head_study.py", finished, *options)
+    path = finished / "head-study" / "FIM-IMM-9-cameras" / "results.csv"
+    rows = rows_of(path)
+    assert {row["seed"] for row in rows} == {"2"}
+    assert {row["group"] for row in rows} == {"users"}
+    assert "refit+auto, family left out" in {row["adaptation"] for row in rows}
+
+    changed = path.stat().st_mtime_ns
+    run_script("head_study.py", finished, *options)  # finished seeds are not computed again
+    assert rows_of(path) == rows
+    assert path.stat().st_mtime_ns == changed
+
+
+def test_heads_over_batch_norm_are_not_studied(folder, tmp_path):
+    options = [*data_options(folder, "CatPrior"), "--network.name", NORMED, "--methods", "[mean-IMM]"]
+    options += ["--models", "last", "--adaptations", "[none]", "--output_dir", tmp_path / "run"]
+    run_script("run_catprior.py", *options)
+    assert "batch norm" in refusal("head_study.py", tmp_path / "run", "--method", "mean-IMM")
