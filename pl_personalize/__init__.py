@@ -10,6 +10,7 @@ except PackageNotFoundError:  # a checkout that is on the path but not installed
 from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.artifacts import ArtifactError
 from pl_personalize.batchnorm import BatchNormStatistics
+from pl_personalize.device_merging import merge_on_device
 from pl_personalize.estimation import estimate_importance
 from pl_personalize.heads import HeadAdaptation, HeadReference, adapt_head, refit_head
 from pl_personalize.importance import Importance
@@ -31,6 +32,7 @@ __all__ = [
     "estimate_importance",
     "learn_merge",
     "merge",
+    "merge_on_device",
     "merge_prefixes",
     "refit_head",
 ]

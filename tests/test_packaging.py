@@ -36,6 +36,7 @@ RANKS = {
     "models": 3,
     "heads": 4,
     "learned_merging": 4,
+    "device_merging": 4,
     "callbacks": 5,
     "datamodules": 5,
     "adaptations": 6,
