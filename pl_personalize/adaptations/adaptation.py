@@ -118,7 +118,9 @@ class Adaptation(metaclass=ABCMeta):
         needs_batchnorm: Whether it does nothing to a network without batch norm.
         needs_earlier_models: Whether it reads the models after earlier tasks.
         trains: Whether it trains; then only the models and tasks that average accuracy and forgetting need are adapted.
-        follows: Name of the adaptation that must come before it in a sequence, if any.
+        follows: Name of the adaptation that must come before it in a sequence, if any, with nothing in between that
+            changes more than the statistics of batch norm.
+        private: Whether its result tells what the user's images are of, so that no step on the server may follow.
         pools_tasks: Whether it reads the data of all tasks of a model before it decides; then it implements
             :meth:`adapt_tasks`.
         bound: Whether it is a bound to compare with, which uses what no device has.
@@ -133,6 +135,7 @@ class Adaptation(metaclass=ABCMeta):
     needs_earlier_models: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     follows: ClassVar[str | None] = None
+    private: ClassVar[bool] = False
     pools_tasks: ClassVar[bool] = False
     bound: ClassVar[bool] = False
 
@@ -203,8 +206,17 @@ class AdaptationSequence:
     def why_not(self, network: TaskNetwork) -> str | None:
         """Why it does not apply to a network; ``None`` if it does."""
         for place, step in enumerate(self.steps):
-            if step.follows is not None and step.follows not in (before.name for before in self.steps[:place]):
+            before = self.steps[:place]
+            private = next((one.name for one in before if one.private), None)
+            if step.reads == "server" and private is not None:
+                return f"{step.name!r} reads the server's images, and {private!r} before it stays on the user's device"
+            if step.follows is None:
+                continue
+            names = [one.name for one in before if one.trains or not one.needs_batchnorm]
+            if step.follows not in names:
                 return f"{step.name!r} must come after {step.follows!r}, as in '{step.follows}+{step.name}'"
+            if names[-1] != step.follows:
+                return f"{step.name!r} must come directly after {step.follows!r}; {names[-1]!r} changes the network"
         return next((f"{s.name!r} {why}" for s in self.steps if (why := s.why_not(network)) is not None), None)
 
     @property

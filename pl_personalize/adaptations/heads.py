@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pl_personalize.adaptation import adapt_batchnorm
 from pl_personalize.adaptations.adaptation import SENT, Adaptation, Case, Device, Entries, Reads, Received, load_entries
+from pl_personalize.adaptations.reestimated_statistics import AdaBN, EarlyAdaBN
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.checks import check_option
 from pl_personalize.functional.batches import Forward, batch_labels
@@ -83,6 +83,7 @@ class _AdaptedHead(Adaptation):
     estimator: ClassVar[Estimator] = "em"
     reads: ClassVar[Reads] = "unlabelled"
     follows: ClassVar[str | None] = Refit.name
+    private: ClassVar[bool] = True
     pools_tasks: ClassVar[bool] = True
 
     @override
@@ -141,16 +142,21 @@ class _Tested(_AdaptedHead):
 
     shift: ClassVar[Shift | None] = None
 
-    def _found(self, cases: Sequence[Case]) -> tuple[HeadAdaptation, bool]:
-        """Adapt the heads, or else batch norm; returns what was found, and whether it is batch norm."""
+    def _found(self, cases: Sequence[Case]) -> tuple[Shift, bool]:
+        """Adapt the heads, or else batch norm; returns the shift that was found, and whether it is batch norm.
+
+        If the user sees other class frequencies, too, only the first layers of batch norm are adapted, and none in
+        networks that are too small to have such.
+        """
         before = [_copied(_head(case.network)) for case in cases]
-        found = self._adapt(cases, None)
-        if not (found.style_differs and batchnorm_layers(cases[0].network.body)):
-            return found, False
+        found, layers = self._adapt(cases, None), len(batchnorm_layers(cases[0].network.body))
+        step = EarlyAdaBN() if found.shift in ("label", "both") else AdaBN()
+        if not found.style_differs or layers * getattr(step, "depth", 1) < 1:
+            return found.shift, False
         for case, head in zip(cases, before, strict=True):
             load_entries(case.network, head)
-            adapt_batchnorm(case.network, case.device.images(), module="body", forward=_forward(case.device))
-        return found, True
+            load_entries(case.network, step.adapt(*case))
+        return found.shift, True
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,12 @@ class Auto(_Tested):
 
     @override
     def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
-        found, adapted = self._found(cases)
-        if adapted and found.shift in ("covariate", "both"):
-            self._adapt(cases, "covariate")
-        note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(found.shift))}
+        shift, adapted = self._found(cases)
+        if adapted:  # the features are others now
+            done: Shift = "label" if shift in ("label", "both") else shift
+            self._adapt(cases, done)
+            shift = "both" if done == "label" else "covariate"
+        note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(shift))}
         return [_head(case.network) | (_statistics(case.network) if adapted else {}) | note for case in cases]
 
 
@@ -188,6 +196,7 @@ class _Oracle(Adaptation):
 
     reads: ClassVar[Reads] = "labelled"
     follows: ClassVar[str | None] = Refit.name
+    private: ClassVar[bool] = True
     bound: ClassVar[bool] = True
     corrects: ClassVar[tuple[str, ...]]
 

@@ -112,11 +112,6 @@ def linear_discriminant(moments: ClassMoments, shrinkage: float) -> Linear | Non
     return Linear(weight, bias)
 
 
-def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
-    """Mean cross-entropy in nats."""
-    return float(F.cross_entropy(logits, labels))
-
-
 def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy with one in n + 1 labels spread over the classes, so that no finite sample is separable.
 

@@ -14,15 +14,15 @@ def em_priors(
     r"""Class priors of unlabelled samples by expectation maximization.
 
     .. math::
-        r_{ik} \propto \frac{q_k}{\pi_k} p(k \mid x_i), \qquad q_k \propto \alpha + \sum_i r_{ik}
+        r_{ik} \propto \frac{q_k}{\pi_k} p(k \mid x_i), \qquad q_k \propto \alpha K \pi_k + \sum_i r_{ik}
 
     (Saerens, Latinne and Decaestecker, Neural Computation 2002; with :math:`\alpha > 0`, the mode under a Dirichlet
-    prior of :math:`\alpha + 1`, for few samples.)
+    prior around π, for few samples.)
 
     Args:
         logits: Calibrated logits under the source's priors, (n, K) or several sets (…, n, K).
         source: The source's class priors π, (K,), positive.
-        alpha: Pseudo-counts of each class.
+        alpha: Pseudo-counts of a class, on average over classes.
         scale: Factor of the log-likelihoods; above 1, the assignments are harder.
         max_iter: Maximum number of iterations.
         tol: Largest change of a prior at which the iteration ends.
@@ -36,9 +36,9 @@ def em_priors(
         tensor([0.7500, 0.2500], dtype=torch.float64)
     """
     likelihoods = scale * (logits - source.log())
-    priors = source.expand(*logits.shape[:-2], -1)
+    priors, pseudo_counts = source.expand(*logits.shape[:-2], -1), alpha * len(source) * source
     for _ in range(max_iter):
-        counts = (likelihoods + priors.clamp_min(_SMALLEST).log().unsqueeze(-2)).softmax(-1).sum(-2) + alpha
+        counts = (likelihoods + priors.clamp_min(_SMALLEST).log().unsqueeze(-2)).softmax(-1).sum(-2) + pseudo_counts
         before, priors = priors, counts / counts.sum(-1, keepdim=True)
         if (priors - before).abs().max() < tol:
             break

@@ -10,12 +10,12 @@ from typing import Any, Literal, Self, cast, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from pl_personalize.artifacts import load_tensors, save_tensors
+from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors
 from pl_personalize.functional.batches import Forward
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
 from pl_personalize.functional.label_shift import bbse_priors, em_priors, label_shift_evidence
-from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
+from pl_personalize.heads.features import Gather, HeadOf, read_everywhere, written
 from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
 from pl_personalize.heads.refit import CAMERA_ALPHA
 
@@ -28,7 +28,7 @@ _TOLERANCE = 0.005  # mean squared shift, in variances, that is not worth a corr
 _DOUBT, _LEVELS = 0.01, {"covariate": 1e-5, "label": 0.05}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadAdaptation:
     """Outcome of adapting a head to a user's images of one task: the shift that was found, and the head for it.
 
@@ -105,12 +105,14 @@ class HeadAdaptation:
         """Read a file written by :meth:`save`.
 
         Raises:
-            ArtifactError: If the file is missing, damaged, or of another kind.
+            ArtifactError: If the file is missing, damaged, of another kind, or of another release.
         """
         tensors, metadata = load_tensors(path, kind=ARTIFACT_KIND)
-        before, after = (Linear(tensors[f"{which}.weight"], tensors[f"{which}.bias"]) for which in ("before", "after"))
-        keys = ("shift", "evidence", "num_images", "head")
-        known: dict[str, Any] = {key: metadata[key] for key in keys}
+        try:
+            before, after = (Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in ("before", "after"))
+            known: dict[str, Any] = {key: metadata[key] for key in ("shift", "evidence", "num_images", "head")}
+        except KeyError as error:
+            raise ArtifactError(f"{path} lacks {error}. Was it written by another release?") from error
         return cls(class_priors=tensors.get("class_priors"), before=before, after=after, **known)
 
 
@@ -168,8 +170,13 @@ def adapt_head(
       by expectation maximization (see :func:`~pl_personalize.functional.label_shift.em_priors`), and
       :math:`\log q_k / \pi_k` is added to the bias.
 
-    Limits, pseudo-counts and scales were found on the server's data alone (:func:`refit_head`). Without a shift,
-    and in doubt about a camera, nothing changes. Labels in the batches are ignored.
+    Pseudo-counts, scales and the distributions without a shift come from the server's data alone (:func:`refit_head`);
+    the levels of the tests are constants. Without a shift, and in doubt about a camera, nothing changes. Without
+    cameras, a user with both shifts gets features standardized, which takes part of their class mix for the camera and
+    can be worse than nothing: refit with ``cameras=`` where this may be.
+
+    Images are taken as independent: many photographs of one scene look like another camera. Labels in the batches are
+    ignored.
 
     Args:
         model: A network after :func:`refit_head`; or those of all tasks of a user, which share their camera, so that
@@ -179,8 +186,9 @@ def adapt_head(
         head: Name of the last layer; by default the last linear layer or convolution that a forward pass calls.
         forward: ``(model, batch) -> logits``, if calling the model on the input is not enough.
         shift: The shift to correct, if it is known; by default it is tested.
-        estimator: How class priors are estimated: ``"em"``, or ``"bbse"`` by regularized black-box shift estimation,
-            see :func:`~pl_personalize.functional.label_shift.bbse_priors`.
+        estimator: How class priors are estimated under label shift alone: ``"em"``, or ``"bbse"`` by regularized
+            black-box shift estimation, see :func:`~pl_personalize.functional.label_shift.bbse_priors`. Under both
+            shifts, it is always EM.
         gather: See :func:`refit_head`.
         progress: Show a progress bar if a pass takes more than two seconds.
 
@@ -188,15 +196,23 @@ def adapt_head(
         What was found and changed; for several tasks a list.
 
     Raises:
-        ValueError: If there are no images, a feature is not finite, a reference belongs to another model, or the
-            numbers of models, images and references differ; also if another process fails. Nothing has changed then.
+        ValueError: If there are no images, a feature is not finite, a reference belongs to another model, the numbers
+            of models, images and references differ, or ``shift="both"`` is given and a reference has no cameras; also
+            if another process fails. Nothing has changed then, nor after an interruption.
+        TypeError: If a reference is none.
     """
+    check_shift(shift)
+    check_estimator(estimator)
     if isinstance(model, nn.Module):
         models, all_images, references = [model], [images], [cast("HeadReference", reference)]
     else:
-        models, all_images, references = list(model), list(images), list(cast("Sequence[HeadReference]", reference))
-    check_shift(shift)
-    check_estimator(estimator)
+        given = [reference] if isinstance(reference, HeadReference) else list(reference)
+        models, all_images, references = list(model), list(images), given
+    for one in references:
+        if not isinstance(one, HeadReference):
+            raise TypeError(f"A reference must be a HeadReference, such as HeadReference.load(path); got {one!r}.")
+        if shift == "both" and one.cameras is None:
+            raise ValueError("shift='both' needs a reference with cameras: refit_head(…, cameras=60).")
     if not len(models) == len(all_images) == len(references) or not models:
         raise ValueError(
             f"Give one model, one iterable of images and one reference per task; got {len(models)}, "
@@ -213,11 +229,9 @@ def adapt_head(
         if shift is None:
             shift = _found(tasks, evidence)
         found = [task.adapted(shift, evidence) for task in tasks]
-        for task, one in zip(tasks, found, strict=True):
-            task.layer.fitting(one.after)  # refuses before anything changes
-        for task, one in zip(tasks, found, strict=True):
-            task.layer.write(one.after)
-        outcomes = [replace(one, after=task.layer.linear) for task, one in zip(tasks, found, strict=True)]  # as rounded
+        pairs = list(zip(tasks, found, strict=True))
+        with written([(task.layer, one.after) for task, one in pairs]):
+            outcomes = [replace(one, after=task.layer.linear) for task, one in pairs]  # as rounded
     return outcomes[0] if isinstance(model, nn.Module) else outcomes
 
 
@@ -245,6 +259,8 @@ def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
     """The shift that the tasks show together; the evidence is noted."""
     evidence["covariate"] = _pooled(task.camera() for task in tasks)
     evidence["style"] = _pooled(task.camera(style=True) for task in tasks)
+    if not any(task.reference.can_tell_cameras for task in tasks):
+        return "none"  # a camera would pass for class priors
     if evidence["covariate"] >= _DOUBT:
         evidence["label"] = _pooled(task.label() for task in tasks)
         return "label" if evidence["label"] < _LEVELS["label"] else "none"
@@ -283,7 +299,8 @@ class _Task:
         def read() -> Tensor:
             parts = [features for _, features in layer.read(batches, progress=progress)]
             if not parts:
-                raise ValueError("There are no images to adapt to: pass at least one batch.")
+                where = "" if gather is None else " on one of the processes, each of which needs some"
+                raise ValueError(f"There are no images to adapt to{where}: pass at least one batch.")
             for other, same in (
                 ("head", head_fingerprint(layer.linear) == reference.fingerprint),
                 ("body", layer.body_fingerprint == reference.body_fingerprint),
@@ -291,8 +308,8 @@ class _Task:
                 if not same:
                     raise ValueError(
                         f"The reference belongs to another {other} than that of this {type(layer.model).__name__} with "
-                        f"the head {layer.name!r}: pass the model that refit_head changed, before it is adapted, and "
-                        "the reference that it returned."
+                        f"the head {layer.name!r}: pass the model that refit_head changed, in the same precision and "
+                        "before it is adapted, and the reference that it returned."
                     )
             return torch.cat(parts)
 
@@ -355,8 +372,9 @@ class _Task:
     def label(self) -> tuple[float, float, float]:
         """The statistic of label shift, and its mean and variance without a shift."""
         evidence = label_shift_evidence(self.head(self.features), self.source, self.priors(self.head))
-        mean, variance = self.reference.at("prior_null", self.count)
-        return float(evidence), mean, variance
+        mean, variance, leak = self.reference.at("prior_null", self.count)
+        growth = 1 + leak * self.count
+        return float(evidence), mean * growth, variance * growth**2
 
     def adapted(self, shift: Shift, evidence: dict[str, float]) -> HeadAdaptation:
         """The head for a shift."""

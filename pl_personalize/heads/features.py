@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from pl_personalize.artifacts import tensor_checksum
 from pl_personalize.functional.batches import Forward, as_logits, call_model
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.models.splitting import find_head
 from pl_personalize.per_sample.batchnorm_pass import Batches
+from pl_personalize.per_sample.interrupts import InterruptsHeld
 from pl_personalize.per_sample.module_state import evaluating, isolated, model_kept
 
 Gather = Callable[[Tensor], Tensor]
@@ -58,6 +61,7 @@ class HeadOf:
     """
 
     def __init__(self, model: nn.Module, name: str | None = None, forward: Forward | None = None) -> None:
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model  # whose layers have plain names
         self.model, self.name, self._forward = model, name, forward or call_model
         self._layer = None if name is None else _layer(model, name)
         self._called: list[nn.Module] = []
@@ -76,22 +80,25 @@ class HeadOf:
     @property
     def linear(self) -> Linear:
         """Weight (K, d) and bias (K,), copied to the CPU in float64."""
-        weight, bias = self.layer.weight.detach().cpu().double().flatten(1), self.layer.bias
-        assert bias is not None
-        return Linear(weight.clone(), bias.detach().cpu().double().clone())
+        return _linear(self.layer)
 
     @property
     def body_fingerprint(self) -> str:
-        """Checksum of the parameters of all other modules that the forward pass called, in the order of the calls."""
-        modules = [module for module in dict.fromkeys(self._called) if module is not self.layer]
-        parameters = dict.fromkeys(p for module in modules for p in module.parameters(recurse=False))
+        """Checksum of the parameters of all other modules that the forward pass used, in the order of the calls.
+
+        A module that calls none of its submodules may use their parameters itself, as attention does.
+        """
+        modules = dict.fromkeys(module for module in self._called if module is not self.layer)
+        called = {*modules, self.layer}
+        alone = {module: called.isdisjoint(list(module.modules())[1:]) for module in modules}
+        parameters = dict.fromkeys(p for module in modules for p in module.parameters(recurse=alone[module]))
         return tensor_checksum({str(number): p.detach().cpu() for number, p in enumerate(parameters)})
 
     def write(self, head: Linear) -> None:
         """Copy a weight and a bias into the layer; raises as :meth:`fitting` does, and the layer is then unchanged."""
         weight, bias = self.fitting(head)
         assert self.layer.bias is not None
-        with torch.no_grad():
+        with torch.no_grad(), InterruptsHeld():
             self.layer.weight.copy_(weight)
             self.layer.bias.copy_(bias)
 
@@ -118,19 +125,14 @@ class HeadOf:
             raise ValueError(f"Pass an iterable of batches, such as [x], not a tensor of shape {tuple(batches.shape)}.")
         model = self.model
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        calls: list[tuple[str, Tensor, Any]] = []
         with ExitStack() as contexts:
             for context in (isolated(device), torch.no_grad(), model_kept(model), evaluating(model)):
                 contexts.enter_context(context)
             layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
             if self.name is not None:
                 layers = {self.name: self.layer}
-            handles = {
-                name: layer.register_forward_hook(
-                    lambda _, inputs, output, name=name: calls.append((name, inputs[0], output))
-                )
-                for name, layer in layers.items()
-            }
+            calls = _Calls()
+            handles = {name: calls.watch(name, layer) for name, layer in layers.items()}
             for handle in handles.values():
                 contexts.callback(handle.remove)
             watches = [m.register_forward_pre_hook(lambda m, _: self._called.append(m)) for m in model.modules()]
@@ -138,27 +140,133 @@ class HeadOf:
                 contexts.callback(watch.remove)
             checked = False
             for batch in Batches(batches, device, title="Features" if progress else None):
-                calls.clear()
-                logits = as_logits(self._forward(model, batch))
-                if not calls:
-                    raise ValueError(f"{type(model).__name__} calls no linear layer or 1×1 convolution as its head.")
-                name, inputs, output = calls[-1]
+                logits = calls.of(self._forward, model, batch)
+                name = calls.last
                 if not checked:
                     if self.name is None:
                         self._layer, self.name = _layer(model, name), name
                     for other in (*watches, *(handles[other] for other in handles.keys() - {name})):
                         other.remove()
-                    checked = True
-                elif len(calls) != 1:
-                    raise ValueError(
-                        f"The head {name!r} must be called once in a forward pass; got {len(calls)} calls."
-                    )
-                _check_linear(model, name, inputs, output, logits)
-                features = (inputs.mean((2, 3)) if inputs.dim() == 4 else inputs).double().cpu()
-                calls.clear()
+                features = calls.features(model, name, self.layer, logits)
+                if not checked and not _tells(self.layer, features):
+                    with _random_parameters(self.layer):
+                        calls.features(model, name, self.layer, calls.of(self._forward, model, batch))
+                checked = True
                 if not torch.isfinite(features).all():
                     raise ValueError(f"Features of the head {self.name!r} are NaN or infinite for some samples.")
                 yield batch, features
+
+
+@contextmanager
+def written(heads: Sequence[tuple[HeadOf, Linear]]) -> Iterator[None]:
+    """Write heads into their layers, all or none, and put the old ones back after an error or an interruption.
+
+    Raises:
+        ValueError: As :meth:`HeadOf.fitting` does, before anything changes.
+    """
+    for layer, head in heads:
+        layer.fitting(head)
+    before = [layer.linear for layer, _ in heads]
+    try:
+        with InterruptsHeld():
+            for layer, head in heads:
+                layer.write(head)
+        yield
+    except BaseException:
+        with InterruptsHeld():
+            for (layer, _), old in zip(heads, before, strict=True):
+                layer.write(old)
+        raise
+
+
+class _Calls:
+    """Calls of layers in one forward pass: the input of the last one, before anything can change it in place."""
+
+    def __init__(self) -> None:
+        self._counts = Counter[str]()
+        self._input: Tensor | None = None
+        self.last = ""
+
+    def watch(self, name: str, layer: nn.Module) -> Any:
+        """Note the calls of a layer; returns the handle of its hook."""
+
+        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs.get("input")
+            self._input, self.last = None, name
+            if isinstance(given, Tensor):
+                self._input = given.detach().mean((2, 3)) if given.dim() == 4 else given.detach().clone()
+            self._counts[name] += 1
+
+        return layer.register_forward_pre_hook(called, with_kwargs=True)
+
+    def of(self, forward: Forward, model: nn.Module, batch: Any) -> Tensor:
+        """The logits of a batch, whose forward pass is noted.
+
+        Raises:
+            ValueError: If no layer was called.
+        """
+        self._counts.clear()
+        logits = as_logits(forward(model, batch))
+        if not self._counts:
+            raise ValueError(f"{type(model).__name__} calls no linear layer or 1×1 convolution as its head.")
+        return logits
+
+    def features(self, model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d, logits: Tensor) -> Tensor:
+        """The input of the head, (n, d), in float64 on the CPU.
+
+        Raises:
+            ValueError: If the head was called several times, or the logits are not linear in its input.
+        """
+        if (count := self._counts[name]) != 1 or self.last != name:
+            raise ValueError(
+                f"The head {name!r} must be called once in a forward pass, as the last layer; got {count} calls."
+            )
+        inputs, shape = self._input, tuple(logits.shape)
+        self._input = None
+        if inputs is not None and inputs.dim() == 2 and shape == (len(inputs), len(layer.weight)):
+            features = inputs.double().cpu()
+            head = _linear(layer)
+            expected, found = head(features), logits.detach().double().cpu()
+            if not expected.isfinite().all():
+                return features  # refused by name later
+            tolerance = 1e-3 if layer.weight.dtype in (torch.float32, torch.float64) else 0.05
+            size = (features.abs() @ head.weight.abs().T).amax() + head.bias.abs().amax()
+            overflows = expected.abs() > torch.finfo(logits.dtype).max
+            if (((expected - found).abs() <= tolerance * (expected.abs() + 0.1 * size)) | overflows).all():
+                return features
+        raise ValueError(
+            f"The logits {shape} of {type(model).__name__} are not linear in the input of its last layer {name!r}, "
+            f"{tuple(layer.weight.shape)}: another operation follows it (a softmax, a scale, a ReLU?), or the logits "
+            "are not (samples, classes). Pass head= to name another layer, or remove what follows."
+        )
+
+
+def _linear(layer: nn.Linear | nn.Conv2d) -> Linear:
+    """Weight (K, d) and bias (K,) of a layer, copied to the CPU in float64."""
+    assert layer.bias is not None
+    weight, bias = (p.detach().to("cpu", torch.float64, copy=True) for p in (layer.weight, layer.bias))
+    return Linear(weight.flatten(1), bias)
+
+
+def _tells(layer: nn.Linear | nn.Conv2d, features: Tensor) -> bool:
+    """Whether the logits differ so much that another operation on them cannot hide, such as a ReLU."""
+    logits = _linear(layer)(features)
+    return bool(logits.amin() < -1e-3 and logits.amax() > 1e-3)
+
+
+@contextmanager
+def _random_parameters(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
+    """Random weight and bias, for a while."""
+    generator = torch.Generator().manual_seed(0)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    with InterruptsHeld():
+        try:
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            yield
+        finally:
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(before[name])
 
 
 def _layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
@@ -169,22 +277,3 @@ def _layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             f"The head {name!r} has no bias, which class priors are folded into; create it with bias=True."
         )
     return layer
-
-
-def _check_linear(model: nn.Module, name: str, inputs: Tensor, output: Any, logits: Tensor) -> None:
-    """Check that the logits are the output of the layer, or its mean over positions."""
-    expected = output
-    if isinstance(output, Tensor) and output.dim() == 4:
-        expected = output.mean((2, 3))
-    fits = isinstance(expected, Tensor) and expected.dim() == 2 and inputs.dim() in (2, 4)
-    if (
-        not fits
-        or expected.shape != logits.shape
-        or not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4, equal_nan=True)
-    ):
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"The logits {tuple(logits.shape)} of {type(model).__name__} are not linear in the input of its last layer "
-            f"{name!r} (output {found}): another operation follows it (a softmax, a scale, a ReLU?), or the logits are "
-            "not (samples, classes). Pass head= to name another layer, or remove what follows."
-        )

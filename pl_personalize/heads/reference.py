@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pl_personalize.artifacts import load_tensors, save_tensors, tensor_checksum
+from pl_personalize.artifacts import ArtifactError, load_tensors, save_tensors, tensor_checksum
 from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import CameraShifts, covariate_statistic, span_basis
 from pl_personalize.functional.names import some
@@ -19,14 +19,14 @@ ARTIFACT_KIND = "head-reference"
 _CHECKSUMS = ("fingerprint", "body_fingerprint")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadReference:
     """Moments of the server's features, and limits beyond which a user's features differ from them; no image.
 
     Attributes:
         class_priors: The server's class priors, (K,).
         class_means: Means of the features of each class of all the server's samples, (K, d).
-        mean: Mean of the features of the server's validation samples, (d,).
+        mean: Mean of the features of validation samples under the server's class priors, (d,).
         std: Their standard deviation, (d,).
         directions: Directions outside the span of the means of classes and of clusters within them, (r, d).
         direction_std: Standard deviation of the validation samples along these, (r,).
@@ -37,10 +37,12 @@ class HeadReference:
         style_std: As ``direction_std``, for these.
         style_null: As ``camera_null``, for these.
         sizes: Numbers of images that the following tables were made for, (s,).
-        prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, (s, 2).
+        prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, and by what share it
+            grows with each image, because the server's sample is finite, too, (s, 3).
         prior_settings: Pseudo-counts and scale of the EM algorithm, and strength of the regularization of black-box
             shift estimation, (s, 3).
-        confusion: Mean predicted probabilities of the validation samples of each class, (K, K), row by class.
+        confusion: Mean predicted probabilities of the server's samples of each class by heads that have not seen them,
+            (K, K), row by class.
         camera_shifts: Shifts of the features' means by random cameras, (M, d), float16; M = 0 without cameras.
         camera_ratios: Logarithm of the ratios of their stds, (M, d), float16.
         camera_evidence: Mean log-likelihood ratio of label shift for each camera without one, (M,).
@@ -113,9 +115,18 @@ class HeadReference:
         """Read a file written by :meth:`save`.
 
         Raises:
-            ArtifactError: If the file is missing, damaged, or of another kind.
+            ArtifactError: If the file is missing, damaged, of another kind, or of another release.
         """
-        return cls.from_tensors(load_tensors(path, kind=ARTIFACT_KIND)[0])
+        tensors = load_tensors(path, kind=ARTIFACT_KIND)[0]
+        try:
+            return cls.from_tensors(tensors)
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error} Was it written by another release?") from error
+
+    @property
+    def can_tell_cameras(self) -> bool:
+        """Whether there are directions in which another camera shows, and samples that tell how much is usual."""
+        return len(self.directions) > 0 and float(self.camera_null[1]) > 0
 
     def covariate_statistic(self, features: Tensor, *, style: bool = False) -> float:
         """The statistic of covariate shift of features (n, d), in ``directions`` or in ``style_directions``."""
@@ -160,7 +171,7 @@ def tail(value: float, mean: float, variance: float) -> float:
         >>> round(tail(3.0, 1.0, 1.0), 4)  # exponential: exp(-3)
         0.0498
     """
-    if value <= 0 or variance <= 0:
+    if not (value > 0 and mean > 0 and variance > 0):
         return 1.0
     shape = torch.tensor(mean**2 / variance, dtype=torch.float64)
     return float(torch.special.gammaincc(shape, torch.tensor(value * mean / variance, dtype=torch.float64)))

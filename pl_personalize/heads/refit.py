@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from pl_personalize.functional.batches import Forward, Labels, as_input, batch_labels
+from pl_personalize.functional.batches import Forward, Labels, as_input, batch_labels, call_model
 from pl_personalize.functional.discriminant import (
     SHRINKAGES,
     ClassMoments,
@@ -35,11 +37,11 @@ from pl_personalize.functional.feature_shift import (
 from pl_personalize.functional.label_shift import bbse_priors, confusion, em_priors, label_shift_evidence
 from pl_personalize.functional.names import some
 from pl_personalize.heads.cameras import Camera, on_inputs, random_cameras
-from pl_personalize.heads.features import Gather, HeadOf, read_everywhere
+from pl_personalize.heads.features import Gather, HeadOf, read_everywhere, written
 from pl_personalize.heads.reference import HeadReference, head_fingerprint
 
 SIZES = (10, 40, 160)
-_SETS, _ELEMENTS = 100, 100_000  # simulated users of each size, and their logits at most
+_SETS, _ELEMENTS, _LOSSES = 100, 100_000, 4_000_000  # simulated users of a size, their logits and losses at most
 _CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
 _STRENGTHS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -68,11 +70,13 @@ def refit_head(
 
     Merging changes the features that a head was trained on. The new head is linear discriminant analysis on the
     features of the merged body: class means and a shrunk, pooled within-class covariance. The shrinkage has the least
-    negative log-likelihood on the validation samples; the same samples calibrate the logits (scale, and a small bias
-    for each class) and choose by cross-validation among the trained head, the discriminant, and the sum of both. With
-    the shrinkage and the calibration found, the moments of all samples are used.
+    negative log-likelihood on the validation samples, which also choose by cross-validation among the trained head, the
+    discriminant, and the sum of both. Cross-validation over all samples calibrates the logits (scale, and a small bias
+    for each class). With shrinkage and calibration found, the moments of all samples are used. A head that was refitted
+    to these data before is no candidate, as it has seen the validation samples: refitting twice is refitting once.
 
-    The data are read once, in eval mode. Only the weight and the bias of the last layer change.
+    The data are read once, in eval mode. Only the weight and the bias of the last layer change. The result does not
+    depend on the order of the samples, up to rounding, except for the choice of images for cameras.
 
     Args:
         model: Any module that returns logits (n, K), linear in the input of its last linear layer or 1×1 convolution
@@ -82,7 +86,8 @@ def refit_head(
         head: Name of the last layer; by default the last linear layer or convolution that a forward pass calls.
         forward: ``(model, batch) -> logits``, if calling the model on the input is not enough.
         labels: Labels in a batch: a function of it, an index, or a key; by default the second of two items.
-        directions: Number of directions in which covariate shift is tested.
+        directions: Number of directions in which covariate shift is tested, 1 or more. They are outside the span of the
+            class means: with as many classes as features there are none, and a device finds no shift.
         cameras: For image inputs (n, channels, height, width): the number of random cameras, or functions of images in
             [0, 1], through which the network also sees some validation samples. A device can then tell the camera from
             the class mix where both differ; with 0, it corrects one of the two.
@@ -99,6 +104,9 @@ def refit_head(
             head, a feature is not finite, all features are constant, the network is not linear in its features, or
             another process fails. The model is then unchanged.
     """
+    check_refit_options(directions, cameras, camera_images)
+    if forward is None:
+        forward = partial(call_model, label_key=labels if isinstance(labels, str) else None)
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         layer = HeadOf(model, head, forward)
         chosen = _Chosen(camera_images) if cameras else None
@@ -112,28 +120,74 @@ def refit_head(
             if chosen is not None:
                 chosen = chosen.gathered(gather)
         _check_samples(moments)
+        (kept, kept_classes), (features, classes) = _in_order(kept, kept_classes), _in_order(features, classes)
 
         shrinkage, discriminant = _best_discriminant(moments, features, classes)
         everything = moments.plus(ClassMoments.of(features, classes, len(moments.counts)))
         final = linear_discriminant(everything, shrinkage)
         assert final is not None
         samples = _Samples(torch.cat([kept.double(), features]), torch.cat([kept_classes, classes]))
-        factor, bias = _cross_calibration(everything, shrinkage, *samples)
-        trained = layer.linear
-        weights = _combination([trained, discriminant.scaled(factor, bias)], features, classes)
-        honest = combined([trained, discriminant.scaled(factor, bias)], weights)
-        refitted = combined([trained, final.scaled(factor, bias)], weights)
-        reference = _reference(everything, samples, len(classes), honest(features), directions)
+        factor, bias, left_out = _cross_calibration(everything, shrinkage, *samples)
+        trained = [layer.linear] if _is_candidate(layer.linear, final) else []
+        candidates = [discriminant.scaled(factor, bias), *trained]
+        weights = _combination(candidates, features, classes)
+        unseen = combined(candidates, weights)  # which has not seen the validation samples
+        refitted = combined([final.scaled(factor, bias), *trained], weights)
+        predicted = _Predicted(unseen(features), classes)
+        if left_out is not None and not any(weights[1:]):
+            predicted = _Predicted(weights[0] * left_out, samples.classes)
+        reference = _reference(everything, samples, len(classes), predicted, directions)
+        if not reference.can_tell_cameras:
+            rank_zero_warn(
+                f"The {len(everything.counts)} class means span the {features.shape[1]} features of the head "
+                f"{layer.name!r}, or there are too few validation samples: devices cannot tell another camera from "
+                "other class frequencies. adapt_head then finds no shift; pass shift='label' if cameras do not differ."
+            )
         if chosen is not None:
             taken = random_cameras(cameras) if isinstance(cameras, int) else cameras
-            reference = replace(reference, **_cameras(layer, chosen, taken, honest, reference))
-        layer.write(refitted)
-        return replace(reference, fingerprint=head_fingerprint(layer.linear), body_fingerprint=layer.body_fingerprint)
+            reference = replace(reference, **_cameras(layer, chosen, taken, unseen, reference))
+        body = layer.body_fingerprint
+        with written([(layer, refitted)]):
+            return replace(reference, fingerprint=head_fingerprint(layer.linear), body_fingerprint=body)
+
+
+def check_refit_options(directions: int, cameras: int | Sequence[Camera], camera_images: int = 1) -> None:
+    """Refuse numbers that are none.
+
+    Raises:
+        ValueError: If ``directions`` or ``camera_images`` is no positive integer, or ``cameras`` a negative one.
+    """
+    counts = {"directions": (directions, 1), "camera_images": (camera_images, 1)}
+    counts |= {} if isinstance(cameras, Sequence) else {"cameras": (cameras, 0)}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of {least} or more; got {value!r}.")
 
 
 class _Samples(NamedTuple):
     features: Tensor
     classes: Tensor
+
+
+class _Predicted(NamedTuple):
+    """Calibrated logits (n, K) of samples by heads that have not seen them, and their classes (n,)."""
+
+    logits: Tensor
+    classes: Tensor
+
+
+def _in_order(features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples in an order that only depends on their features."""
+    generator = torch.Generator().manual_seed(0)
+    order = (features.double() @ torch.randn(features.shape[1], dtype=torch.float64, generator=generator)).argsort()
+    return features[order], classes[order]
+
+
+def _is_candidate(trained: Linear, discriminant: Linear) -> bool:
+    """Whether a trained head is finite, and not the discriminant of an earlier call, which saw validation samples."""
+    one, other = trained.weight, discriminant.weight
+    multiple = (one * other).sum() / other.square().sum()
+    return bool((one - multiple * other).norm() > 0.01 * one.norm()) and bool(trained.bias.isfinite().all())
 
 
 def _training(
@@ -247,8 +301,11 @@ def _best_discriminant(moments: ClassMoments, features: Tensor, classes: Tensor)
 
 def _cross_calibration(
     moments: ClassMoments, shrinkage: float, features: Tensor, classes: Tensor
-) -> tuple[float, Tensor]:
-    """Factor and bias that calibrate discriminants of which each sample was left out."""
+) -> tuple[float, Tensor, Tensor | None]:
+    """Factor and bias that calibrate discriminants, and calibrated logits of each by one that has not seen it.
+
+    Without calibration and logits if a class has too few samples.
+    """
     generator = torch.Generator().manual_seed(0)
     folds = torch.randperm(len(classes), generator=generator) % _FOLDS
     logits = torch.zeros(len(classes), len(moments.counts), dtype=features.dtype)
@@ -257,13 +314,14 @@ def _cross_calibration(
         rest = moments.minus(ClassMoments.of(features[out], classes[out], len(moments.counts)))
         found = linear_discriminant(rest, shrinkage) if rest.counts.min() > 0 else None
         if found is None:  # a class with a single sample
-            return 1.0, torch.zeros_like(logits[0])
+            return 1.0, torch.zeros_like(logits[0]), None
         logits[out] = found(features[out])
-    return calibration(logits, classes)
+    factor, bias = calibration(logits, classes)
+    return factor, bias, factor * logits + bias
 
 
 def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) -> list[float]:
-    """Factors of the trained head and the discriminant.
+    """Factors of the discriminant and of the trained head, if it is given.
 
     The discriminant alone, unless the trained head or both together have a cross-validated negative log-likelihood that
     is less by more than two standard errors.
@@ -271,15 +329,16 @@ def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) ->
     logits = [candidate(features) for candidate in candidates]
     folds = torch.arange(len(classes)) % min(_FOLDS, len(classes))
     losses: dict[tuple[int, ...], Tensor] = {}
-    for chosen in ((1,), (0,), (0, 1)):
+    choices: list[tuple[int, ...]] = [(0,), (1,), (0, 1)][: 3 if len(candidates) > 1 else 1]
+    for chosen in choices:
         losses[chosen] = torch.zeros(len(classes), dtype=features.dtype)
         for fold in range(int(folds.max()) + 1 if len(classes) > 1 else 0):
             out = folds == fold
             factors = best_factors([logits[k][~out] for k in chosen], classes[~out])
             mixed = torch.stack([f * logits[k][out] for f, k in zip(factors, chosen, strict=True)]).sum(0)
             losses[chosen][out] = F.cross_entropy(mixed, classes[out], reduction="none")
-    best: tuple[int, ...] = (1,)
-    for chosen in ((0,), (0, 1)):
+    best = choices[0]
+    for chosen in choices[1:]:
         gain = losses[best] - losses[chosen]
         if gain.mean() > 2 * gain.std() / len(gain) ** 0.5:
             best = chosen
@@ -288,9 +347,13 @@ def _combination(candidates: list[Linear], features: Tensor, classes: Tensor) ->
 
 
 def _reference(
-    moments: ClassMoments, samples: _Samples, num_val: int, logits: Tensor, directions: int
+    moments: ClassMoments, samples: _Samples, num_val: int, predicted: _Predicted, directions: int
 ) -> HeadReference:
-    """The reference, whose limits come from simulated users with validation samples, the last ones of ``samples``."""
+    """The reference, whose limits come from simulated users.
+
+    They have validation samples, the last ones of ``samples``, in the test of cameras, and those of ``predicted``
+    in that of class priors.
+    """
     means = [moments.means]
     num_classes, width = moments.means.shape
     most = max(1, min(_GROUPS, width // (2 * num_classes)))  # half of the directions are left
@@ -314,9 +377,8 @@ def _reference(
         return rows.float(), spread.float(), _camera_null(scores, spread, classes, mixes, moments).float()
 
     camera, style = test(torch.cat(means)), test(moments.means)
-    matrix = confusion(logits, classes, moments.priors)
-    nulls = (_prior_null(logits, classes, moments.priors, matrix, mixes, weights, size) for size in SIZES)
-    prior, settings = zip(*nulls, strict=True)
+    matrix = confusion(*predicted, moments.priors)
+    prior, settings = zip(*(_prior_null(predicted, moments.priors, matrix, size) for size in SIZES), strict=True)
     return HeadReference(
         moments.priors.float(),
         moments.means.float(),
@@ -378,35 +440,41 @@ def _camera_null(scores: Tensor, std: Tensor, classes: Tensor, mixes: Tensor, mo
     return torch.stack([statistic.mean(), statistic.var(), leak])
 
 
-def _prior_null(
-    logits: Tensor, classes: Tensor, source: Tensor, matrix: Tensor, mixes: Tensor, plain_weights: Tensor, size: int
-) -> tuple[list[float], list[float]]:
-    """For sets of a size: mean and variance of the evidence without a shift, and the best settings of EM and BBSE."""
+def _prior_null(predicted: _Predicted, source: Tensor, matrix: Tensor, size: int) -> tuple[list[float], list[float]]:
+    """For sets of a size: the null of the evidence of label shift, and the best settings of EM and BBSE.
+
+    Of the null, mean and variance, and the share by which both grow with each image: calibration made the mean
+    predictions of the server's samples right, those of others are off by the error of a sample of that size.
+    """
+    logits, classes = predicted
     count = int(max(20, min(_SETS, _ELEMENTS // (size * len(source)))))
     generator = torch.Generator().manual_seed(size)
-    weights = _weights(mixes[:count], classes)
-    drawn = torch.multinomial(weights, size, replacement=True, generator=generator)
+    mixes = _class_mixes(count, torch.bincount(classes, minlength=len(source)))
+    drawn = torch.multinomial(_weights(mixes, classes), size, replacement=True, generator=generator)
+    some = classes.argsort(stable=True)[:: 1 + len(classes) * count * len(source) // _LOSSES]
+    weights = _weights(mixes, classes[some])
 
     def loss(priors: Tensor) -> float:
         """Mean negative log-likelihood of the users' samples under estimated priors."""
-        shifted = logits + (priors / source).log()[:, None]
-        losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(classes)), classes]
+        shifted = logits[some] + (priors / source).log()[:, None]
+        losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(some)), classes[some]]
         return float((losses * weights).sum(1).mean())
 
     def em(alpha: float, scale: float) -> Tensor:
         return em_priors(logits[drawn], source, alpha=alpha, scale=scale, max_iter=30, tol=1e-3)
 
     alpha, scale = min(((a, s) for a in _ALPHAS for s in _EM_SCALES), key=lambda settings: loss(em(*settings)))
-    predicted = logits[drawn].softmax(2).mean(1)
-    strength = min(_STRENGTHS, key=lambda s: loss(bbse_priors(predicted, matrix, source, strength=s)))
-    plain = logits[torch.multinomial(plain_weights.expand(count, -1), size, replacement=True, generator=generator)]
+    means = logits[drawn].softmax(2).mean(1)
+    strength = min(_STRENGTHS, key=lambda s: loss(bbse_priors(means, matrix, source, strength=s)))
+    as_server = _weights(source[None], classes).expand(count, -1)
+    plain = logits[torch.multinomial(as_server, size, replacement=True, generator=generator)]
     estimated = em_priors(plain, source, alpha=alpha, scale=scale, max_iter=100, tol=1e-4)
     evidence = label_shift_evidence(plain, source, estimated)
-    return [float(evidence.mean()), float(evidence.var())], [alpha, scale, strength]
+    return [float(evidence.mean()), float(evidence.var()), 1 / len(classes)], [alpha, scale, strength]
 
 
 def _cameras(
-    layer: HeadOf, chosen: _Chosen, cameras: Sequence[Camera], honest: Linear, reference: HeadReference
+    layer: HeadOf, chosen: _Chosen, cameras: Sequence[Camera], unseen: Linear, reference: HeadReference
 ) -> dict[str, Any]:
     """The fields of the reference for cameras, each of which is tested as if it were unknown."""
     inputs, before, classes = torch.stack(chosen.inputs), torch.stack(chosen.features), torch.tensor(chosen.classes)
@@ -420,7 +488,7 @@ def _cameras(
 
     def corrected(number: int, seen: Tensor) -> Linear:
         shift, ratio = shifts.select(numbers != number).predict(seen.mean(0) - mean, span, std)
-        return standardized(honest, mean + shift, ratio, mean, torch.ones_like(ratio))
+        return standardized(unseen, mean + shift, ratio, mean, torch.ones_like(ratio))
 
     logits = torch.cat([corrected(k, features[k])(features[k]) for k in range(len(cameras))])
     scale = best_scale(logits, classes.repeat(len(cameras)))

@@ -108,7 +108,8 @@ def harm_table(runs: Sequence[ServerRun]) -> str:
     for run in runs:
         for method in run.methods:
             variants = [variant for variant in run.variants if variant.method == method.name]
-            base = next((v for v in variants if not run.experiment.sequence(v).personal), None)
+            impersonal = [v for v in variants if not run.experiment.sequence(v).personal]
+            base = min(impersonal, key=lambda v: (v.adaptation != "none", v.adaptation.count("+")), default=None)
             if base is None:
                 continue
             for variant in variants:
