@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +27,8 @@ class AdaptHead(HeadCallback):
         Trainer(callbacks=[AdaptHead("head-reference.safetensors")]).predict(model, images)
 
     The model in memory is adapted before the first prediction. A later run first undoes an earlier adaptation of this
-    callback. The outcome, which describes the user, is written to a file on this machine and never logged.
+    callback. The outcome, which describes the user, is written to a file on this machine that its owner only can read,
+    and never logged.
 
     Args:
         reference: What :func:`~pl_personalize.refit_head` or :class:`RefitHead` found on the server, or its file.
@@ -36,8 +38,8 @@ class AdaptHead(HeadCallback):
         shift: The shift to correct, if it is known; by default it is tested.
         estimator: How class priors are estimated, see :func:`~pl_personalize.adapt_head`.
         forward: ``(module, batch) -> logits``, if calling the module on the input is not enough.
-        dirpath: Folder of the file; by default ``heads`` in the first logger's folder, else in the Trainer's
-            ``default_root_dir``.
+        dirpath: Folder of the file; by default ``heads`` in the Trainer's ``default_root_dir``. A logger's folder may
+            be uploaded.
         filename: Name of the file without extension; by default ``head-adaptation``.
 
     Attributes:
@@ -74,6 +76,12 @@ class AdaptHead(HeadCallback):
         """The last outcome; ``None`` before."""
         found: HeadAdaptation | None = self.result(HeadAdaptation.load)
         return found
+
+    @override
+    def resolve_path(self, trainer: Trainer) -> Path:
+        """Path of the file."""
+        folder = Path(trainer.default_root_dir, self.folder) if self.dirpath is None else self.dirpath
+        return folder / f"{self.filename}.safetensors"
 
     @override
     def should_estimate(self, trainer: Trainer, pl_module: LightningModule) -> bool:

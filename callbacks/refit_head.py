@@ -12,9 +12,10 @@ from pl_personalize.callbacks.data_source import DataSource, Stage
 from pl_personalize.callbacks.head_callback import HeadCallback
 from pl_personalize.callbacks.module_contexts import on_its_device, silent_and_synchronized
 from pl_personalize.callbacks.requirements import naming_errors
-from pl_personalize.functional.batches import Labels, batch_labels
+from pl_personalize.functional.batches import Labels
 from pl_personalize.heads import HeadReference, refit_head
-from pl_personalize.heads.features import HeadOf
+from pl_personalize.heads.cameras import Camera
+from pl_personalize.heads.refit import check_refit_options, try_refit
 
 
 class RefitHead(HeadCallback):
@@ -34,7 +35,8 @@ class RefitHead(HeadCallback):
 
     Args:
         dataloader: The training samples with labels: an iterable of batches, a sequence of DataLoaders, or the names of
-            stages whose dataloaders the datamodule or the module provides; by default the train loaders.
+            stages whose dataloaders the datamodule or the module provides; by default the train loaders, with their
+            augmentation.
         val: The validation samples, which no weight was trained on, likewise; by default the val loaders.
         head: Name of the last layer, see :func:`~pl_personalize.refit_head`.
         labels: Labels in a batch, see :func:`~pl_personalize.refit_head`.
@@ -47,10 +49,11 @@ class RefitHead(HeadCallback):
 
     Attributes:
         reference: What a device needs to adapt the head; ``None`` before.
-        path: Its file; ``None`` after a trial run (``fast_dev_run``), which writes none.
+        path: Its file; ``None`` after a trial run (``fast_dev_run``), which reads one batch and refits nothing.
 
     Raises:
-        MisconfigurationException: Before the first step, for data, labels, a head or a folder that cannot be used.
+        MisconfigurationException: Before the first step, for options, training data, labels, a head or a folder that
+            cannot be used. Validation samples and missing classes are known at the end of ``fit`` only.
     """
 
     default_filename = "head-reference"
@@ -62,13 +65,14 @@ class RefitHead(HeadCallback):
         *,
         head: str | None = None,
         labels: Labels | None = None,
-        cameras: int = 0,
+        cameras: int | Sequence[Camera] = 0,
         directions: int = 40,
         **options: Any,
     ) -> None:
         super().__init__("train" if dataloader is None else dataloader, head=head, **options)
         with naming_errors(self):
             self._val = DataSource(val)
+            check_refit_options(directions, cameras)
         self._labels = labels
         self._options: dict[str, Any] = {"cameras": cameras, "directions": directions}
 
@@ -113,11 +117,10 @@ class RefitHead(HeadCallback):
     def estimate(
         self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], *, trial: bool = False
     ) -> HeadReference | None:
-        """Refit the head; in a trial, only read features and labels."""
+        """Refit the head; in a trial, only check batches."""
         with silent_and_synchronized(trainer, pl_module):
-            if trial:
-                for batch, _ in HeadOf(pl_module, self._head, self.forward).read(batches):
-                    batch_labels(batch, self._labels)
+            if trial or trainer.fast_dev_run:  # type: ignore[attr-defined]
+                try_refit(pl_module, batches, self._head, self.forward, self._labels, self._options["cameras"])
                 return None
             return refit_head(
                 pl_module,

@@ -8,7 +8,7 @@ Of a finished run on scenes, each image passes the merged network once; all the 
 * a curve over the number of unlabelled images for each task;
 * users without any shift, drawn from images that nobody has, as often of each class as the server has it.
 
-``results.csv`` in ``head-study`` has one line for each seed, user and adaptation; seeds in it are not repeated.
+``results.csv`` in ``head-study`` has one line for each seed, user and adaptation; parts in it are not repeated.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from pl_personalize.runner.results import FEWEST_SEEDS, markdown_table, mean_and
 
 ADAPTATIONS = ("priors", "bbse", "standardize", "auto", "true-priors", "true-moments", "true-both")
 SIZES = (5, 10, 20, 40, 80, 160)
+Part = Literal["users", "curve", "unshifted"]
 DRAWS, UNSHIFTED, IMAGES = 3, 20, 80  # draws of each size; users without a shift for each seed, and their images
 LIKE = {  # families of random cameras that resemble a distortion
     "gaussian_noise": ("noise", "mixed"),
@@ -125,7 +126,10 @@ def for_features(reference: HeadReference, head: Linear) -> HeadReference:
 
 
 def without_families(reference: HeadReference, families: Sequence[str]) -> HeadReference:
-    """The reference without the shifts of random cameras of some families, as if they had never been seen."""
+    """The reference without the shifts of random cameras of some families.
+
+    What they contributed to the calibration of other cameras (``camera_scale``) is left.
+    """
     names = list(FAMILIES)
     kept = [k for k in range(len(reference.camera_shifts)) if names[k % len(names)] not in families]
     tensors = {name: getattr(reference, name)[kept] for name in ("camera_shifts", "camera_ratios", "camera_evidence")}
@@ -228,14 +232,14 @@ class Study:
         rows = torch.multinomial(weights, 2 * size, generator=generator)
         return pool.at(rows[:size]), pool.at(rows[size:])
 
-    def rows(self, user: User, group: str, curve: bool) -> Iterable[dict[str, Any]]:
+    def rows(self, user: User, parts: Sequence[Part]) -> Iterable[dict[str, Any]]:
         """The lines of ``results.csv`` for a user."""
 
         def row(adaptation: str, images: float, found: Sequence[float], shift: Shift | None = None) -> dict[str, Any]:
             lost = sum(before - after > 1 + 1e-4 for before, after in zip(as_it_is, found, strict=True))
             return {
                 "seed": self.seed,
-                "group": group,
+                "part": part,
                 "user": user.name,
                 "camera": user.camera,
                 "adaptation": adaptation,
@@ -248,17 +252,21 @@ class Study:
 
         server, count = self.server, sum(len(own.labels) for own in user.adapt) / len(user.adapt)
         as_it_is = accuracies([head_network(head) for head in server.merged], user.eval)
-        yield row("none", count, as_it_is)
-        yield row("refit", count, accuracies([head_network(head) for head in server.refitted], user.eval))
-        for name in ADAPTATIONS if group == "users" else ("auto",):
-            networks, shift = adapted(server, user.adapt, name)
-            yield row(f"refit+{name}", count, accuracies(networks, user.eval), shift)
-        families = LIKE.get(user.camera, ())
-        if group == "users" and families and server.references[0].cameras is not None:
-            left = [without_families(reference, families) for reference in server.references]
-            networks, shift = adapted(server, user.adapt, "auto", left)
-            yield row("refit+auto, family left out", count, accuracies(networks, user.eval), shift)
-        for size in SIZES if curve else ():
+        for part in parts:
+            if part == "curve":
+                continue
+            yield row("none", count, as_it_is)
+            yield row("refit", count, accuracies([head_network(head) for head in server.refitted], user.eval))
+            for name in ADAPTATIONS if part == "users" else ("auto",):
+                networks, shift = adapted(server, user.adapt, name)
+                yield row(f"refit+{name}", count, accuracies(networks, user.eval), shift)
+            families = LIKE.get(user.camera, ())
+            if part == "users" and families and server.references[0].cameras is not None:
+                left = [without_families(reference, families) for reference in server.references]
+                networks, shift = adapted(server, user.adapt, "auto", left)
+                yield row("refit+auto, family left out", count, accuracies(networks, user.eval), shift)
+        part = "curve"
+        for size in SIZES if part in parts else ():
             if sum(min(len(own.labels), size) for own in user.adapt) < 0.9 * size * len(user.adapt):
                 break
             for draw in range(DRAWS):
@@ -267,7 +275,7 @@ class Study:
                     for task, own in enumerate(user.adapt)
                 ]
                 networks, shift = adapted(server, some, "auto")
-                yield row("curve", size, accuracies(networks, user.eval), shift)
+                yield row("refit+auto", size, accuracies(networks, user.eval), shift)
 
 
 def p_value(found: pd.Series, others: pd.Series) -> str:
@@ -280,7 +288,7 @@ def p_value(found: pd.Series, others: pd.Series) -> str:
 def tables(frame: pd.DataFrame) -> str:
     """The tables of all lines."""
     found = []
-    for group, rows in frame[frame["adaptation"] != "curve"].groupby("group", sort=False):
+    for part, rows in frame[frame["part"] != "curve"].groupby("part", sort=False):
         lines = [["adaptation", "accuracy", "p, none", "p, refit", "harmed", *get_args(Shift)]]
         means = rows.groupby(["adaptation", "seed"], sort=False)["accuracy"].mean()
         for name, one in rows.groupby("adaptation", sort=False):
@@ -289,9 +297,9 @@ def tables(frame: pd.DataFrame) -> str:
             p_values = [p_value(means[name], means[other]) for other in ("none", "refit")]
             harmed = f"{one['harmed'].sum()}/{one['tasks'].sum()}"
             lines.append([name, mean_and_std(list(means[name])), *p_values, harmed, *shifts])
-        title = {"users": "Users of the benchmark", "unshifted": "Users without a shift"}[group]
+        title = {"users": "Users of the benchmark", "unshifted": "Users without a shift"}[part]
         found.append(f"{title}:\n\n{markdown_table(lines)}")
-    curve = frame[frame["adaptation"] == "curve"]
+    curve = frame[frame["part"] == "curve"]
     if len(curve):
         lines = [["images a task", "accuracy", "harmed", *get_args(Shift)]]
         for size, one in curve.groupby("images"):
@@ -299,7 +307,7 @@ def tables(frame: pd.DataFrame) -> str:
             harmed = f"{one['harmed'].sum()}/{one['tasks'].sum()}"
             lines.append([f"{size:.0f}", mean_and_std(by_seed), harmed, *[str(counts[s]) for s in get_args(Shift)]])
         found.append(f"refit+auto with some of the images, {DRAWS} draws:\n\n{markdown_table(lines)}")
-    seen = frame[(frame["camera"] != "") & (frame["adaptation"] != "curve")]
+    seen = frame[(frame["camera"] != "") & (frame["part"] == "users")]
     if len(seen):
         table = seen.groupby(["camera", "adaptation"], sort=False)["accuracy"].mean().unstack().round(1)
         lines = [["camera", *table.columns]]
@@ -318,7 +326,7 @@ def main(
     method: str = "FIM-IMM",
     cameras: int = 0,
     seeds: Sequence[int] | None = None,
-    parts: Sequence[Literal["users", "curve", "unshifted"]] = ("users", "curve", "unshifted"),
+    parts: Sequence[Part] = ("users", "curve", "unshifted"),
 ) -> None:
     """Study the heads of a finished run on scenes.
 
@@ -333,17 +341,17 @@ def main(
     finished.data.prepare_data()
     folder = run / "head-study" / (f"{method}-{cameras}-cameras" if cameras else method)
     path = folder / "results.csv"
-    frame = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=["seed"])
+    frame = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=["seed", "part"])
     for seed in seeds or finished.seeds("merged"):
-        if seed in set(frame["seed"]):
+        missing = [part for part in parts if part not in set(frame.loc[frame["seed"] == seed, "part"])]
+        if not missing:
             continue
-        study = Study(finished, seed, method, cameras)
-        rows: list[dict[str, Any]] = []
-        if "users" in parts or "curve" in parts:
-            for user in study.users():
-                rows += study.rows(user, "users", "curve" in parts)
-        for user in study.unshifted() if "unshifted" in parts else ():
-            rows += study.rows(user, "unshifted", curve=False)
+        study, rows = Study(finished, seed, method, cameras), []
+        of_users = [part for part in missing if part != "unshifted"]
+        for user in study.users() if of_users else ():
+            rows += study.rows(user, of_users)
+        for user in study.unshifted() if "unshifted" in missing else ():
+            rows += study.rows(user, ["unshifted"])
         frame = pd.concat([frame, pd.DataFrame(rows)]) if len(frame) else pd.DataFrame(rows)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, frame.to_csv(index=False).encode())

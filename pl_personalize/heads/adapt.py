@@ -93,12 +93,12 @@ class HeadAdaptation:
         return f"HeadAdaptation({self.shift!r}, {self.num_images} images, {found})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically."""
+        """Write a safetensors file, atomically, which its owner only can read."""
         tensors = {"before.weight": self.before.weight, "before.bias": self.before.bias}
         tensors |= {"after.weight": self.after.weight, "after.bias": self.after.bias}
         tensors |= {} if self.class_priors is None else {"class_priors": self.class_priors}
         metadata = {"shift": self.shift, "evidence": self.evidence, "num_images": self.num_images, "head": self.head}
-        save_tensors(path, tensors, kind=ARTIFACT_KIND, metadata=metadata)
+        os.chmod(save_tensors(path, tensors, kind=ARTIFACT_KIND, metadata=metadata), 0o600)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -105,10 +105,8 @@ def refit_head(
             another process fails. The model is then unchanged.
     """
     check_refit_options(directions, cameras, camera_images)
-    if forward is None:
-        forward = partial(call_model, label_key=labels if isinstance(labels, str) else None)
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        layer = HeadOf(model, head, forward)
+        layer = HeadOf(model, head, forward or _caller(labels))
         chosen = _Chosen(camera_images) if cameras else None
         moments, kept, kept_classes, features, classes = read_everywhere(
             lambda: (*_training(layer, train, labels, progress), *_samples(layer, val, labels, progress, chosen)),
@@ -162,6 +160,27 @@ def check_refit_options(directions: int, cameras: int | Sequence[Camera], camera
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of {least} or more; got {value!r}.")
+
+
+def try_refit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    head: str | None,
+    forward: Forward | None,
+    labels: Labels | None,
+    cameras: int | Sequence[Camera],
+) -> None:
+    """Read some batches as :func:`refit_head` does, to find errors early; raises as it does."""
+    layer, chosen = HeadOf(model, head, forward or _caller(labels)), _Chosen(1)
+    for batch, features in layer.read(batches):
+        classes = _labels(batch, labels, len(features), layer)
+        if cameras:
+            chosen.add(batch, features, classes)
+
+
+def _caller(labels: Labels | None) -> Forward:
+    """Calls a model on a batch without its labels."""
+    return partial(call_model, label_key=labels if isinstance(labels, str) else None)
 
 
 class _Samples(NamedTuple):
@@ -222,6 +241,8 @@ class _Chosen:
         self.classes: list[int] = []
 
     def add(self, batch: Any, features: Tensor, classes: Tensor) -> None:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise ValueError("cameras= calls the network on batches (images, labels): give such, or leave it out.")
         inputs = as_input(batch)
         if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
             raise ValueError("cameras= needs float images (n, channels, height, width) as the input; leave it out.")

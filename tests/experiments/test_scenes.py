@@ -129,12 +129,12 @@ def test_heads_of_a_finished_run_are_studied(finished):
     rows = rows_of(finished / "head-study" / "FIM-IMM" / "results.csv")
 
     for line in rows_of(finished / "results.csv"):
-        same = {"seed": line["seed"], "user": line["user"], "adaptation": line["adaptation"], "group": "users"}
+        same = {"seed": line["seed"], "user": line["user"], "adaptation": line["adaptation"], "part": "users"}
         found = [row["accuracy"] for row in rows if line["user"] != "all" and same.items() <= row.items()]
         assert line["user"] == "all" or [float(value) for value in found] == pytest.approx([float(line["avg_acc"])])
-    groups = {(row["group"], row["adaptation"]) for row in rows}
-    assert {("users", "refit+true-both"), ("users", "curve"), ("unshifted", "refit+auto")} <= groups
-    assert {row["images"] for row in rows if row["adaptation"] == "curve"} == {"5.0"}  # there are some seven of a task
+    parts = {(row["part"], row["adaptation"]) for row in rows}
+    assert {("users", "refit+true-both"), ("curve", "refit+auto"), ("unshifted", "refit+auto")} <= parts
+    assert {row["images"] for row in rows if row["part"] == "curve"} == {"5.0"}  # there are some seven of a task
     assert (
         (finished / "head-study" / "FIM-IMM" / "results.md")
         .read_text()
@@ -149,13 +149,16 @@ def test_a_family_of_random_cameras_can_be_left_out(finished):
     path = finished / "head-study" / "FIM-IMM-9-cameras" / "results.csv"
     rows = rows_of(path)
     assert {row["seed"] for row in rows} == {"2"}
-    assert {row["group"] for row in rows} == {"users"}
+    assert {row["part"] for row in rows} == {"users"}
     assert "refit+auto, family left out" in {row["adaptation"] for row in rows}
 
     changed = path.stat().st_mtime_ns
-    run_script("head_study.py", finished, *options)  # finished seeds are not computed again
+    run_script("head_study.py", finished, *options)  # finished parts are not computed again
     assert rows_of(path) == rows
     assert path.stat().st_mtime_ns == changed
+    run_script("head_study.py", finished, *options[:-1], "[users, curve]")
+    assert rows_of(path)[: len(rows)] == rows
+    assert {row["part"] for row in rows_of(path)[len(rows) :]} == {"curve"}
 
 
 def test_heads_over_batch_norm_are_not_studied(folder, tmp_path):
