@@ -160,3 +160,54 @@ def test_in_a_run(tmp_path):
     with pytest.raises(MisconfigurationException, match="'auto' must come after 'refit'"):
         call(tmp_path / "other", adaptations=["auto"], **options)
     assert replace(experiment(tmp_path / "third"), adaptations=("refit",)).adaptations == ("refit",)
+
+
+def two_cameras():
+    """A device of a user with one of the server's two cameras, and with preferences."""
+    splits = []
+    for count, seed in ((400, 1), (300, 2)):
+        halves = data(count=count, seed=seed), data(count=count, seed=seed + 10, camera=CAMERA)
+        splits.append(loader(tuple(torch.cat(parts) for parts in zip(*halves, strict=True))))
+    device = Device(data(MIX, count=200, seed=5))
+    device.server_images = lambda split="val": splits[split == "val"]
+    return device
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("name", ["auto", "tested-AdaBN"])
+def test_batch_norm_does_not_follow_class_frequencies(name, layers):
+    """Where class frequencies differ, too, only the first layers are adapted, if these are some of all."""
+
+    def make():
+        torch.manual_seed(0)
+        body = [part for k in range(layers) for part in (nn.Linear(30 if k else 12, 30), nn.BatchNorm1d(30), nn.Tanh())]
+        return TaskNetwork(nn.Sequential(*body), nn.Linear(30, 5))
+
+    device = two_cameras()
+    outcome = find_adaptation(f"recalibrate+refit+{name}").adapt(make(), device, Received(0, 0))
+    before = find_adaptation("recalibrate+refit").adapt(make(), device, Received(0, 0))
+    moved = [
+        k for k in range(layers) if not torch.equal(*(e[f"body.{3 * k + 1}.running_mean"] for e in (outcome, before)))
+    ]
+    assert moved == [[], [], [], [], [0]][layers]
+    assert torch.equal(outcome["head.bias"], before["head.bias"]) == (name == "tested-AdaBN")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("refit+auto+recalibrate", "'recalibrate' reads the server's images, and 'auto' before it stays on the user's"),
+        ("refit+priors+refit", "'refit' reads the server's images, and 'priors' before it stays"),
+        ("refit+priors+priors", "'priors' must come directly after 'refit'; 'priors' changes the network"),
+        ("refit+true-priors+priors", "'priors' must come directly after 'refit'"),
+        ("refit+FT+auto", "'auto' must come directly after 'refit'; 'FT' changes the network"),
+        ("recalibrate+refit+early-AdaBN+auto", None),
+        ("learned+refit+auto", None),
+        ("FT+recalibrate", None),
+    ],
+)
+def test_sequences_that_cannot_work_are_refused_at_once(name, why):
+    torch.manual_seed(0)
+    network = TaskNetwork(nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30)), nn.Linear(30, 5))
+    found = find_adaptation(name).why_not(network)
+    assert found == why or found.startswith(why)
