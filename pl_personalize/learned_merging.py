@@ -251,7 +251,10 @@ class _Fit:
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if not torch.isfinite(loss):
-                raise ValueError(f"The loss is {loss.item()} in epoch {epoch + 1}: lower lr, {lr} here.")
+                raise ValueError(
+                    f"The loss is {loss.item()} in epoch {epoch + 1} at a learning rate of {lr}. Look for experts or a "
+                    "start that are not finite; for parameters='heads' and 'all', try a smaller lr."
+                )
 
     def _difference(self, logits: Tensor, target: Tensor) -> Tensor:
         if self._loss == "mse":

@@ -45,8 +45,8 @@ class HeadAdaptation:
             cameras alone show.
         num_images: Number of images.
         head: Name of the layer.
-        before: Weight and bias of the layer before.
-        after: Weight and bias after; the same without a shift.
+        before: Original weight and bias of the layer.
+        after: Adapted weight and bias; equal to the original ones without a shift.
     """
 
     shift: Shift
@@ -71,7 +71,7 @@ class HeadAdaptation:
         return _has(HeadOf(model, self.head), self.after)
 
     def apply(self, model: nn.Module) -> None:
-        """Write the adapted head into a model that has the head of before.
+        """Write the adapted head into a model that has the original head.
 
         Raises:
             ValueError: If the model has another head.
@@ -79,7 +79,7 @@ class HeadAdaptation:
         self._replace(model, self.before, self.after)
 
     def undo(self, model: nn.Module) -> None:
-        """Write the head of before into a model that has the adapted head; raises as :meth:`apply` does."""
+        """Write the original head into a model that has the adapted head; raises as :meth:`apply` does."""
         self._replace(model, self.after, self.before)
 
     def _replace(self, model: nn.Module, old: Linear, new: Linear) -> None:

@@ -89,8 +89,8 @@ def refit_head(
         directions: Number of directions in which covariate shift is tested, 1 or more. They are outside the span of the
             class means: with as many classes as features there are none, and a device finds no shift.
         cameras: For image inputs (n, channels, height, width): the number of random cameras, or functions of images in
-            [0, 1], through which the network also sees some validation samples. A device can then tell the camera from
-            the class mix where both differ; with 0, it corrects one of the two.
+            [0, 1] that imitate cameras. The network also reads some validation images through each. A device can then
+            tell a camera from a class mix where both differ; with 0, it corrects one of the two.
         camera_images: Number of validation samples of each class for the cameras.
         gather: Concatenates the rows of a tensor over processes that each hold part of the data, all of which must
             call this function.

@@ -1,10 +1,13 @@
 """RefitHead and AdaptHead on a user's own module and Trainer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from head_cases import MIX, SERVER, accuracy, changed, data, entries, loader, network
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import quiet_trainer as trainer
 from torch import nn
@@ -86,6 +89,8 @@ def test_other_data_and_options(tmp_path):
         ({"head": "net.1"}, "RefitHead.*'net.1' is a Dropout"),
         ({"labels": "y"}, "RefitHead on Module: .*'y'"),
         ({"val": "vall"}, "vall"),
+        ({"cameras": 4}, "RefitHead on Module: cameras= needs float images"),
+        ({"labels": lambda batch: batch[1][:, None]}, "RefitHead on Module: Labels must be class indices"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, options, message):
@@ -94,6 +99,25 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, options, me
     with pytest.raises(MisconfigurationException, match=message):
         trainer(tmp_path, RefitHead(**options)).fit(model, *SERVER)
     assert changed(model, before) == set()
+
+
+@pytest.mark.parametrize("options", [{"cameras": -1}, {"directions": 0}])
+def test_numbers_that_are_none_are_refused_at_once(options):
+    with pytest.raises(MisconfigurationException, match=r"RefitHead: .* must be an integer"):
+        RefitHead(**options)
+
+
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_a_trial_run_refits_nothing(tmp_path, run):
+    """One batch need not have samples of every class."""
+    few = loader(tuple(part[:3] for part in data(seed=1)))
+    model, callback = Module(), RefitHead(few)
+    runs = Trainer(default_root_dir=tmp_path, fast_dev_run=True, callbacks=[callback], enable_progress_bar=False)
+    before = entries(model)
+    runs.validate(model, few) if run == "validate" else runs.fit(model, few, few)
+    assert (callback.reference, callback.path) == (None, None)
+    if run == "validate":
+        assert changed(model, before) == set()
 
 
 @pytest.fixture
@@ -150,6 +174,21 @@ def test_a_reference_of_another_model_is_refused_and_nothing_is_predicted(server
     with pytest.raises(MisconfigurationException, match=r"AdaptHead.*belongs to another head"):
         trainer(tmp_path, AdaptHead(server[1].reference)).predict(model, loader(data(count=10)))
     assert not (tmp_path / "heads").exists()
+
+
+def test_the_outcome_is_not_in_a_loggers_folder_and_only_its_owner_can_read_it(server, tmp_path):
+    callback = AdaptHead(server[1].reference)
+    runs = Trainer(
+        default_root_dir=tmp_path / "device",
+        logger=CSVLogger(tmp_path / "logs"),
+        callbacks=[callback],
+        enable_progress_bar=False,
+    )
+    runs.predict(server[0], loader(data(MIX, count=200, seed=5)))
+    path = Path(callback.path)
+    assert path == tmp_path / "device" / "heads" / "head-adaptation.safetensors"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not list((tmp_path / "logs").rglob("*.safetensors"))
 
 
 def test_nothing_is_adapted_in_other_runs(server, tmp_path):

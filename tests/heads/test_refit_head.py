@@ -200,8 +200,6 @@ class ConvNet(nn.Module):
     ],
 )
 def test_any_network_that_is_linear_in_its_features(make, name, size):
-    if "vit" in getattr(make, "__name__", ""):
-        pytest.importorskip("timm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make()
