@@ -373,7 +373,7 @@ class _Task:
         """The statistic of label shift, and its mean and variance without a shift."""
         evidence = label_shift_evidence(self.head(self.features), self.source, self.priors(self.head))
         mean, variance, leak = self.reference.at("prior_null", self.count)
-        growth = 1 + leak * self.count
+        growth = 1 + (leak + _TOLERANCE) * self.count
         return float(evidence), mean * growth, variance * growth**2
 
     def adapted(self, shift: Shift, evidence: dict[str, float]) -> HeadAdaptation:
