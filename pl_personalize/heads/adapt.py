@@ -325,7 +325,7 @@ class _Task:
     def camera(self, *, style: bool = False) -> tuple[float, float, float]:
         """The statistic of covariate shift, and its mean and variance without a shift."""
         mean, variance, leak = (self.reference.style_null if style else self.reference.camera_null).tolist()
-        growth = 1 + (leak + _TOLERANCE) * self.count
+        growth = 1 + (leak + _TOLERANCE) * self.reference.effective_count(self.count)
         return self.reference.covariate_statistic(self.features, style=style), mean * growth, variance * growth**2
 
     def label_beside_camera(self) -> tuple[float, float, float]:

@@ -132,8 +132,11 @@ class HeadReference:
         """The statistic of covariate shift of features (n, d), in ``directions`` or in ``style_directions``."""
         rows, std = (self.style_directions, self.style_std) if style else (self.directions, self.direction_std)
         scores = (features - self.mean.double()) @ rows.double().T
-        count = 1 / (1 / len(features) + 1 / self.num_samples)  # the server's mean is that of a sample, too
-        return float(covariate_statistic(scores, std.double(), count))
+        return float(covariate_statistic(scores, std.double(), self.effective_count(len(features))))
+
+    def effective_count(self, num_images: int) -> float:
+        """Number of images that would tell a mean as well as these, as the server's mean is that of a sample, too."""
+        return 1 / (1 / num_images + 1 / self.num_samples)
 
     @property
     def cameras(self) -> CameraShifts | None:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from head_cases import CLASSES, MIX, SERVER, accuracy, changed, data, entries, loader, network
+from head_cases import CAMERA, CLASSES, MIX, SERVER, accuracy, changed, data, entries, loader, network
 from torch import nn
 
 from pl_personalize import HeadAdaptation, HeadReference, adapt_head, refit_head
@@ -314,3 +314,11 @@ def test_a_network_with_enough_directions_is_refitted_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         refitted()
+
+
+def test_many_images_do_not_hide_a_camera():
+    """The tolerance of the test grows as far as its statistic, which the server's sample limits."""
+    model, reference = refitted()
+    images = data(count=8000, seed=5, camera=0.3 * CAMERA)[0]
+    found = [adapt_head(copy.deepcopy(model), [images[:n]], reference).evidence["covariate"] for n in (40, 160, 8000)]
+    assert found[0] > found[1] > found[2] < 1e-6
