@@ -41,7 +41,7 @@ from pl_personalize.heads.features import Gather, HeadOf, read_everywhere, writt
 from pl_personalize.heads.reference import HeadReference, head_fingerprint
 
 SIZES = (10, 40, 160)
-_SETS, _ELEMENTS, _LOSSES = 100, 100_000, 4_000_000  # simulated users of a size, their logits and losses at most
+_SETS, _ELEMENTS, _LOSSES = 100, 100_000, 1_000_000  # simulated users of a size, their logits and losses at most
 _CONCENTRATION = 0.5  # of their class mixes
 _ALPHAS, _EM_SCALES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.5, 2.0)
 _STRENGTHS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
