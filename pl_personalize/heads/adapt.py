@@ -25,7 +25,7 @@ Estimator = Literal["em", "bbse"]
 _LABEL_RATIO = 1.8  # of the evidence of label shift beside a camera to what similar cameras show without any
 _SIMILAR = 3  # cameras
 _TOLERANCE = 0.005  # mean squared shift, in variances, that is not worth a correction
-_DOUBT, _LEVELS = 0.01, {"covariate": 1e-5, "label": 0.05}
+_DOUBT, _LEVELS = 0.01, {"covariate": 1e-5, "label": 0.01}
 
 
 @dataclass(frozen=True, eq=False)
