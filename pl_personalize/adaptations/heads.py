@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pl_personalize.adaptations.adaptation import SENT, Adaptation, Case, Device, Entries, Reads, Received, load_entries
-from pl_personalize.adaptations.reestimated_statistics import AdaBN, EarlyAdaBN
+from pl_personalize.adaptations.reestimated_statistics import AdaBN
 from pl_personalize.batchnorm import BatchNormStatistics, batchnorm_layers
 from pl_personalize.checks import check_option
 from pl_personalize.functional.batches import Forward, batch_labels
@@ -145,26 +145,24 @@ class _Tested(_AdaptedHead):
     def _found(self, cases: Sequence[Case]) -> tuple[Shift, bool]:
         """Adapt the heads, or else batch norm; returns the shift that was found, and whether it is batch norm.
 
-        If the user sees other class frequencies, too, only the first layers of batch norm are adapted, and none in
-        networks that are too small to have such.
+        Batch norm follows class frequencies, so it is adapted to covariate shift alone.
         """
         before = [_copied(_head(case.network)) for case in cases]
-        found, layers = self._adapt(cases, None), len(batchnorm_layers(cases[0].network.body))
-        step = EarlyAdaBN() if found.shift in ("label", "both") else AdaBN()
-        if not found.style_differs or layers * getattr(step, "depth", 1) < 1:
-            return found.shift, False
+        shift = self._adapt(cases, None).shift
+        if shift != "covariate" or not batchnorm_layers(cases[0].network.body):
+            return shift, False
         for case, head in zip(cases, before, strict=True):
             load_entries(case.network, head)
-            load_entries(case.network, step.adapt(*case))
-        return found.shift, True
+            load_entries(case.network, AdaBN().adapt(*case))
+        return shift, True
 
 
 @dataclass(frozen=True)
 class TestedAdaBN(_Tested):
-    """AdaBN for users whose images differ from the server's in more than class frequencies, as a test tells."""
+    """AdaBN for users with another camera than the server's, as a test tells."""
 
     name: ClassVar[str] = "tested-AdaBN"
-    text: ClassVar[str] = "AdaBN, if the user's images differ from the server's in more than class frequencies"
+    text: ClassVar[str] = "AdaBN, if the user's camera differs from the server's"
     needs_batchnorm: ClassVar[bool] = True
 
     @override
@@ -184,9 +182,7 @@ class Auto(_Tested):
     def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
         shift, adapted = self._found(cases)
         if adapted:  # the features are others now
-            done: Shift = "label" if shift in ("label", "both") else shift
-            self._adapt(cases, done)
-            shift = "both" if done == "label" else "covariate"
+            self._adapt(cases, "covariate")
         note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(shift))}
         return [_head(case.network) | (_statistics(case.network) if adapted else {}) | note for case in cases]
 

@@ -39,10 +39,8 @@ class HeadAdaptation:
             ``"covariate"`` (other features than class frequencies explain, such as those of another camera), or
             ``"both"``.
         class_priors: Estimated class priors, (K,), if there is label shift, else ``None``.
-        evidence: What the tests found, pooled over the user's tasks: the p-values ``"covariate"``, ``"label"`` and
-            ``"style"`` (covariate shift, or only one of several kinds of images that the server has, see
-            :attr:`style_differs`); and ``"label_ratio"``, the evidence of label shift beside a camera relative to what
-            cameras alone show.
+        evidence: What the tests found, pooled over the user's tasks: the p-values ``"covariate"`` and ``"label"``, and
+            ``"label_ratio"``, the evidence of label shift beside a camera relative to what cameras alone show.
         num_images: Number of images.
         head: Name of the layer.
         before: Original weight and bias of the layer.
@@ -56,15 +54,6 @@ class HeadAdaptation:
     head: str
     before: Linear
     after: Linear
-
-    @property
-    def style_differs(self) -> bool:
-        """Whether the user's features differ from the server's as a whole beyond what class frequencies explain.
-
-        So they do under another camera, but also if the server has images of several cameras and the user of one.
-        Statistics of batch norm are then better estimated on the user's images.
-        """
-        return self.evidence.get("style", 1.0) < _LEVELS["covariate"]
 
     def is_applied(self, model: nn.Module) -> bool:
         """Whether a model has the adapted head."""
@@ -258,7 +247,6 @@ def check_estimator(estimator: str) -> None:
 def _found(tasks: Sequence[_Task], evidence: dict[str, float]) -> Shift:
     """The shift that the tasks show together; the evidence is noted."""
     evidence["covariate"] = _pooled(task.camera() for task in tasks)
-    evidence["style"] = _pooled(task.camera(style=True) for task in tasks)
     if not any(task.reference.can_tell_cameras for task in tasks):
         return "none"  # a camera would pass for class priors
     if evidence["covariate"] >= _DOUBT:
@@ -322,11 +310,11 @@ class _Task:
     def count(self) -> int:
         return len(self.features)
 
-    def camera(self, *, style: bool = False) -> tuple[float, float, float]:
+    def camera(self) -> tuple[float, float, float]:
         """The statistic of covariate shift, and its mean and variance without a shift."""
-        mean, variance, leak = (self.reference.style_null if style else self.reference.camera_null).tolist()
+        mean, variance, leak = self.reference.camera_null.tolist()
         growth = 1 + (leak + _TOLERANCE) * self.reference.effective_count(self.count)
-        return self.reference.covariate_statistic(self.features, style=style), mean * growth, variance * growth**2
+        return self.reference.covariate_statistic(self.features), mean * growth, variance * growth**2
 
     def label_beside_camera(self) -> tuple[float, float, float]:
         """The statistic of label shift after the correction of the camera, and what limits it.

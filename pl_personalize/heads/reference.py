@@ -32,10 +32,6 @@ class HeadReference:
         direction_std: Standard deviation of the validation samples along these, (r,).
         camera_null: Mean and variance of the statistic of covariate shift without a shift, but under random class
             mixes, and by what share both grow with each image, (3,).
-        style_directions: Directions outside the span of the class means alone, (r, d), in which users differ who see
-            one of several kinds of images that the server has.
-        style_std: As ``direction_std``, for these.
-        style_null: As ``camera_null``, for these.
         sizes: Numbers of images that the following tables were made for, (s,).
         prior_null: Mean and variance of the log-likelihood ratio of label shift without a shift, and by what share it
             grows with each image, because the server's sample is finite, too, (s, 3).
@@ -59,9 +55,6 @@ class HeadReference:
     directions: Tensor
     direction_std: Tensor
     camera_null: Tensor
-    style_directions: Tensor
-    style_std: Tensor
-    style_null: Tensor
     sizes: Tensor
     prior_null: Tensor
     prior_settings: Tensor
@@ -128,11 +121,10 @@ class HeadReference:
         """Whether there are directions in which another camera shows, and samples that tell how much is usual."""
         return len(self.directions) > 0 and float(self.camera_null[1]) > 0
 
-    def covariate_statistic(self, features: Tensor, *, style: bool = False) -> float:
-        """The statistic of covariate shift of features (n, d), in ``directions`` or in ``style_directions``."""
-        rows, std = (self.style_directions, self.style_std) if style else (self.directions, self.direction_std)
-        scores = (features - self.mean.double()) @ rows.double().T
-        return float(covariate_statistic(scores, std.double(), self.effective_count(len(features))))
+    def covariate_statistic(self, features: Tensor) -> float:
+        """The statistic of covariate shift of features (n, d) in :attr:`directions`."""
+        scores = (features - self.mean.double()) @ self.directions.double().T
+        return float(covariate_statistic(scores, self.direction_std.double(), self.effective_count(len(features))))
 
     def effective_count(self, num_images: int) -> float:
         """Number of images that would tell a mean as well as these, as the server's mean is that of a sample, too."""

@@ -390,14 +390,10 @@ def _reference(
     mean, std, weights = _moments_at(moments, features, classes)
     mixes = _class_mixes(_SETS, torch.bincount(classes, minlength=num_classes))
 
-    def test(centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Directions outside the span of centers, the scores' stds along these, and the null distribution."""
-        rows = outside_directions(moments.within, span_basis(centers - moments.mean), directions)
-        scores = (features - mean) @ rows.T
-        spread = scores.square().mean(0).sqrt()
-        return rows.float(), spread.float(), _camera_null(scores, spread, classes, mixes, moments).float()
-
-    camera, style = test(torch.cat(means)), test(moments.means)
+    rows = outside_directions(moments.within, span_basis(torch.cat(means) - moments.mean), directions)
+    scores = (features - mean) @ rows.T
+    spread = scores.square().mean(0).sqrt()
+    camera = rows.float(), spread.float(), _camera_null(scores, spread, classes, mixes, moments).float()
     matrix = confusion(*predicted, moments.priors)
     prior, settings = zip(*(_prior_null(predicted, moments.priors, matrix, size) for size in SIZES), strict=True)
     return HeadReference(
@@ -405,7 +401,7 @@ def _reference(
         moments.means.float(),
         mean.float(),
         std.float(),
-        *(*camera, *style),
+        *camera,
         torch.tensor(SIZES),
         torch.tensor(prior),
         torch.tensor(settings),

@@ -90,7 +90,7 @@ def test_a_known_shift_is_not_tested(refitted, shift):
     assert (outcome.class_priors is not None) == (shift == "label")
 
 
-def test_a_user_with_one_of_the_servers_cameras_differs_in_style_and_has_no_camera():
+def test_a_user_with_one_of_the_servers_cameras_has_no_other_camera():
     halves = [(data(count=n, seed=s), data(count=n, seed=s + 10, camera=CAMERA)) for n, s in ((400, 1), (300, 2))]
     splits = [loader(tuple(torch.cat(parts) for parts in zip(*half, strict=True))) for half in halves]
     model = network()
@@ -98,8 +98,6 @@ def test_a_user_with_one_of_the_servers_cameras_differs_in_style_and_has_no_came
     for camera in (None, CAMERA):
         outcome = adapt_head(copy.deepcopy(model), unlabelled(count=300, seed=5, camera=camera), reference)
         assert outcome.shift != "covariate"
-        assert outcome.style_differs
-    assert not adapt_head(model, unlabelled(MIX, seed=5), refit_head(model, *SERVER)).style_differs
 
 
 def test_tasks_of_a_user_are_judged_together(server):
