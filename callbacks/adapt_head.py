@@ -27,7 +27,7 @@ class AdaptHead(HeadCallback):
         Trainer(callbacks=[AdaptHead("head-reference.safetensors")]).predict(model, images)
 
     The model in memory is adapted before the first prediction. A later run first undoes an earlier adaptation of this
-    callback. The outcome, which describes the user, is written to a file on this machine that its owner only can read,
+    callback. The outcome, which describes the user, is written to a file on this machine that only its owner can read,
     and never logged.
 
     Args:

@@ -47,6 +47,7 @@ from pl_personalize.runner.results import FEWEST_SEEDS, markdown_table, mean_and
 ADAPTATIONS = ("priors", "bbse", "standardize", "auto", "true-priors", "true-moments", "true-both")
 SIZES = (5, 10, 20, 40, 80, 160)
 Part = Literal["users", "curve", "unshifted"]
+LEFT_OUT = "refit+auto, family left out"
 DRAWS, UNSHIFTED, IMAGES = 3, 20, 80  # draws of each size; users without a shift for each seed, and their images
 LIKE = {  # families of random cameras that resemble a distortion
     "gaussian_noise": ("noise", "mixed"),
@@ -264,7 +265,7 @@ class Study:
             if part == "users" and families and server.references[0].cameras is not None:
                 left = [without_families(reference, families) for reference in server.references]
                 networks, shift = adapted(server, user.adapt, "auto", left)
-                yield row("refit+auto, family left out", count, accuracies(networks, user.eval), shift)
+                yield row(LEFT_OUT, count, accuracies(networks, user.eval), shift)
         part = "curve"
         for size in SIZES if part in parts else ():
             if sum(min(len(own.labels), size) for own in user.adapt) < 0.9 * size * len(user.adapt):
@@ -290,6 +291,7 @@ def tables(frame: pd.DataFrame) -> str:
     found = []
     for part, rows in frame[frame["part"] != "curve"].groupby("part", sort=False):
         lines = [["adaptation", "accuracy", "p, none", "p, refit", "harmed", *get_args(Shift)]]
+        rows = rows[rows["adaptation"] != LEFT_OUT]  # which not all users have
         means = rows.groupby(["adaptation", "seed"], sort=False)["accuracy"].mean()
         for name, one in rows.groupby("adaptation", sort=False):
             counts = Counter(one["shift"])

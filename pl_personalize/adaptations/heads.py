@@ -181,7 +181,7 @@ class Auto(_Tested):
     @override
     def adapt_tasks(self, cases: Sequence[Case]) -> list[Entries]:
         shift, adapted = self._found(cases)
-        if adapted:  # the features are others now
+        if adapted:  # the features have changed
             self._adapt(cases, "covariate")
         note = {f"{SENT}{FOUND}": torch.tensor(get_args(Shift).index(shift))}
         return [_head(case.network) | (_statistics(case.network) if adapted else {}) | note for case in cases]

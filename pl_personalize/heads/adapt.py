@@ -39,8 +39,9 @@ class HeadAdaptation:
             ``"covariate"`` (other features than class frequencies explain, such as those of another camera), or
             ``"both"``.
         class_priors: Estimated class priors, (K,), if there is label shift, else ``None``.
-        evidence: What the tests found, pooled over the user's tasks: the p-values ``"covariate"`` and ``"label"``, and
-            ``"label_ratio"``, the evidence of label shift beside a camera relative to what cameras alone show.
+        evidence: What the tests found, pooled over the user's tasks; empty if the shift was given. The p-value
+            ``"covariate"``; without suspicion of a camera the p-value ``"label"``, and with a camera and references
+            that have cameras ``"label_ratio"``, the evidence of label shift relative to what cameras alone show.
         num_images: Number of images.
         head: Name of the layer.
         before: Original weight and bias of the layer.
@@ -56,8 +57,11 @@ class HeadAdaptation:
     after: Linear
 
     def is_applied(self, model: nn.Module) -> bool:
-        """Whether a model has the adapted head."""
-        return _has(HeadOf(model, self.head), self.after)
+        """Whether a model has the adapted head; another model has not."""
+        try:
+            return _has(HeadOf(model, self.head), self.after)
+        except ValueError:
+            return False
 
     def apply(self, model: nn.Module) -> None:
         """Write the adapted head into a model that has the original head.
@@ -82,7 +86,7 @@ class HeadAdaptation:
         return f"HeadAdaptation({self.shift!r}, {self.num_images} images, {found})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically, which its owner only can read."""
+        """Write a safetensors file, atomically, that only its owner can read."""
         tensors = {"before.weight": self.before.weight, "before.bias": self.before.bias}
         tensors |= {"after.weight": self.after.weight, "after.bias": self.after.bias}
         tensors |= {} if self.class_priors is None else {"class_priors": self.class_priors}
@@ -164,8 +168,8 @@ def adapt_head(
     cameras, a user with both shifts gets features standardized, which takes part of their class mix for the camera and
     can be worse than nothing: refit with ``cameras=`` where this may be.
 
-    Images are taken as independent: many photographs of one scene look like another camera. Labels in the batches are
-    ignored.
+    Images are taken as independent: many photographs of one scene can be mistaken for another camera. Labels in the
+    batches are ignored.
 
     Args:
         model: A network after :func:`refit_head`; or those of all tasks of a user, which share their camera, so that
@@ -188,7 +192,7 @@ def adapt_head(
         ValueError: If there are no images, a feature is not finite, a reference belongs to another model, the numbers
             of models, images and references differ, or ``shift="both"`` is given and a reference has no cameras; also
             if another process fails. Nothing has changed then, nor after an interruption.
-        TypeError: If a reference is none.
+        TypeError: If a reference is not a :class:`HeadReference`.
     """
     check_shift(shift)
     check_estimator(estimator)

@@ -166,16 +166,17 @@ def written(heads: Sequence[tuple[HeadOf, Linear]]) -> Iterator[None]:
     """
     for layer, head in heads:
         layer.fitting(head)
-    before = [layer.linear for layer, _ in heads]
+    parameters = [p for layer, _ in heads for p in layer.layer.parameters()]
+    before = [p.detach().clone() for p in parameters]
     try:
         with InterruptsHeld():
             for layer, head in heads:
                 layer.write(head)
         yield
     except BaseException:
-        with InterruptsHeld():
-            for (layer, _), old in zip(heads, before, strict=True):
-                layer.write(old)
+        with InterruptsHeld(), torch.no_grad():
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.copy_(old)
         raise
 
 
@@ -224,9 +225,9 @@ class _Calls:
         inputs, shape = self._input, tuple(logits.shape)
         self._input = None
         if inputs is not None and inputs.dim() == 2 and shape == (len(inputs), len(layer.weight)):
-            features = inputs.double().cpu()
+            features = inputs.cpu().double()
             head = _linear(layer)
-            expected, found = head(features), logits.detach().double().cpu()
+            expected, found = head(features), logits.detach().cpu().double()
             if not expected.isfinite().all():
                 return features  # refused by name later
             tolerance = 1e-3 if layer.weight.dtype in (torch.float32, torch.float64) else 0.05
@@ -244,7 +245,7 @@ class _Calls:
 def _linear(layer: nn.Linear | nn.Conv2d) -> Linear:
     """Weight (K, d) and bias (K,) of a layer, copied to the CPU in float64."""
     assert layer.bias is not None
-    weight, bias = (p.detach().to("cpu", torch.float64, copy=True) for p in (layer.weight, layer.bias))
+    weight, bias = (p.detach().cpu().to(torch.float64, copy=True) for p in (layer.weight, layer.bias))
     return Linear(weight.flatten(1), bias)
 
 

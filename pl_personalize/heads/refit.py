@@ -72,11 +72,13 @@ def refit_head(
     features of the merged body: class means and a shrunk, pooled within-class covariance. The shrinkage has the least
     negative log-likelihood on the validation samples, which also choose by cross-validation among the trained head, the
     discriminant, and the sum of both. Cross-validation over all samples calibrates the logits (scale, and a small bias
-    for each class). With shrinkage and calibration found, the moments of all samples are used. A head that was refitted
-    to these data before is no candidate, as it has seen the validation samples: refitting twice is refitting once.
+    for each class). With shrinkage and calibration found, the moments of all samples are used. A head that is already
+    the discriminant of these data is no candidate, as it has seen the validation samples; refit a sum of both again
+    from the trained head only.
 
-    The data are read once, in eval mode. Only the weight and the bias of the last layer change. The result does not
-    depend on the order of the samples, up to rounding, except for the choice of images for cameras.
+    The data are read once, in eval mode. Only the weight and the bias of the last layer change. The order of the
+    samples does not matter, except for the choice of images for cameras and beyond 64 million features of training
+    samples.
 
     Args:
         model: Any module that returns logits (n, K), linear in the input of its last linear layer or 1×1 convolution
@@ -150,12 +152,15 @@ def refit_head(
 
 
 def check_refit_options(directions: int, cameras: int | Sequence[Camera], camera_images: int = 1) -> None:
-    """Refuse numbers that are none.
+    """Refuse invalid options.
 
     Raises:
-        ValueError: If ``directions`` or ``camera_images`` is no positive integer, or ``cameras`` a negative one.
+        ValueError: If ``directions`` or ``camera_images`` is not a positive integer, or ``cameras`` neither an integer
+            of 0 or more nor a sequence of functions.
     """
     counts = {"directions": (directions, 1), "camera_images": (camera_images, 1)}
+    if isinstance(cameras, Sequence) and not all(map(callable, cameras)):
+        raise ValueError(f"cameras must be a number or functions of images; got {cameras!r}.")
     counts |= {} if isinstance(cameras, Sequence) else {"cameras": (cameras, 0)}
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -198,7 +203,8 @@ class _Predicted(NamedTuple):
 def _in_order(features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The samples in an order that only depends on their features."""
     generator = torch.Generator().manual_seed(0)
-    order = (features.double() @ torch.randn(features.shape[1], dtype=torch.float64, generator=generator)).argsort()
+    keys = features.double() @ torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
+    order = keys.argsort(stable=True)
     return features[order], classes[order]
 
 
@@ -255,7 +261,7 @@ class _Chosen:
         for row, number in enumerate(classes.tolist()):
             if self._seen[number] < self._count:
                 self._seen[number] += 1
-                self.inputs.append(inputs[row])
+                self.inputs.append(inputs[row].clone())
                 self.features.append(features[row])
                 self.classes.append(number)
 
@@ -468,13 +474,13 @@ def _prior_null(predicted: _Predicted, source: Tensor, matrix: Tensor, size: int
     generator = torch.Generator().manual_seed(size)
     mixes = _class_mixes(count, torch.bincount(classes, minlength=len(source)))
     drawn = torch.multinomial(_weights(mixes, classes), size, replacement=True, generator=generator)
-    some = classes.argsort(stable=True)[:: 1 + len(classes) * count * len(source) // _LOSSES]
-    weights = _weights(mixes, classes[some])
+    rows = classes.argsort(stable=True)[:: 1 + len(classes) * count * len(source) // _LOSSES]
+    weights = _weights(mixes, classes[rows])
 
     def loss(priors: Tensor) -> float:
         """Mean negative log-likelihood of the users' samples under estimated priors."""
-        shifted = logits[some] + (priors / source).log()[:, None]
-        losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(some)), classes[some]]
+        shifted = logits[rows] + (priors / source).log()[:, None]
+        losses = shifted.logsumexp(2) - shifted[:, torch.arange(len(rows)), classes[rows]]
         return float((losses * weights).sum(1).mean())
 
     def em(alpha: float, scale: float) -> Tensor:

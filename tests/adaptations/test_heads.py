@@ -199,4 +199,4 @@ def test_sequences_that_cannot_work_are_refused_at_once(name, why):
     torch.manual_seed(0)
     network = TaskNetwork(nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30)), nn.Linear(30, 5))
     found = find_adaptation(name).why_not(network)
-    assert found == why or found.startswith(why)
+    assert found == why or (found or "").startswith(why or "none")
