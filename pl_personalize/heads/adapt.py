@@ -16,8 +16,8 @@ from pl_personalize.functional.discriminant import Linear
 from pl_personalize.functional.feature_shift import standardized
 from pl_personalize.functional.label_shift import bbse_priors, em_priors, label_shift_evidence
 from pl_personalize.heads.features import Gather, HeadOf, read_everywhere, written
+from pl_personalize.heads.limits import CAMERA_ALPHA
 from pl_personalize.heads.reference import HeadReference, head_fingerprint, tail
-from pl_personalize.heads.refit import CAMERA_ALPHA
 
 ARTIFACT_KIND = "head-adaptation"
 Shift = Literal["none", "label", "covariate", "both"]

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def read_everywhere(read: Callable[[], T], gather: Gather | None) -> T:
-    """What ``read`` returns on this process.
+    """The result of ``read`` on this process.
 
     Raises:
         ValueError: On every process, if another one failed; that one raises its own error.
